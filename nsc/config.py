@@ -1,0 +1,67 @@
+"""Settings of a merge: frozen, with the paper's defaults, in and out of plain dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nsc.errors import NSCError
+
+PAPER_REACH = 0.15  # lr x steps of the paper's longest schedule: 3e-4 x 500
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How coefficients are learned.
+
+    steps, lr, weight_decay, betas, eps: AdamW.  start: every coefficient at step 0.  batch_size: samples a task and step.
+    max_length: tokens a sample.  max_drift: how far a coefficient may move from ``start``; None for no bound.
+    target_modules: suffixes of module names whose inputs are measured (default: v_proj, or else o_proj, or else all with
+    LoRA).  target_blocks: block numbers (default: the last quarter).  evaluation_samples: a task, for the ratios
+    reported before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's and CUDA if there is one.
+    """
+
+    steps: int = 500
+    lr: float = 3e-4
+    start: float = 0.4
+    batch_size: int = 2
+    max_length: int = 512
+    max_drift: float | None = PAPER_REACH
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    seed: int = 0
+    target_modules: tuple[str, ...] | None = None
+    target_blocks: tuple[int, ...] | None = None
+    evaluation_samples: int = 16
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "target_blocks", "betas"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        _require(self.steps >= 0, f"steps must be 0 or more, not {self.steps}")
+        _require(self.lr > 0, f"lr must be positive, not {self.lr}")
+        _require(self.max_drift is None or self.max_drift >= 0, f"max_drift must be 0 or more, not {self.max_drift}")
+        for name in ("batch_size", "max_length", "evaluation_samples"):
+            _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MergeConfig:
+        """The inverse of ``to_dict``. Raises NSCError naming a key that is no setting."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        _require(not unknown, f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise NSCError(message)

@@ -1,0 +1,176 @@
+"""Unlabeled rows -> seeded batches that carry every task at once, each token knowing its task and its weight."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc.errors import DataError
+from nsc.objective import Batch
+
+TEXT_FIELDS = (
+    ("text",),
+    ("prompt",),
+    ("text_a", "text_b"),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question", "sentence"),
+    ("question", "context"),
+    ("instruction", "input"),
+    ("instruction",),
+    ("sentence",),
+    ("question",),
+)
+
+
+def read_texts(source: str | Path | Sequence[str]) -> list[str]:
+    """The texts of one task, without labels.
+
+    source: a JSONL file (objects, or strings), a plain text file (one sample a line), ``hub:NAME[:CONFIG[:SPLIT]]`` (a
+    Hub dataset; needs the ``datasets`` extra), or the texts themselves. Append ``#field+field`` to name the fields; they
+    are joined by a newline. Without it the usual names are tried (text, prompt, text_a + text_b, premise + hypothesis...).
+
+    Raises DataError for a missing or empty source, an unreadable line (by number) or unknown fields.
+    """
+    if not isinstance(source, (str, Path)):
+        return _not_empty([str(text) for text in source], "the given texts")
+    place, _, field_list = str(source).partition("#")
+    names = tuple(field_list.split("+")) if field_list else None
+    if place.startswith("hub:"):
+        return _not_empty(_read_hub(place, names), place)
+    path = Path(place)
+    if not path.is_file():
+        raise DataError(f"data file {place} does not exist; give a JSONL or text file, or hub:NAME:CONFIG:SPLIT")
+    if path.suffix == ".jsonl":
+        return _not_empty(_read_jsonl(path, names), place)
+    if path.suffix in (".txt", ".text"):
+        return _not_empty([line.strip() for line in _lines(path) if line.strip()], place)
+    raise DataError(f"data file {place} is neither .jsonl nor .txt; rename or convert it")
+
+
+@dataclass(frozen=True)
+class TextBatches:
+    """Batches as a pure function of the step, the same in every process and after every resume.
+
+    tokens: task -> token ids of each sample.  Task k takes ``batch_size`` samples a step from a permutation of its own,
+    reshuffled each time round from (seed, task). Samples are padded on the right; each weighs the same within its task,
+    each token the same within its sample, padding nothing.
+    """
+
+    tokens: dict[str, list[list[int]]]
+    batch_size: int
+    pad_id: int
+    seed: int = 0
+    causal: bool = True  # right padding cannot reach a real token, so the model needs no mask
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of one step, on the CPU."""
+        picks = [self._pick(task, step) for task in self.tokens]
+        return collate([self.tokens[task][i] for task, row in zip(self.tokens, picks, strict=True) for i in row],
+                       [k for k, row in enumerate(picks) for _ in row], self.pad_id, self.causal)  # fmt: skip
+
+    def _pick(self, task: str, step: int) -> list[int]:
+        count = len(self.tokens[task])
+        picked = []
+        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            turn, index = divmod(position, count)
+            picked.append(_permutation(f"{self.seed}/{task}/{turn}", count)[index])
+        return picked
+
+
+def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int) -> dict[str, list[list[int]]]:
+    """Token ids of every sample, cut at ``max_length``. Raises DataError naming a sample that has no token."""
+    tokens = {}
+    for task, rows in texts.items():
+        tokens[task] = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"]
+        empty = [i for i, ids in enumerate(tokens[task]) if not ids]
+        if empty:
+            raise DataError(f"sample {empty[0] + 1} of task {task} has no token; remove empty texts from its data")
+    return tokens
+
+
+def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
+    """Samples (token ids) and the task of each -> one right-padded batch; within a task every sample weighs the same."""
+    length = max(len(ids) for ids in samples)
+    ids = torch.full((len(samples), length), pad_id)
+    mask = torch.zeros(len(samples), length, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample)] = torch.tensor(sample)
+        mask[row, : len(sample)] = 1
+    task = torch.tensor(tasks)
+    inputs = {"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": mask}
+    return Batch(inputs, task[:, None].expand(-1, length).contiguous(), sample_weights(mask, task))
+
+
+def sample_weights(mask: Tensor, task: Tensor) -> Tensor:
+    """mask: (b, L), one where a token counts.  task: (b,).  -> (b, L) float32, one in sum over each task's rows.
+
+    Every sample weighs the same within its task, and every counted token the same within its sample.
+    """
+    per_sample = mask / mask.sum(1, keepdim=True).clamp_min(1)
+    return per_sample / torch.bincount(task)[task][:, None]
+
+
+def _permutation(key: str, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(key).shuffle(order)
+    return order
+
+
+def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
+    texts = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} line {number} is not JSON ({error.msg}); mend or remove that line") from error
+        texts.append(row if isinstance(row, str) else _text_of(row, names, f"{path} line {number}"))
+    return texts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+def _read_hub(spec: str, names: tuple[str, ...] | None) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(f"{spec} needs the datasets library: pip install 'nsc-merging[datasets]'") from error
+    _, name, *rest = spec.split(":")
+    config, split = (rest[0] or None if rest else None), (rest[1] if len(rest) > 1 else "train")
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises dozens of kinds for one thing: it could not be loaded
+        raise DataError(f"Hub dataset {name!r} (config {config}, split {split}) cannot be loaded: {error}") from error
+    return [_text_of(row, names, f"{spec} row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _text_of(row: Any, names: tuple[str, ...] | None, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} holds a {type(row).__name__}; each line must be an object or a string")
+    chosen = names or next((fields for fields in TEXT_FIELDS if all(f in row for f in fields)), None)
+    if chosen is None or any(f not in row for f in chosen):
+        raise DataError(
+            f"{where} has the fields {', '.join(row)}, not the expected text; name them as in FILE#field+field"
+        )
+    return "\n".join(str(row[f]) for f in chosen)
+
+
+def _not_empty(texts: list[str], where: str) -> list[str]:
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"{where} holds no text; every task needs at least one unlabeled sample")
+    return texts

@@ -1,0 +1,104 @@
+"""What is taken from a model by its structure: the body, its linear layers, its blocks, whether it is causal.
+
+No model is known by name here. The body is what ``AutoModel`` gives (no LM head, nothing after the last block's norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from nsc.errors import NSCError, TargetError
+
+DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+PREFERRED_TARGETS = ("v_proj", "o_proj")  # the paper's choice for LLMs and VLMs, then for ViT
+
+
+def load_body(base: str, dtype: str = "auto", device: str = "auto") -> nn.Module:
+    """The frozen transformer body of a local folder or Hub id, in eval mode. Raises NSCError if it cannot be loaded."""
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        precision = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = AutoModel.from_pretrained(base, **{DTYPE: precision})
+    except (OSError, ValueError, AttributeError) as error:
+        raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
+    model.config.use_cache = False  # nothing is generated: a key-value cache would only hold memory
+    return model.requires_grad_(False).eval().to(place)
+
+
+def load_tokenizer(base: str) -> Any:
+    """The base's own tokenizer. Raises NSCError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise NSCError(f"base {base!r} has no tokenizer that transformers can load: {error}") from error
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Every linear layer by name, in the model's own order -> (out_features, in_features)."""
+    modules = model.named_modules()
+    return {name: (m.out_features, m.in_features) for name, m in modules if isinstance(m, nn.Linear)}
+
+
+def body_shapes(base: str) -> dict[str, tuple[int, int]]:
+    """``linear_shapes`` of a base from its config alone: no weights are read."""
+    with torch.device("meta"):
+        return linear_shapes(AutoModel.from_config(AutoConfig.from_pretrained(base)))
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether every attention layer sees only the past, so that right padding cannot reach a real token."""
+    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    return bool(flags) and all(flags)
+
+
+def block_of(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """(index, depth) of the block that a module lies in: the first numbered child of a ModuleList on its path."""
+    parent, parts = model, name.split(".")
+    for part in parts:
+        if isinstance(parent, nn.ModuleList):
+            return int(part), len(parent)
+        parent = getattr(parent, part)
+    return None
+
+
+def choose_targets(
+    model: nn.Module,
+    names: Sequence[str],  # the modules that carry LoRA
+    modules: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+) -> list[str]:
+    """The layers whose inputs are measured: those ``modules`` in those ``blocks``.
+
+    Default: v_proj (or else o_proj, or else every module with LoRA) in the last quarter of the blocks, by the model's own
+    depth. Raises TargetError if nothing is left, saying what there was.
+    """
+    places = {name: block_of(model, name) for name in names}
+    chosen = [name for name, place in places.items() if _in_blocks(place, blocks)]
+    kinds = modules or next(([k] for k in PREFERRED_TARGETS if any(_is_kind(n, [k]) for n in chosen)), None)
+    targets = [name for name in chosen if kinds is None or _is_kind(name, kinds)]
+    if not targets:
+        depth = max((place[1] for place in places.values() if place), default=0)
+        raise TargetError(
+            f"no target layer: modules {list(modules or ['v_proj'])} in blocks {list(blocks) if blocks else 'last quarter'}"
+            f" of {depth} match none of the {len(names)} modules with LoRA"
+            f" ({', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}); choose others with target_modules, target_blocks"
+        )
+    return targets
+
+
+def _in_blocks(place: tuple[int, int] | None, blocks: Sequence[int] | None) -> bool:
+    if place is None:
+        return False
+    index, depth = place
+    return index in blocks if blocks is not None else index >= depth - max(1, depth // 4)
+
+
+def _is_kind(name: str, kinds: Sequence[str]) -> bool:
+    return any(name == kind or name.endswith(f".{kind}") for kind in kinds)

@@ -1,0 +1,266 @@
+"""The optimisation: one forward for all tasks, one backward to the coefficients, AdamW, a bound; checkpoint and resume.
+
+The state of a run is ``lam``, the optimiser's moments and the step; batches are a function of the step. So a run that is
+interrupted anywhere and resumed ends where the uninterrupted one would, bit for bit where the arithmetic is.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nsc.config import MergeConfig
+from nsc.errors import NonFiniteError, ResumeError
+from nsc.objective import Batch, NullSpaceObjective
+from nsc.stack import Stack
+from nsc.surgery import merged_layers, set_coefficients
+
+CHECKPOINT_SECONDS = 10.0
+REFRESH_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the optimisation found.
+
+    coefficients: (M, K) on the CPU.  frozen: (M, K) bool, no gradient reaches it (adapter absent, or module at or after
+    the last target's input).  bounded: (M, K) bool, stopped by ``max_drift``.  losses: one a step.  seconds: a step.
+    """
+
+    coefficients: Tensor
+    frozen: Tensor
+    bounded: Tensor
+    losses: list[float]
+    seconds: float
+    peak_memory: int
+
+    @property
+    def interval(self) -> str:
+        """First and last loss, for a human."""
+        return f"{self.losses[0]:.6f} -> {self.losses[-1]:.6f}" if self.losses else "no step taken"
+
+
+@dataclass
+class _Run:
+    lam: nn.Parameter
+    optimizer: torch.optim.AdamW
+    lower: Tensor
+    upper: Tensor
+    frozen: Tensor
+    identity: str
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+
+
+def learn(
+    model: nn.Module,
+    stack: Stack,  # whitened or not: the objective follows
+    targets: Sequence[str],
+    batches: Callable[[int], Batch],
+    config: MergeConfig,
+    *,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    identity: str = "",
+    progress: bool = True,
+) -> Learned:
+    """Learn (M, K) coefficients by AdamW on the null-space objective; the model is left as it was.
+
+    checkpoint: where the state is kept while running, atomically.  identity: what a resumed checkpoint must match.
+    Raises NonFiniteError naming the module where NaN or infinity appears, ResumeError when the checkpoint is missing or
+    of another merge, and KeyboardInterrupt after SIGINT or SIGTERM, once the state is on disk.
+    """
+    device = next(model.parameters()).device
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
+    with merged_layers(model, stack, lam.detach()) as layers:
+        objective = NullSpaceObjective(model, layers, stack, targets)
+
+        def forward(step: int) -> Tensor:
+            set_coefficients(layers, lam)
+            return objective.loss(batches(step).to(device))
+
+        frozen = ~_reachable(objective, batches(0).to(device), lam) | ~stack.present.to(device)
+        run = _start(lam, frozen, config, identity)
+        if resume:
+            _load(run, checkpoint)
+        started, first = time.perf_counter(), run.step
+        try:
+            _optimise(run, forward, config.steps, checkpoint, progress)
+        except NonFiniteError as error:
+            set_coefficients(layers, lam.detach())
+            raise _blame(objective, batches, run, error) from error
+        seconds = (time.perf_counter() - started) / max(1, config.steps - first)
+    return _learned(run, config, seconds)
+
+
+def initial_gradient(
+    model: nn.Module, stack: Stack, targets: Sequence[str], batch: Batch, lam: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss () and its gradient (M, K) at ``lam`` (M, K), as the first step sees them."""
+    with merged_layers(model, stack, lam) as layers:
+        objective = NullSpaceObjective(model, layers, stack, targets)
+        lam = lam.detach().requires_grad_()
+        set_coefficients(layers, lam)
+        loss = objective.loss(batch)
+        (gradient,) = torch.autograd.grad(loss, lam)
+    return loss.detach(), gradient
+
+
+def _start(lam: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str) -> _Run:
+    reach = torch.full_like(lam, float("inf") if config.max_drift is None else config.max_drift)
+    reach = torch.where(frozen, 0.0, reach.detach())
+    optimizer = torch.optim.AdamW(
+        [lam], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    return _Run(lam, optimizer, config.start - reach, config.start + reach, frozen, identity)
+
+
+def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tensor:
+    """(M, 1) bool: modules whose coefficients the objective depends on, read off the autograd graph."""
+    rows = [row.clone().requires_grad_() for row in lam.detach().unbind(0)]
+    for layer, row in zip(objective.layers.values(), rows, strict=True):
+        layer.lam = row
+    gradients = torch.autograd.grad(objective.loss(batch), rows, allow_unused=True)
+    return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
+
+
+def _optimise(
+    run: _Run, forward: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool
+) -> None:
+    bar = tqdm(total=steps, initial=run.step, desc="learning coefficients", unit="step", disable=not progress)
+    saved = shown = time.perf_counter()
+    with bar, _deferred_interrupts() as interrupted:
+        while run.step < steps:
+            _step(run, forward)
+            bar.update()
+            now = time.perf_counter()
+            if now - shown > REFRESH_SECONDS or run.step == steps:
+                shown = now
+                bar.set_postfix_str(_status(run))
+            if checkpoint and (now - saved > CHECKPOINT_SECONDS or interrupted or run.step == steps):
+                saved = now
+                _save(run, checkpoint)
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def _step(run: _Run, forward: Callable[[int], Tensor]) -> None:
+    run.optimizer.zero_grad(set_to_none=False)
+    loss = forward(run.step)
+    loss.backward()
+    run.optimizer.step()
+    with torch.no_grad():
+        run.lam.clamp_(run.lower, run.upper)
+    run.losses.append(loss.detach())
+    run.step += 1
+
+
+def _status(run: _Run) -> str:
+    _require_finite(run)
+    drift = (run.lam.detach() - (run.lower + run.upper) / 2).abs().nan_to_num(0).max()
+    return f"loss {run.losses[-1].item():.4f}, drift {drift.item():.3f} of {(run.upper - run.lower).max().item() / 2:.3f}"
+
+
+def _require_finite(run: _Run) -> None:
+    if run.losses and not torch.isfinite(run.losses[-1]):
+        raise NonFiniteError(f"the objective became {run.losses[-1].item()} by step {run.step}")
+    if not torch.isfinite(run.lam).all():
+        raise NonFiniteError(f"a coefficient became NaN or infinite by step {run.step}")
+
+
+def _blame(
+    objective: NullSpaceObjective, batches: Callable[[int], Batch], run: _Run, error: NonFiniteError
+) -> NonFiniteError:
+    """The same error with the target and tasks at which the ratio is not finite."""
+    bad = [i for i, loss in enumerate(run.losses) if not torch.isfinite(loss)]
+    batch = batches(bad[0] if bad else run.step - 1).to(run.lam.device)
+    table = objective.ratios(batch)
+    broken = ~torch.isfinite(table) & (objective.share > 0)
+    places = [
+        f"{objective.targets[t]} (task {objective.tasks[k]})" for t, k in broken.nonzero().tolist()[:3]
+    ]  # fmt: skip
+    where = f": NaN or infinite activations enter {', '.join(places)}" if places else ""
+    return NonFiniteError(f"{error}{where}; check the base's weights and dtype (float16 overflows: use bfloat16)")
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted and acted on between steps; a second one acts at once."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, _frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _save(run: _Run, path: Path) -> None:
+    """Atomic: the file is either the old state or the new one, and never one that holds NaN."""
+    _require_finite(run)
+    state = {
+        "identity": run.identity,
+        "step": run.step,
+        "lam": run.lam.detach(),
+        "optimizer": run.optimizer.state_dict(),
+        "losses": torch.stack(run.losses) if run.losses else torch.empty(0),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _load(run: _Run, path: Path | None) -> None:
+    if path is None or not path.is_file():
+        raise ResumeError(f"nothing to resume: there is no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location=run.lam.device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for one thing: the file is no checkpoint
+        raise ResumeError(f"checkpoint {path} cannot be read ({error}); remove it to start again") from error
+    if state["identity"] != run.identity:
+        raise ResumeError(
+            f"checkpoint {path} was made with other adapters, data or settings; resume with the same ones, or remove it"
+        )
+    with torch.no_grad():
+        run.lam.copy_(state["lam"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step = state["step"]
+    run.losses = list(state["losses"].unbind(0))
+
+
+def _learned(run: _Run, config: MergeConfig, seconds: float) -> Learned:
+    _require_finite(run)
+    lam = run.lam.detach()
+    bounded = ~run.frozen & ((lam <= run.lower) | (lam >= run.upper)) & (config.steps > 0)
+    losses = torch.stack(run.losses).tolist() if run.losses else []
+    if lam.is_cuda:
+        peak = torch.cuda.max_memory_allocated(lam.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Learned(lam.cpu().clone(), run.frozen.cpu(), bounded.cpu(), losses, seconds, peak)

@@ -1,0 +1,122 @@
+"""The null-space objective: how much of the merged model's activations each task's own adapter cannot see.
+
+    Omega_k = mean over target layers of sum_rows w om_k        loss = (1/K) sum_k Omega_k
+
+Rows of all tasks go through one forward; ``task`` says whose a row is and ``weight`` sums to one over each task's rows.
+The forward ends at the last target's input: nothing behind it can change the loss.
+
+Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc.errors import TargetError
+from nsc.stack import Stack
+from nsc_kernels import MergedLoRALinear, null_space_ratio
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All tasks' samples of one step.
+
+    inputs: what the model's forward takes.  task: (b, L) int64, whose each row is.  weight: (b, L) float, zero on
+    padding, one in sum over each task's rows.
+    """
+
+    inputs: dict[str, Any]
+    task: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; copies do not block."""
+        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        return Batch({k: move(v) for k, v in self.inputs.items()}, move(self.task), move(self.weight))
+
+
+class _Stop(Exception):
+    """Raised inside the forward once the last target has been seen."""
+
+
+class NullSpaceObjective:
+    """Watches the target layers of a model in which ``merged_layers`` is in place.
+
+    stack: the very one in the model (whitened or not).  targets: names of the watched modules. Every adapter must have
+    at least one target of its own, or TargetError is raised, naming the tasks that have none.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: dict[str, MergedLoRALinear], stack: Stack, targets: Sequence[str]
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.targets = list(targets)
+        device = next(iter(layers.values())).lora_A.device
+        present = torch.tensor([stack.modules[name].present for name in targets])
+        self.share = _shares(present, stack.tasks).to(device)  # (T, K)
+        self.tasks = stack.tasks
+        self._grams = {n: g.to(device) if (g := stack.modules[n].gram_inverse) is not None else None for n in targets}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """() the objective of one batch, in float32 at least, differentiable in the coefficients."""
+        weight = batch.weight.flatten()
+        weights = (self.share.to(weight.dtype) / len(self.tasks))[:, batch.task.flatten()] * weight  # (T, n)
+        terms = self._watch(batch, lambda index, task, **rows: null_space_ratio(**rows, weight=weights[index]))
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def ratios(self, batch: Batch) -> Tensor:
+        """(T, K) weighted mean ratio of each task's rows at each target; NaN where the adapter is absent."""
+        weight = batch.weight.flatten()
+
+        def per_task(index: int, task: Tensor, **rows: Any) -> Tensor:
+            counted = torch.where(weight > 0, null_space_ratio(**rows) * weight, 0)
+            return counted.new_zeros(len(self.tasks)).index_add(0, task, counted)
+
+        table = torch.stack(self._watch(batch, per_task))
+        return table.masked_fill(self.share == 0, float("nan"))
+
+    def _watch(self, batch: Batch, measure: Callable[..., Tensor]) -> list[Tensor]:
+        """One forward up to the last target; what ``measure`` returned at each, in the order of the targets."""
+        seen: dict[str, Tensor] = {}
+        task = batch.task.flatten()
+
+        def watch(name: str, z: Tensor, u: Tensor) -> None:
+            rows = {"z": z.flatten(0, -2), "u": u.flatten(0, -2), "gram_inverse": self._grams[name]}
+            if rows["z"].shape[0] != task.numel():
+                raise TargetError(f"{name} saw {rows['z'].shape[0]} rows of a batch of {task.numel()}: not a target")
+            offsets = self.layers[name].offsets
+            seen[name] = measure(self.targets.index(name), task, **rows, adapter=task, offsets=offsets)
+            if len(seen) == len(self.targets):
+                raise _Stop
+
+        for name in self.targets:
+            self.layers[name].watch = partial(watch, name)
+        try:
+            self.model(**batch.inputs)
+        except _Stop:
+            return [seen[name] for name in self.targets]
+        finally:
+            for name in self.targets:
+                self.layers[name].watch = None
+        missing = [name for name in self.targets if name not in seen]
+        raise TargetError(f"target {', '.join(missing)} never ran in the forward of this model")
+
+
+def _shares(present: Tensor, tasks: Sequence[str]) -> Tensor:
+    """(T, K): 1/|targets of k| where adapter k is present at the target, else 0."""
+    counts = present.sum(0)
+    orphans = [task for task, count in zip(tasks, counts.tolist(), strict=True) if not count]
+    if orphans:
+        raise TargetError(
+            f"adapter {', '.join(orphans)} touches none of the target layers, so nothing can be learned from its rows;"
+            " choose target_modules and target_blocks that every adapter shares"
+        )
+    return present.double() / counts

@@ -1,0 +1,107 @@
+"""Adapters -> per-module stacked factors: the form in which the merged model runs and everything is exported.
+
+A module's ``A`` (R, d) and ``B`` (m, R) hold all K adapters, segment k of rank r_k, which is 0 where adapter k does not
+touch the module. ``whitened`` gives every segment of ``A`` orthonormal rows without changing any product B_k A_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nsc.adapters import Adapter
+from nsc_kernels import GramCache, GramFactor
+
+
+@dataclass(frozen=True)
+class ModuleStack:
+    """One linear layer: all adapters side by side.
+
+    A: (R, d).  B: (m, R).  ranks: r_k, 0 for an absent adapter.  scales: s_k.  grams: the factors of each A_k, None for
+    an absent adapter.  gram_inverse: (R, R) block-diagonal, or None once whitened.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    grams: tuple[GramFactor | None, ...]
+    gram_inverse: Tensor | None
+
+    @property
+    def present(self) -> list[bool]:
+        """Which adapters touch this module."""
+        return [r > 0 for r in self.ranks]
+
+    def delta(self, coefficients: Tensor) -> Tensor:
+        """(m, d) float64: sum_k lam_k s_k B_k A_k for ``coefficients`` of shape (K,)."""
+        return (self.B.double() * self.column_weights(coefficients)) @ self.A.double()
+
+    def column_weights(self, coefficients: Tensor) -> Tensor:
+        """(R,) float64: lam_k s_k on segment k."""
+        weights = coefficients.double().cpu() * torch.tensor(self.scales, dtype=torch.float64)
+        return weights.repeat_interleave(torch.tensor(self.ranks)).to(self.A.device)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """All modules that any adapter touches, in the base model's own order."""
+
+    tasks: tuple[str, ...]
+    modules: dict[str, ModuleStack]
+
+    @property
+    def names(self) -> list[str]:
+        """Module names, the rows of the coefficients."""
+        return list(self.modules)
+
+    @property
+    def present(self) -> Tensor:
+        """(M, K) bool: which adapter touches which module."""
+        return torch.tensor([module.present for module in self.modules.values()], dtype=torch.bool)
+
+
+def stack_adapters(
+    adapters: Mapping[str, Adapter],  # by task
+    matches: Mapping[str, Mapping[str, str]],  # task -> adapter's module name -> base's module name
+    order: Sequence[str],  # module names of the base, in the model's own order
+) -> Stack:
+    """Put the factors of all adapters side by side, module by module, as they are stored (promoted to one dtype)."""
+    by_base = {task: {base: name for name, base in matches[task].items()} for task in adapters}
+    names = [name for name in order if any(name in by_base[task] for task in adapters)]
+    found = {
+        name: [a.factors[by_base[t][name]] if name in by_base[t] else None for t, a in adapters.items()]
+        for name in names
+    }
+    grams = iter(GramCache().factor([f.A for row in found.values() for f in row if f is not None]))
+    modules = {}
+    for name, row in found.items():
+        here = [f for f in row if f is not None]
+        dtype = here[0].A.dtype
+        for factors in here:
+            dtype = torch.promote_types(dtype, torch.promote_types(factors.A.dtype, factors.B.dtype))
+        factored = tuple(next(grams) if f is not None else None for f in row)
+        modules[name] = ModuleStack(
+            A=torch.cat([f.A.to(dtype) for f in here]),
+            B=torch.cat([f.B.to(dtype) for f in here], dim=1),
+            ranks=tuple(f.rank if f is not None else 0 for f in row),
+            scales=tuple(f.scale if f is not None else 0.0 for f in row),
+            grams=factored,
+            gram_inverse=torch.block_diag(*[g.inverse for g in factored if g is not None]),
+        )
+    return Stack(tuple(adapters), modules)
+
+
+def whitened(stack: Stack) -> Stack:
+    """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model."""
+    return Stack(stack.tasks, {name: _whiten(module) for name, module in stack.modules.items()})
+
+
+def _whiten(module: ModuleStack) -> ModuleStack:
+    factored = [g for g in module.grams if g is not None]
+    whiten = torch.block_diag(*[g.whiten for g in factored])
+    unwhiten = torch.block_diag(*[g.unwhiten for g in factored])
+    return replace(module, A=whiten @ module.A.double(), B=module.B.double() @ unwhiten, gram_inverse=None)

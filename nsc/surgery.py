@@ -1,0 +1,52 @@
+"""One reversible swap: target linears out, MergedLoRALinear in, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nsc.stack import ModuleStack, Stack
+from nsc_kernels import MergedLoRALinear
+
+
+@contextmanager
+def merged_layers(model: nn.Module, stack: Stack, lam: Tensor) -> Iterator[dict[str, MergedLoRALinear]]:
+    """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, K).
+
+    The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to the
+    dtype and device of the layer that they join.
+    """
+    originals = {name: model.get_submodule(name) for name in stack.names}
+    layers = {
+        name: _merged_layer(originals[name], stack.modules[name], row)
+        for name, row in zip(stack.names, lam.unbind(0), strict=True)
+    }
+    try:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        yield layers
+    finally:
+        for name, original in originals.items():
+            replace_module(model, name, original)
+
+
+def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor) -> None:
+    """Point every layer at its row of ``lam`` (M, K), so that the next forward is differentiable in it."""
+    for layer, row in zip(layers.values(), lam.unbind(0), strict=True):
+        layer.lam = row
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` points."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _merged_layer(linear: nn.Module, module: ModuleStack, row: Tensor) -> MergedLoRALinear:
+    weight = linear.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    A, B = (t.to(device=weight.device, dtype=dtype) for t in (module.A, module.B))
+    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach())

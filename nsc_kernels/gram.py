@@ -1,0 +1,183 @@
+"""Gram factors of LoRA down-projections: what the null-space ratio needs to know about ``A``, computed once.
+
+    A A' = L L'        G = (A A')^-1 = L^-T L^-1        A~ = L^-1 A (orthonormal rows)        B~ = B L,  B~ A~ = B A
+
+Everything is float64. A rank-deficient ``A`` (zero, duplicated or dependent rows) uses its true row space instead: with
+``A = U S V'`` cut at ``eps * r * S[0]``, ``L`` becomes ``U S`` and ``L^-1`` becomes ``S^-1 U'``, padded with zeros to
+``(r, r)``. ``eps`` is that of the accumulation, float32 or better: a direction below it cannot be seen by ``u = A z``.
+
+Paper: https://arxiv.org/abs/2603.26317, Eq. 4 (Fast NSC).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+CHOLESKY_CONDITION = 1e4  # above it a Gram has lost half of float64's digits: factor A itself instead
+CHUNK_BYTES = 1 << 26  # float64 copies of A made at once
+
+
+@dataclass(frozen=True)
+class GramFactor:
+    """One ``A`` of shape (r, d), factored.
+
+    rank: dimension of the row space.  condition: largest over smallest singular value on it (inf for an all-zero A).
+    inverse: (r, r) float64, (A A')^-1, or the pseudo-inverse.  whiten: (r, r) float64 ``W``, the first ``rank`` rows of
+    ``W A`` orthonormal, the others zero.  unwhiten: (r, r) float64 ``L``, ``L W A == A``.
+    """
+
+    rank: int
+    condition: float
+    inverse: Tensor
+    whiten: Tensor
+    unwhiten: Tensor
+
+
+class GramCache:
+    """Factors every ``A`` once, all of one rank in one batched Cholesky, and again whenever its values change.
+
+    An entry is kept with a copy of the ``A`` it was made from and served only while both are equal, so neither an
+    optimiser step, ``load_state_dict``, nor a write through ``.data`` can leave a stale inverse behind. On CUDA that
+    comparison waits for the device; ask for all modules in one call where it matters.
+    """
+
+    def __init__(self) -> None:
+        self._entries = WeakIdKeyDictionary()
+
+    def factor(self, lora_A: Sequence[Tensor]) -> list[GramFactor]:
+        """Factors of many ``A``, each (r, d) of any rank, width, floating dtype and device, in the order given.
+
+        Raises ValueError for an ``A`` that is not a floating matrix or holds NaN or infinity, naming its position.
+        """
+        tensors = [a.detach() for a in lora_A]
+        stale = [i for i, a in enumerate(lora_A) if not self._is_fresh(a)]
+        for i, factor in zip(stale, _factor_all([tensors[i] for i in stale], stale), strict=True):
+            self._entries[lora_A[i]] = (tensors[i].clone(), factor)
+        return [self._entries[a][1] for a in lora_A]
+
+    def inverse(self, *lora_A: Tensor) -> Tensor:
+        """Block-diagonal (R, R) inverse Gram of the stacked adapters, float32 (float64 if an ``A`` is).
+
+        Differentiable in every ``A`` that requires a gradient: with ``u = z A'`` computed by autograd as well,
+        ``null_space_ratio(z, u, cache.inverse(A)).sum().backward()`` gives ``A`` the whole closed-form gradient.
+        """
+        if not lora_A:
+            raise ValueError("inverse() needs at least one lora_A")
+        factors = self.factor(lora_A)
+        dtype = torch.promote_types(max((a.dtype for a in lora_A), key=lambda d: torch.finfo(d).bits), torch.float32)
+        blocks = [
+            _DifferentiableInverse.apply(a, f.inverse) if a.requires_grad else f.inverse
+            for a, f in zip(lora_A, factors, strict=True)
+        ]
+        return torch.block_diag(*blocks).to(dtype)
+
+    def whiten(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """``(A~, B~)`` of shapes (r, d) and (m, r) with ``B~ A~ == B A`` and orthonormal (or zero) rows in ``A~``.
+
+        The product is formed in float64 and returned in each factor's own dtype. Raises ValueError if ranks differ.
+        """
+        if lora_B.ndim != 2 or lora_B.shape[1] != lora_A.shape[0]:
+            raise ValueError(f"lora_B {tuple(lora_B.shape)} does not follow lora_A {tuple(lora_A.shape)}: ranks differ")
+        (factor,) = self.factor([lora_A])
+        whitened_A = (factor.whiten @ lora_A.detach().double()).to(lora_A.dtype)
+        return whitened_A, (lora_B.detach().double() @ factor.unwhiten).to(lora_B.dtype)
+
+    def clear(self) -> None:
+        """Forget every factor."""
+        self._entries.clear()
+
+    def _is_fresh(self, a: Tensor) -> bool:
+        entry = self._entries.get(a)
+        if entry is None:
+            return False
+        copy = entry[0]
+        same_kind = copy.shape == a.shape and copy.dtype == a.dtype and copy.device == a.device
+        return same_kind and torch.equal(copy, a.detach())
+
+
+class _DifferentiableInverse(torch.autograd.Function):
+    """G(A) with dA = -G (S + S') G A for an incoming S; exact on A's row space when A is rank-deficient."""
+
+    @staticmethod
+    def forward(ctx, lora_A: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        ctx.save_for_backward(lora_A, inverse)
+        return inverse.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        lora_A, inverse = ctx.saved_tensors
+        grad = grad.to(inverse.dtype)
+        return -(inverse @ (grad + grad.T) @ inverse @ lora_A.to(inverse.dtype)).to(lora_A.dtype), None
+
+
+def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[GramFactor]:
+    for position, a in zip(positions, lora_A, strict=True):
+        if a.ndim != 2 or not a.is_floating_point():
+            raise ValueError(f"lora_A number {position} must be a floating (r, d) matrix, not {a.dtype} {tuple(a.shape)}")
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i, a in enumerate(lora_A):
+        groups[(a.shape[0], a.device)].append(i)
+    factors: dict[int, GramFactor] = {}
+    for members in groups.values():
+        gram = _grams([lora_A[i] for i in members])
+        finite = torch.isfinite(gram).flatten(1).all(1).tolist()
+        if not all(finite):
+            raise ValueError(f"lora_A number {positions[members[finite.index(False)]]} holds NaN or infinity")
+        batch = _cholesky_factors(gram)
+        for i, factor in zip(members, batch, strict=True):
+            factors[i] = factor or _singular_factor(lora_A[i])
+    return [factors[i] for i in range(len(lora_A))]
+
+
+def _grams(lora_A: list[Tensor]) -> Tensor:
+    """(b, r, r) float64 Grams of matrices of one rank; widths may differ, float64 copies are made a chunk at a time."""
+    rank, device = lora_A[0].shape[0], lora_A[0].device
+    gram = torch.empty(len(lora_A), rank, rank, dtype=torch.float64, device=device)
+    by_width: dict[tuple, list[int]] = defaultdict(list)
+    for i, a in enumerate(lora_A):
+        by_width[(a.shape[1], a.dtype)].append(i)
+    for (width, _), members in by_width.items():
+        size = max(1, CHUNK_BYTES // (8 * max(1, rank * width)))
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            rows = torch.stack([lora_A[i] for i in chunk]).double()
+            gram[torch.tensor(chunk, device=device)] = rows @ rows.mT
+    return gram
+
+
+def _cholesky_factors(gram: Tensor) -> list[GramFactor | None]:
+    """One batched Cholesky; None where the Gram is too ill-conditioned to be trusted."""
+    count, rank = gram.shape[:2]
+    if rank == 0:
+        return [GramFactor(0, math.inf, g, g, g) for g in gram]
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
+    smallest, largest = eigenvalues[:, 0].sqrt().tolist(), eigenvalues[:, -1].sqrt().tolist()
+    sound = [s > 0 and largest_i <= CHOLESKY_CONDITION * s for s, largest_i in zip(smallest, largest, strict=True)]
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(rank, dtype=gram.dtype, device=gram.device).expand(count, rank, rank)
+    whiten = torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse = whiten.mT @ whiten
+    return [
+        GramFactor(rank, largest[i] / smallest[i], inverse[i], whiten[i], lower[i]) if sound[i] else None
+        for i in range(count)
+    ]
+
+
+def _singular_factor(lora_A: Tensor) -> GramFactor:
+    """From the SVD of ``A`` itself, whose small singular values a Gram would have squared away."""
+    r = lora_A.shape[0]
+    left, sigma, _ = torch.linalg.svd(lora_A.double(), full_matrices=False)
+    eps = torch.finfo(torch.promote_types(lora_A.dtype, torch.float32)).eps
+    rank = int((sigma > eps * r * sigma[:1]).sum()) if sigma.numel() else 0
+    whiten, unwhiten = torch.zeros(2, r, r, dtype=torch.float64, device=lora_A.device)
+    whiten[:rank] = left[:, :rank].mT / sigma[:rank, None]
+    unwhiten[:, :rank] = left[:, :rank] * sigma[:rank]
+    condition = float(sigma[0] / sigma[rank - 1]) if rank else math.inf
+    return GramFactor(rank, condition, whiten.mT @ whiten, whiten, unwhiten)

@@ -1,0 +1,75 @@
+"""A frozen linear layer carrying many LoRA adapters at once, each with its own coefficient.
+
+    y = base(z) + (u * c) B'        u = z A'        c = lam_k s_k on the segment of adapter k
+
+Only ``lam`` trains. With frozen factors autograd keeps ``u`` and the frozen matrices for the backward, nothing else:
+
+    v = dy B        dlam_k = s_k sum over rows and segment k of (u * v)        dz = base'(dy) + (c * v + dL/du) A
+
+Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged model W0 + sum_k lam_k B_k A_k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MergedLoRALinear(nn.Module):
+    """``base`` plus K stacked adapters, weighted by ``lam``.
+
+    base: any module mapping (..., d) to (..., m), left as it is.  lora_A: (R, d).  lora_B: (m, R).  ranks: r_k of each
+    adapter, R in sum, 0 where an adapter does not touch this layer.  scales: s_k, the LoRA alpha over r of each adapter.
+    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one.  watch: called with ``(z, u)`` in every
+    forward, before the base layer runs. Raises ValueError when the shapes do not follow one another.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    spread: Tensor
+    offsets: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        lora_A: Tensor,  # (R, d)
+        lora_B: Tensor,  # (m, R)
+        ranks: Sequence[int],  # K of them
+        scales: Sequence[float],  # K of them
+        lam: Tensor,  # (K,)
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_shapes(lora_A, lora_B, ranks, scales, lam)
+        self.base = base
+        self.watch = watch
+        self.lam = lam
+        offsets = [0, *accumulate(ranks)]
+        spread = torch.zeros(len(ranks), offsets[-1], dtype=lam.dtype)
+        for k, scale in enumerate(scales):
+            spread[k, offsets[k] : offsets[k + 1]] = scale
+        self.register_buffer("lora_A", lora_A, persistent=False)
+        self.register_buffer("lora_B", lora_B, persistent=False)
+        self.register_buffer("spread", spread.to(lora_A.device), persistent=False)
+        self.register_buffer("offsets", torch.tensor(offsets, device=lora_A.device), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (..., d) -> (..., m)."""
+        u = F.linear(z, self.lora_A.to(z.dtype))
+        if self.watch is not None:
+            self.watch(z, u)
+        c = (self.lam[:, None] * self.spread).sum(0)  # (R,); a matmul here would be rounded under autocast
+        return self.base(z) + F.linear(u * c.to(u.dtype), self.lora_B.to(u.dtype))
+
+
+def _check_shapes(lora_A: Tensor, lora_B: Tensor, ranks: Sequence[int], scales: Sequence[float], lam: Tensor) -> None:
+    if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} must be (R, d) and (m, R)")
+    if sum(ranks) != lora_A.shape[0]:
+        raise ValueError(f"ranks {list(ranks)} add up to {sum(ranks)}, but lora_A has {lora_A.shape[0]} rows")
+    if not len(ranks) == len(scales) == lam.numel() or lam.ndim != 1:
+        raise ValueError(f"{len(ranks)} ranks, {len(scales)} scales and lam {tuple(lam.shape)} must be of one length K")
