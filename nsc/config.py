@@ -15,11 +15,12 @@ PAPER_REACH = 0.15  # lr x steps of the paper's longest schedule: 3e-4 x 500
 class MergeConfig:
     """How coefficients are learned.
 
-    steps, lr, weight_decay, betas, eps: AdamW.  start: every coefficient at step 0.  batch_size: samples a task and step.
-    max_length: tokens a sample.  max_drift: how far a coefficient may move from ``start``; None for no bound.
-    target_modules: suffixes of module names whose inputs are measured (default: v_proj, or else o_proj, or else all with
-    LoRA).  target_blocks: block numbers (default: the last quarter).  evaluation_samples: a task, for the ratios
-    reported before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's and CUDA if there is one.
+    steps, lr, weight_decay, betas, eps: AdamW.  start: every coefficient at step 0.  batch_size: samples of each task
+    in a step.  max_length: tokens a sample.  max_drift: how far a coefficient may move from ``start``; None for no
+    bound. target_modules: suffixes of the module names whose inputs are measured (default: v_proj, or else o_proj, or
+    else all that carry LoRA).  target_blocks: block numbers (default: the last quarter).  evaluation_samples: of each
+    task, for the ratios reported before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's,
+    and CUDA if there is one.
     """
 
     steps: int = 500

@@ -34,8 +34,9 @@ def read_texts(source: str | Path | Sequence[str]) -> list[str]:
     """The texts of one task, without labels.
 
     source: a JSONL file (objects, or strings), a plain text file (one sample a line), ``hub:NAME[:CONFIG[:SPLIT]]`` (a
-    Hub dataset; needs the ``datasets`` extra), or the texts themselves. Append ``#field+field`` to name the fields; they
-    are joined by a newline. Without it the usual names are tried (text, prompt, text_a + text_b, premise + hypothesis...).
+    Hub dataset; needs the ``datasets`` extra), or the texts themselves. Append ``#field+field`` to name the fields,
+    which are joined by a newline; otherwise the usual names are tried (text, prompt, text_a + text_b, premise +
+    hypothesis).
 
     Raises DataError for a missing or empty source, an unreadable line (by number) or unknown fields.
     """
@@ -97,7 +98,7 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
 
 
 def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
-    """Samples (token ids) and the task of each -> one right-padded batch; within a task every sample weighs the same."""
+    """Samples (token ids) and the task of each -> one right-padded batch, weighted by ``sample_weights``."""
     length = max(len(ids) for ids in samples)
     ids = torch.full((len(samples), length), pad_id)
     mask = torch.zeros(len(samples), length, dtype=torch.int64)

@@ -76,8 +76,8 @@ def choose_targets(
 ) -> list[str]:
     """The layers whose inputs are measured: those ``modules`` in those ``blocks``.
 
-    Default: v_proj (or else o_proj, or else every module with LoRA) in the last quarter of the blocks, by the model's own
-    depth. Raises TargetError if nothing is left, saying what there was.
+    Default: v_proj (or else o_proj, or else every module with LoRA) in the last quarter of the blocks, by the model's
+    own depth. Raises TargetError if nothing is left, saying what there was.
     """
     places = {name: block_of(model, name) for name in names}
     chosen = [name for name, place in places.items() if _in_blocks(place, blocks)]
@@ -85,10 +85,11 @@ def choose_targets(
     targets = [name for name in chosen if kinds is None or _is_kind(name, kinds)]
     if not targets:
         depth = max((place[1] for place in places.values() if place), default=0)
+        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        where = f"blocks {list(blocks)}" if blocks is not None else "the last quarter"
         raise TargetError(
-            f"no target layer: modules {list(modules or ['v_proj'])} in blocks {list(blocks) if blocks else 'last quarter'}"
-            f" of {depth} match none of the {len(names)} modules with LoRA"
-            f" ({', '.join(sorted({n.rsplit('.', 1)[-1] for n in names}))}); choose others with target_modules, target_blocks"
+            f"no target layer: modules {list(modules or PREFERRED_TARGETS)} in {where} of {depth} blocks match none of the"
+            f" {len(names)} modules with LoRA ({there}); choose others with target_modules and target_blocks"
         )
     return targets
 

@@ -1,7 +1,7 @@
 """The optimisation: one forward for all tasks, one backward to the coefficients, AdamW, a bound; checkpoint and resume.
 
-The state of a run is ``lam``, the optimiser's moments and the step; batches are a function of the step. So a run that is
-interrupted anywhere and resumed ends where the uninterrupted one would, bit for bit where the arithmetic is.
+The state of a run is ``lam``, the optimiser's moments and the step; batches are a function of the step. So a run that
+is interrupted anywhere and resumed ends where the uninterrupted one would, bit for bit where the arithmetic is.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tens
     return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
 
 
-def _optimise(
-    run: _Run, forward: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool
-) -> None:
+def _optimise(run: _Run, forward: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool) -> None:
     bar = tqdm(total=steps, initial=run.step, desc="learning coefficients", unit="step", disable=not progress)
     saved = shown = time.perf_counter()
     with bar, _deferred_interrupts() as interrupted:
@@ -171,7 +169,9 @@ def _step(run: _Run, forward: Callable[[int], Tensor]) -> None:
 def _status(run: _Run) -> str:
     _require_finite(run)
     drift = (run.lam.detach() - (run.lower + run.upper) / 2).abs().nan_to_num(0).max()
-    return f"loss {run.losses[-1].item():.4f}, drift {drift.item():.3f} of {(run.upper - run.lower).max().item() / 2:.3f}"
+    return (
+        f"loss {run.losses[-1].item():.4f}, drift {drift.item():.3f} of {(run.upper - run.lower).max().item() / 2:.3f}"
+    )
 
 
 def _require_finite(run: _Run) -> None:

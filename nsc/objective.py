@@ -89,11 +89,11 @@ class NullSpaceObjective:
         task = batch.task.flatten()
 
         def watch(name: str, z: Tensor, u: Tensor) -> None:
-            rows = {"z": z.flatten(0, -2), "u": u.flatten(0, -2), "gram_inverse": self._grams[name]}
-            if rows["z"].shape[0] != task.numel():
-                raise TargetError(f"{name} saw {rows['z'].shape[0]} rows of a batch of {task.numel()}: not a target")
-            offsets = self.layers[name].offsets
-            seen[name] = measure(self.targets.index(name), task, **rows, adapter=task, offsets=offsets)
+            z, u = z.flatten(0, -2), u.flatten(0, -2)
+            if z.shape[0] != task.numel():
+                raise TargetError(f"{name} saw {z.shape[0]} rows of a batch of {task.numel()}: it cannot be a target")
+            rows = {"gram_inverse": self._grams[name], "adapter": task, "offsets": self.layers[name].offsets}
+            seen[name] = measure(self.targets.index(name), task, z=z, u=u, **rows)
             if len(seen) == len(self.targets):
                 raise _Stop
 

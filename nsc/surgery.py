@@ -16,8 +16,8 @@ from nsc_kernels import MergedLoRALinear
 def merged_layers(model: nn.Module, stack: Stack, lam: Tensor) -> Iterator[dict[str, MergedLoRALinear]]:
     """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, K).
 
-    The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to the
-    dtype and device of the layer that they join.
+    The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to
+    the dtype and device of the layer that they join.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
     layers = {
@@ -46,7 +46,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _merged_layer(linear: nn.Module, module: ModuleStack, row: Tensor) -> MergedLoRALinear:
-    weight = linear.weight
+    weight = next(linear.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     A, B = (t.to(device=weight.device, dtype=dtype) for t in (module.A, module.B))
     return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach())

@@ -1,0 +1,25 @@
+"""Merge LoRA adapters by Null-Space Compression, without labels, and prove what was written.
+
+result = nsc.merge(base, {"mnli": path, ...}, {"mnli": "mnli.jsonl", ...})
+result.save("merged")
+"""
+
+from nsc.adapters import Adapter, read_adapter
+from nsc.config import MergeConfig
+from nsc.errors import NSCError
+from nsc.inspection import format_inspection, inspect
+from nsc.merging import MergeResult, apply, merge
+from nsc_kernels import __version__
+
+__all__ = [
+    "Adapter",
+    "MergeConfig",
+    "MergeResult",
+    "NSCError",
+    "__version__",
+    "apply",
+    "format_inspection",
+    "inspect",
+    "merge",
+    "read_adapter",
+]

@@ -1,0 +1,5 @@
+"""``python -m nsc``."""
+
+from nsc.cli import app
+
+app()

@@ -1,0 +1,147 @@
+"""The command line: each command a few lines over the Python API."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="nsc",
+    help="Merge LoRA adapters by Null-Space Compression, without labels, and prove what was written.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Rank = Annotated[int | None, typer.Option(help="Truncate the merged adapter to this rank.")]
+Full = Annotated[bool, typer.Option("--full", help="Write the whole merged model instead of an adapter.")]
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
+    adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
+    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="JSONL, text or hub:NAME; repeat per task.")],
+    out: Annotated[Path, typer.Option(help="New folder for the result.")],
+    steps: Annotated[int, typer.Option(help="AdamW steps.")] = 500,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    start: Annotated[float, typer.Option(help="Every coefficient at step 0.")] = 0.4,
+    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
+    max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
+    max_drift: Annotated[float, typer.Option(help="How far a coefficient may move; below 0: no bound.")] = 0.15,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
+    target_module: Annotated[list[str] | None, typer.Option(help="Measure these modules; repeat.")] = None,
+    target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    rank: Rank = None,
+    full: Full = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted merge of OUT.")] = False,
+) -> None:
+    """Learn coefficients from unlabeled data, write the merge to OUT, and prove it by reloading."""
+    with _plain_errors():
+        from nsc.errors import NSCError
+        from nsc.merging import CHECKPOINT, partial_folder, refuse_existing
+        from nsc.merging import merge as run
+
+        refuse_existing(out)
+        if rank is not None and full:
+            raise NSCError("--rank truncates an adapter, --full writes a model: give one of them")
+        checkpoint = partial_folder(out) / CHECKPOINT
+        if checkpoint.exists() and not resume:
+            raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")
+        result = run(
+            base,
+            _pairs(adapter, "--adapter"),
+            _pairs(data, "--data"),
+            checkpoint=checkpoint,
+            resume=resume,
+            steps=steps,
+            lr=lr,
+            start=start,
+            batch_size=batch_size,
+            max_length=max_length,
+            max_drift=None if max_drift < 0 else max_drift,
+            weight_decay=weight_decay,
+            seed=seed,
+            target_modules=tuple(target_module) if target_module else None,
+            target_blocks=tuple(target_block) if target_block else None,
+            dtype=dtype,
+            device=device,
+        )
+        _finish(result.save(out, rank=rank, full=full), out)
+
+
+@app.command()
+def apply(
+    record: Annotated[Path, typer.Argument(help="The folder of an earlier merge.")],
+    out: Annotated[Path, typer.Option(help="New folder for the result.")],
+    adapter: Annotated[list[str] | None, typer.Option(metavar="TASK=PATH", help="Where it lies now, if moved.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base lies now, if moved.")] = None,
+    rank: Rank = None,
+    full: Full = False,
+) -> None:
+    """Replay a recorded merge without learning; the base is needed only for --full."""
+    with _plain_errors():
+        from nsc.merging import apply as run
+
+        result = run(record, adapters=_pairs(adapter or [], "--adapter"), base=base)
+        _finish(result.save(out, rank=rank, full=full), out)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[list[str], typer.Argument(help="PEFT folders or Hub ids.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Ranks, scales, targets, conditions, overlaps and unsupported features of adapters. No base model is read."""
+    with _plain_errors():
+        from dataclasses import asdict
+
+        from nsc.inspection import format_inspection
+        from nsc.inspection import inspect as run
+
+        reports = run(adapter)
+        text = (
+            json.dumps([asdict(r) for r in reports], default=str, indent=1) if as_json else format_inspection(reports)
+        )
+        typer.echo(text)
+
+
+def _finish(proof: Any, out: Path) -> None:
+    typer.echo(f"proof: {proof}\nwritten to {out}")
+
+
+def _pairs(values: Sequence[str], option: str) -> dict[str, str]:
+    from nsc.errors import NSCError
+
+    pairs: dict[str, str] = {}
+    for value in values:
+        task, equals, place = value.partition("=")
+        if not (task and equals and place):
+            raise NSCError(f"{option} {value!r} must read TASK=PLACE")
+        if task in pairs:
+            raise NSCError(f"{option} names task {task} twice")
+        pairs[task] = place
+    return pairs
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """User errors as one line and exit code 1; an interrupt says how to go on, with exit code 130."""
+    from nsc.errors import NSCError
+
+    try:
+        yield
+    except NSCError as error:
+        typer.echo(f"nsc: {error}", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("nsc: interrupted; the coefficients so far are saved, go on with --resume", err=True)
+        sys.exit(130)

@@ -1,0 +1,316 @@
+"""The main job: adapters and unlabeled rows in, a proven merge out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nsc import families
+from nsc.adapters import Adapter, read_adapter
+from nsc.config import MergeConfig
+from nsc.data import TextBatches, collate, read_texts, tokenize
+from nsc.errors import DataError, NameMismatch, NSCError
+from nsc.export import merged_factors, write_adapter, write_full_model
+from nsc.learn import learn
+from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
+from nsc.objective import Batch, NullSpaceObjective
+from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
+from nsc.record import Record
+from nsc.report import Report, describe_merge, describe_stack, draw_heat_map, vllm_rank
+from nsc.stack import Stack, stack_adapters, whitened
+from nsc.surgery import merged_layers
+
+CHECKPOINT = "checkpoint.pt"
+Source = str | Path | Sequence[str]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merge in memory.
+
+    coefficients: (M, K), rows ``modules``, columns ``tasks``.  report: what was decided and seen.  record: what replays
+    it.  adapters, stack: what was merged.  model, batch: the base and rows to compare outputs with, where there is one.
+    """
+
+    coefficients: Tensor
+    report: Report
+    record: Record
+    adapters: dict[str, Adapter]
+    stack: Stack
+    model: nn.Module | None = None
+    batch: Batch | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Rows of the coefficients."""
+        return self.stack.names
+
+    @property
+    def tasks(self) -> list[str]:
+        """Columns of the coefficients."""
+        return list(self.stack.tasks)
+
+    def save(self, out: str | Path, *, rank: int | None = None, full: bool = False) -> Proof:
+        """Write the merge to a new folder ``out`` and prove it by loading it back.
+
+        An adapter by exact concatenation, or truncated to ``rank``; or, with ``full``, the whole merged model. Beside
+        it: the record, the report, a model card, a heat map, and each task's own head under ``heads/``. Everything is
+        written to ``out.partial`` and moved into place only once proven. Raises NSCError if ``out`` exists or ``rank``
+        and ``full`` are both given, ProofError if what was reloaded is not what was merged.
+        """
+        out = Path(out)
+        if rank is not None and full:
+            raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
+        refuse_existing(out)
+        partial = partial_folder(out)
+        partial.mkdir(parents=True, exist_ok=True)
+        merge = Merge(
+            self.stack, self.coefficients, merged_factors(self.stack, self.coefficients, rank), self.record.prefix
+        )
+        if full:
+            write_full_model(partial, self.record.base, self.stack, self.coefficients)
+        else:
+            write_adapter(partial, merge.factors, self.record.prefix, self.record.base)
+        proof = self._prove(partial, merge, full)
+        truncation = {name: f.error for name, f in merge.factors.items()} if rank is not None and not full else {}
+        self._describe(partial, replace(self.report, truncation=truncation, proofs=[str(proof)]), full, rank)
+        (partial / CHECKPOINT).unlink(missing_ok=True)
+        os.replace(partial, out)
+        return proof
+
+    def _prove(self, folder: Path, merge: Merge, full: bool) -> Proof:
+        if full:
+            model, batch = self._with_base()
+            return prove_full_model(folder, merge, model, batch)
+        if self.model is None or self.batch is None:
+            return prove_files(folder, merge)
+        prove_files(folder, merge)
+        return prove_adapter(folder, merge, self.model, self.batch)
+
+    def _with_base(self) -> tuple[nn.Module, Batch]:
+        if self.model is not None and self.batch is not None:
+            return self.model, self.batch
+        model = families.load_body(self.record.base)
+        return model, _synthetic_batch(model)
+
+    def _describe(self, folder: Path, report: Report, full: bool, rank: int | None) -> None:
+        if rank is not None and not full:
+            report = replace(report, **_ranks_after(rank, report))
+        self.record.write(folder)
+        (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(report, full), encoding="utf-8")
+        draw_heat_map(folder / "coefficients.png", report)
+        for task, adapter in self.adapters.items():
+            if adapter.saved:
+                (folder / "heads").mkdir(exist_ok=True)
+                save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+
+
+def merge(
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    data: Mapping[str, Source],
+    config: MergeConfig | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> MergeResult:
+    """Learn one coefficient per layer and task for merging ``adapters`` on ``base``, from unlabeled ``data``.
+
+    base: folder or Hub id.  adapters: task -> PEFT folder or Hub id.  data: task -> JSONL or text file, ``hub:``
+    dataset, or texts.  settings: fields of MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state
+    while learning; with ``resume`` the run goes on from it. Raises a subclass of NSCError that says what is wrong and
+    where.
+    """
+    config = replace(config or MergeConfig(), **settings) if settings else config or MergeConfig()
+    torch.manual_seed(config.seed)
+    read = read_adapters(adapters)
+    texts = _read_data(data, read)
+    base = str(base)
+    model = families.load_body(base, config.dtype, config.device)
+    shapes = families.linear_shapes(model)
+    matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
+    stack = stack_adapters(read, matches, list(shapes))
+    targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
+    say = _printer(progress)
+    say(f"base {base}: {len(stack.names)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
+    for task, adapter in read.items():
+        say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(texts[task])} unlabeled samples")
+    batches, evaluation = _batches(base, model, texts, config)
+    lean = whitened(stack)
+    start = torch.full((len(stack.names), len(stack.tasks)), config.start)
+    before = _ratios(model, lean, targets, evaluation, start)
+    learned = learn(
+        model, lean, targets, batches, config, checkpoint=Path(checkpoint) if checkpoint else None, resume=resume,
+        identity=_identity(base, read, texts, targets, config), progress=progress,
+    )  # fmt: skip
+    after = _ratios(model, lean, targets, evaluation, learned.coefficients)
+    report = describe_merge(base, stack, targets, learned, before, after, config)
+    record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
+    say(report.summary())
+    return MergeResult(learned.coefficients, report, record, read, stack, model, evaluation)
+
+
+def apply(
+    folder: str | Path, *, adapters: Mapping[str, str | Path] | None = None, base: str | Path | None = None
+) -> MergeResult:
+    """The merge that ``folder`` records, without learning. The base's weights are read only to save the full model.
+
+    adapters: where a task's adapter lies now, if it moved.  base: likewise. Raises NSCError if an adapter is not the
+    one that was merged.
+    """
+    record = Record.read(Path(folder))
+    moved = dict(adapters or {})
+    unknown = sorted(set(moved) - set(record.adapters))
+    if unknown:
+        raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
+    record = replace(record, base=str(base) if base else record.base)
+    read = read_adapters({task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()})
+    for task, adapter in read.items():
+        if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
+            raise NSCError(
+                f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
+                " since; find the original, or merge anew"
+            )
+    matches = match_adapters(read, record.modules, [])
+    stack = stack_adapters(read, matches, list(record.modules))
+    report = describe_stack(record.base, stack, record.coefficients, record.start)
+    return MergeResult(record.coefficients, report, record, read, stack)
+
+
+def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
+    """Every adapter by task. Raises NSCError if there is none."""
+    if not adapters:
+        raise NSCError("no adapter given; a merge needs at least one")
+    return {task: read_adapter(path, task) for task, path in adapters.items()}
+
+
+def match_adapters(
+    adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], parameters: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Task -> adapter's module name -> base's. Raises NameMismatch for anything that has no place, or another shape."""
+    matches = {}
+    for task, adapter in adapters.items():
+        matches[task] = resolve(task, adapter.factors, shapes)
+        check_shapes(adapter, matches[task], shapes)
+        check_coverage(adapter, matches[task], shapes)
+        inside = [k for k, v in resolve_saved(task, adapter.saved, matches[task], parameters).items() if v]
+        if inside:
+            raise NameMismatch(
+                f"adapter {task}: modules_to_save holds {inside[0]}, a layer of the base itself; only task heads are"
+                " carried through, so merging would lose it; retrain with LoRA on that layer instead"
+            )
+    return matches
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """Of weights and scales together: either changes the merge."""
+    scales = {name: factors.scale for name, factors in sorted(adapter.factors.items())}
+    return hashlib.sha256((adapter.sha256 + json.dumps(scales)).encode()).hexdigest()
+
+
+def partial_folder(out: Path) -> Path:
+    """Where ``out`` is put together before it is moved into place."""
+    return out.with_name(out.name + ".partial")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise NSCError if ``out`` exists: nothing on disk is ever overwritten."""
+    if out.exists():
+        raise NSCError(f"{out} exists already; choose another folder, or move it away")
+
+
+def _read_data(data: Mapping[str, Source], adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    missing, extra = sorted(set(adapters) - set(data)), sorted(set(data) - set(adapters))
+    if missing or extra:
+        raise DataError(
+            f"data and adapters must name the same tasks: no data for {', '.join(missing) or 'none'},"
+            f" no adapter for {', '.join(extra) or 'none'}"
+        )
+    return {task: read_texts(data[task]) for task in adapters}
+
+
+def _batches(
+    base: str, model: nn.Module, texts: Mapping[str, list[str]], config: MergeConfig
+) -> tuple[TextBatches, Batch]:
+    """The learning batches, and one batch for the ratios before and after."""
+    tokenizer = families.load_tokenizer(base)
+    tokens = tokenize(tokenizer, texts, config.max_length)
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    causal = families.is_causal(model)
+    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal)
+    some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
+    evaluation = collate([ids for ids, _ in some], [k for _, k in some], pad_id, causal)
+    return batches, evaluation.to(next(model.parameters()).device)
+
+
+def _ratios(model: nn.Module, stack: Stack, targets: list[str], batch: Batch, lam: Tensor) -> Tensor:
+    with merged_layers(model, stack, lam.to(batch.weight.device)) as layers:
+        return NullSpaceObjective(model, layers, stack, targets).ratios(batch).cpu()
+
+
+def _record(
+    base: str, adapters: Mapping[str, Adapter], matches: Mapping[str, Mapping[str, str]], stack: Stack,
+    shapes: Mapping[str, tuple[int, int]], coefficients: Tensor, data: Mapping[str, Source], targets: list[str],
+    config: MergeConfig,
+) -> Record:  # fmt: skip
+    prefix = layout(matches.values())
+    if prefix is None:
+        prefix = max((layout([match]) or "" for match in matches.values()), key=len)
+    return Record(
+        base=base,
+        prefix=prefix,
+        start=config.start,
+        coefficients=coefficients,
+        modules={name: shapes[name] for name in stack.names},
+        adapters={t: {"path": str(a.path.resolve()), "fingerprint": fingerprint(a)} for t, a in adapters.items()},
+        data={t: str(d) if isinstance(d, (str, Path)) else f"{len(d)} texts given in Python" for t, d in data.items()},
+        targets=targets,
+        settings=config.to_dict(),
+    )
+
+
+def _identity(
+    base: str, adapters: Mapping[str, Adapter], texts: Mapping[str, list[str]], targets: list[str], config: MergeConfig
+) -> str:
+    """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("steps", "evaluation_samples")}
+    parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, texts, targets, settings]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _synthetic_batch(model: nn.Module) -> Batch:
+    """Seeded random tokens, for comparing outputs where no data is at hand."""
+    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    return collate(ids.tolist(), [0, 0], 0, causal=True).to(next(model.parameters()).device)
+
+
+def _ranks_after(rank: int, report: Report) -> dict[str, Any]:
+    merged = min(rank, report.merged_rank)
+    return {"merged_rank": merged, "vllm_max_lora_rank": vllm_rank(merged)}
+
+
+def _model_card(report: Report, full: bool) -> str:
+    library, kind = ("transformers", "model") if full else ("peft", "adapter")
+    head = f"---\nlibrary_name: {library}\nbase_model: {json.dumps(report.base)}\ntags:\n- merge\n- nsc\n---\n"
+    title = f"# A merged {kind}: {', '.join(report.tasks)}\n\nMerged by Null-Space Compression (arXiv 2603.26317)."
+    heads = "\nThe tasks' own heads, where they have any, are under `heads/`; `merge.yaml` replays this merge."
+    return f"{head}\n{title}{heads}\n\n{report.to_markdown()}\n\n![coefficients](coefficients.png)\n"
+
+
+def _printer(progress: bool) -> Any:
+    return (lambda text: tqdm.write(text, file=sys.stderr)) if progress else (lambda text: None)

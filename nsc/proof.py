@@ -1,0 +1,179 @@
+"""Proof by reload: what stock PEFT and transformers read back from disk is what was merged in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from nsc.adapters import read_adapter
+from nsc.errors import ProofError
+from nsc.export import MergedFactors, as_stack
+from nsc.families import DTYPE
+from nsc.objective import Batch
+from nsc.stack import Stack
+from nsc.surgery import merged_layers
+
+WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
+OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared. Errors are relative: weights to each update's largest entry, outputs to their norm.
+
+    outputs and effect are None where no base was at hand; effect is how far the merge moves the base's outputs.
+    """
+
+    what: str
+    modules: int
+    weights: float
+    outputs: float | None = None
+    effect: float | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.what}: {self.modules} modules reloaded, weights agree to {self.weights:.1e}"
+        if self.outputs is None:
+            return f"{line} (no base loaded: outputs not compared)"
+        return f"{line}, hidden states to {self.outputs:.1e} (the merge itself moves them by {self.effect:.1e})"
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """(rows, d) last hidden states of the rows that count, float64 on the CPU."""
+    states = model(**batch.inputs)[0]
+    return states[batch.weight > 0].double().cpu()
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What should have been written: the adapters, their coefficients (M, K), and the factors made of both."""
+
+    stack: Stack
+    coefficients: Tensor
+    factors: Mapping[str, MergedFactors]
+    prefix: str
+
+    def update(self, name: str) -> Tensor:
+        """(m, d) float64 on the CPU, straight from the adapters' own factors."""
+        row = self.coefficients[self.stack.names.index(name)]
+        return self.stack.modules[name].delta(row).cpu()
+
+    def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """``hidden_states`` of the merged model in memory; of the truncated one where a truncation was asked for."""
+        truncated = any(f.error for f in self.factors.values())
+        stack, lam = (
+            (as_stack(self.factors), torch.ones(len(self.factors), 1)) if truncated else (self.stack, self.coefficients)
+        )
+        with merged_layers(model, stack, lam.to(batch.weight.device)):
+            return hidden_states(model, batch)
+
+
+def prove_files(folder: Path, merge: Merge) -> Proof:
+    """Read the adapter back without any model: every update must be there, and nothing else."""
+    written = {name.removeprefix(merge.prefix): f for name, f in read_adapter(folder).factors.items()}
+    _same_names(set(written), set(merge.stack.names), "the adapter file")
+    updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
+    return Proof("adapter", len(written), _worst_update(updates, merge))
+
+
+def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
+    """Load the folder with stock PEFT onto the base: its own updates and hidden states must be those in memory."""
+    in_memory = merge.hidden_states(model, batch)
+    bare = hidden_states(model, batch)
+    with _loaded_by_peft(model, folder, merge.prefix) as layers:
+        _same_names(set(layers), set(merge.stack.names), "PEFT's model")
+        updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
+        weights = _worst_update(updates, merge)
+        outputs = hidden_states(model, batch)
+    return _proof("adapter", len(merge.factors), weights, in_memory, outputs, bare, _dtype(model))
+
+
+def prove_full_model(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
+    """Load the folder with stock transformers: changed and unchanged weights and hidden states must be the merge's."""
+    in_memory = merge.hidden_states(model, batch)
+    bare = hidden_states(model, batch)
+    loaded, info = AutoModel.from_pretrained(folder, **{DTYPE: _dtype(model)}, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ProofError(f"transformers found no weight for {', '.join(sorted(info['missing_keys'])[:3])} in {folder}")
+    loaded = loaded.eval().to(batch.weight.device)
+    loaded.config.use_cache = False
+    weights = max(_weight_error(n, p, model.get_parameter(n), merge) for n, p in loaded.named_parameters())
+    outputs = hidden_states(loaded, batch)
+    return _proof("full model", len(merge.stack.names), weights, in_memory, outputs, bare, _dtype(model))
+
+
+def _weight_error(name: str, written: Tensor, source: Tensor, merge: Merge) -> float:
+    """Relative to the largest weight; the checkpoint's dtype rounds once, and that is no error."""
+    module = name.removesuffix(".weight")
+    expected = source.double().cpu()
+    if module in merge.stack.modules:
+        expected = expected + merge.update(module)
+    rounding = torch.finfo(written.dtype).eps * expected.abs()
+    error = ((written.double().cpu() - expected).abs() - rounding).clamp_min(0).max()
+    relative = (error / expected.abs().max().clamp_min(1e-30)).item()
+    if not relative <= WEIGHT_TOLERANCE:
+        raise ProofError(f"{name} read back from disk differs from the merge by {relative:.1e} of its largest entry")
+    return relative
+
+
+@contextmanager
+def _loaded_by_peft(model: nn.Module, folder: Path, prefix: str) -> Iterator[dict[str, LoraLayer]]:
+    """PEFT's own layers, by their name in the body, while the adapter is on the model."""
+    shell: Any = model
+    for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
+        outer = nn.Module()
+        outer.add_module(part, shell)
+        shell = outer
+    peft_model = PeftModel.from_pretrained(shell, folder)
+    try:
+        yield {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    finally:
+        peft_model.unload()
+
+
+def _proof(
+    what: str, modules: int, weights: float, in_memory: Tensor, outputs: Tensor, bare: Tensor, dtype: torch.dtype
+) -> Proof:
+    error = ((outputs - in_memory).norm() / in_memory.norm()).item()
+    effect = ((bare - in_memory).norm() / in_memory.norm()).item()
+    if not error <= OUTPUT_TOLERANCE.get(dtype, 5e-2):
+        raise ProofError(
+            f"the {what} read back from disk computes something else than the merge in memory: hidden states differ by"
+            f" {error:.1e} of their norm (the whole merge moves them by {effect:.1e})"
+        )
+    return Proof(what, modules, weights, error, effect)
+
+
+def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
+    """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
+    worst = 0.0
+    for name, written in updates:
+        expected = merge.update(name)
+        distance = (written.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)
+        excess = max(0.0, distance.item() - merge.factors[name].error) if distance.isfinite() else distance.item()
+        if not excess <= WEIGHT_TOLERANCE:
+            raise ProofError(
+                f"the update of {name} read back from disk is {distance:.1e} of its norm away from the merge in memory"
+                f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
+            )
+        worst = max(worst, excess)
+    return worst
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _same_names(found: set[str], expected: set[str], where: str) -> None:
+    if found != expected:
+        lost, extra = sorted(expected - found)[:3], sorted(found - expected)[:3]
+        raise ProofError(f"{where} lacks {lost or 'nothing'} and has {extra or 'nothing'} beyond what was merged")

@@ -1,0 +1,239 @@
+"""What was decided, learned and written: tables for people, a dictionary for programs, a heat map for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc.config import PAPER_REACH, MergeConfig
+from nsc.learn import Learned
+from nsc.stack import Stack
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a reader of a merge wants to know. Lists run over tasks or modules, in the order of those fields.
+
+    ratio_before, ratio_after: per task, the mean null-space ratio over its targets.  conditions: per task, the worst
+    Gram. untrained: coefficients without gradient, left at the start.  bounded: those stopped by max_drift.
+    truncation: module -> relative error, where a rank was asked for.  proofs: what was reloaded and compared.
+    """
+
+    base: str
+    tasks: list[str]
+    modules: list[str]
+    coefficients: list[list[float]]
+    start: float
+    ranks: dict[str, str]
+    scales: dict[str, str]
+    conditions: dict[str, str]
+    merged_rank: int
+    vllm_max_lora_rank: int | None
+    targets: list[str] = field(default_factory=list)
+    ratio_before: list[float] = field(default_factory=list)
+    ratio_after: list[float] = field(default_factory=list)
+    ratios_by_target: dict[str, list[float]] = field(default_factory=dict)
+    untrained: list[str] = field(default_factory=list)
+    bounded: list[str] = field(default_factory=list)
+    max_drift: float = 0.0
+    drift_bound: float | None = None
+    steps: int = 0
+    loss: str = ""
+    seconds_per_step: float = 0.0
+    peak_memory_gib: float = 0.0
+    truncation: dict[str, float] = field(default_factory=dict)
+    proofs: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: facts, one table by task, one of all coefficients."""
+        return "\n\n".join([_facts(self), _task_table(self), *_warnings(self), _coefficient_table(self)])
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"  {line[2:]}" for line in _facts(self).splitlines()]
+        for k, task in enumerate(self.tasks):
+            if self.ratio_before:
+                lines.append(f"  {task}: null-space ratio {self.ratio_before[k]:.4f} -> {self.ratio_after[k]:.4f}")
+        return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
+
+
+def describe_stack(base: str, stack: Stack, coefficients: Tensor, start: float) -> Report:
+    """The part of a report that needs no learning: ranks, scales, conditions, coefficients."""
+    rank = max(sum(module.ranks) for module in stack.modules.values())
+    return Report(
+        base=base,
+        tasks=list(stack.tasks),
+        modules=stack.names,
+        coefficients=coefficients.tolist(),
+        start=start,
+        ranks={task: _span([m.ranks[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
+        scales={task: _span([m.scales[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
+        conditions={task: _worst_gram(stack, k) for k, task in _tasks(stack)},
+        merged_rank=rank,
+        vllm_max_lora_rank=vllm_rank(rank),
+        warnings=_gram_warnings(stack),
+    )
+
+
+def describe_merge(
+    base: str, stack: Stack, targets: list[str], learned: Learned, before: Tensor, after: Tensor, config: MergeConfig
+) -> Report:
+    """The whole report of a learned merge. before, after: (T, K) ratios, NaN where an adapter is absent."""
+    known = describe_stack(base, stack, learned.coefficients, config.start)
+    drift = (learned.coefficients - config.start).abs().max().item()
+    return Report(
+        **{
+            **asdict(known),
+            "targets": targets,
+            "ratio_before": before.nanmean(0).tolist(),
+            "ratio_after": after.nanmean(0).tolist(),
+            "ratios_by_target": dict(zip(targets, after.tolist(), strict=True)),
+            "untrained": _named(learned.frozen & stack.present, stack),
+            "bounded": _named(learned.bounded, stack),
+            "max_drift": drift,
+            "drift_bound": config.max_drift,
+            "steps": config.steps,
+            "loss": learned.interval,
+            "seconds_per_step": learned.seconds,
+            "peak_memory_gib": learned.peak_memory / 2**30,
+            "warnings": known.warnings + _drift_warnings(learned, drift, config),
+        }
+    )
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest max_lora_rank of vLLM that holds ``rank``; None if there is none."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def draw_heat_map(path: Path, report: Report) -> None:
+    """PNG of the coefficients, modules by tasks; cells without gradient are hatched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    table = torch.tensor(report.coefficients)
+    figure = Figure(figsize=(2.8 + 0.9 * len(report.tasks), 1.6 + 0.16 * len(report.modules)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    reach = max((table - report.start).abs().max().item(), 1e-6)
+    image = axes.imshow(table, aspect="auto", cmap="RdBu", vmin=report.start - reach, vmax=report.start + reach)
+    axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=45, ha="right")
+    axes.set_yticks(range(len(report.modules)), report.modules, fontsize=6)
+    axes.set_title(f"coefficients (start {report.start:g})")
+    untrained = set(report.untrained)
+    for m, module in enumerate(report.modules):
+        for k, task in enumerate(report.tasks):
+            if f"{module} ({task})" in untrained:
+                axes.add_patch(Rectangle((k - 0.5, m - 0.5), 1, 1, fill=False, hatch="///", lw=0, ec="0.6"))
+    figure.colorbar(image, shrink=0.6)
+    figure.savefig(path, dpi=120)
+
+
+def _facts(report: Report) -> str:
+    bound = "none" if report.drift_bound is None else f"{report.drift_bound:g}"
+    vllm = report.vllm_max_lora_rank or f"none: vLLM stops at {VLLM_RANKS[-1]}, export with a smaller rank"
+    lines = [f"- base: {report.base}", f"- merged rank: {report.merged_rank} (vLLM: max_lora_rank {vllm})"]
+    if report.targets:
+        lines += [
+            f"- targets ({len(report.targets)}): {', '.join(report.targets)}",
+            f"- {report.steps} steps, {report.seconds_per_step:.3f} s each, loss {report.loss}",
+            f"- largest drift from {report.start:g}: {report.max_drift:.4f} (bound {bound}; {len(report.bounded)} at it)",
+            f"- coefficients without gradient, left at {report.start:g}: {len(report.untrained)}",
+            f"- peak memory: {report.peak_memory_gib:.2f} GiB",
+        ]
+    if report.truncation:
+        name, error = max(report.truncation.items(), key=lambda item: item[1])
+        lines.append(f"- truncation: relative error at most {error:.3g} ({name})")
+    return "\n".join(lines + [f"- proof: {proof}" for proof in report.proofs])
+
+
+def _task_table(report: Report) -> str:
+    head = "| task | rank | scale | worst Gram | ratio before | ratio after |\n|---|---|---|---|---|---|"
+    rows = []
+    for k, task in enumerate(report.tasks):
+        ratios = [f"{column[k]:.4f}" if column else "" for column in (report.ratio_before, report.ratio_after)]
+        cells = [task, report.ranks[task], report.scales[task], report.conditions[task], *ratios]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, *rows])
+
+
+def _warnings(report: Report) -> list[str]:
+    return ["\n".join(f"- **warning**: {text}" for text in report.warnings)] if report.warnings else []
+
+
+def _coefficient_table(report: Report) -> str:
+    lines = [f"| module | {' | '.join(report.tasks)} |", "|---" * (len(report.tasks) + 1) + "|"]
+    untrained = set(report.untrained)
+    for module, row in zip(report.modules, report.coefficients, strict=True):
+        cells = [
+            f"{value:.4f}{' *' if f'{module} ({task})' in untrained else ''}"
+            for value, task in zip(row, report.tasks, strict=True)
+        ]
+        lines.append(f"| {module} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n\\* no gradient reaches it: at or after the last target, or adapter absent"
+
+
+def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list[str]:
+    warnings = []
+    if learned.bounded.any():
+        warnings.append(
+            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={config.max_drift:g}: the schedule"
+            " reaches further than the paper's, where a lower objective no longer means a better merge"
+        )
+    if drift > PAPER_REACH + 1e-6:
+        warnings.append(
+            f"a coefficient drifted {drift:.3f} from its start, past {PAPER_REACH:g}, the reach of the paper's schedules;"
+            " check the merge on real tasks: the objective alone cannot tell that it broke"
+        )
+    return warnings
+
+
+def _gram_warnings(stack: Stack) -> list[str]:
+    warnings = []
+    for k, task in _tasks(stack):
+        deficient = [n for n, m in stack.modules.items() if (g := m.grams[k]) is not None and g.rank < m.ranks[k]]
+        if deficient:
+            warnings.append(
+                f"adapter {task}: lora_A is rank-deficient in {len(deficient)} modules, first {deficient[0]}; its true row"
+                " space is used"
+            )
+    return warnings
+
+
+def _worst_gram(stack: Stack, k: int) -> str:
+    grams = [m.grams[k] for m in stack.modules.values()]
+    known = [g for g in grams if g is not None]
+    worst = max((g.condition for g in known if g.rank), default=float("inf"))
+    deficient = sum(g.rank < g.inverse.shape[0] for g in known)
+    return f"condition {worst:.3g}" + (f", {deficient} rank-deficient" if deficient else "")
+
+
+def _named(mask: Tensor, stack: Stack) -> list[str]:
+    return [f"{stack.names[m]} ({stack.tasks[k]})" for m, k in mask.nonzero().tolist()]
+
+
+def _tasks(stack: Stack) -> list[tuple[int, str]]:
+    return list(enumerate(stack.tasks))
+
+
+def _span(values: list[Any]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def conditions_table(stack: Stack) -> Mapping[str, list[float | None]]:
+    """Module -> condition of each task's ``A``, None where the adapter is absent."""
+    return {n: [g.condition if g is not None else None for g in m.grams] for n, m in stack.modules.items()}
