@@ -106,12 +106,12 @@ class _DifferentiableInverse(torch.autograd.Function):
     """G(A) with dA = -G (S + S') G A for an incoming S; exact on A's row space when A is rank-deficient."""
 
     @staticmethod
-    def forward(ctx, lora_A: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, lora_A: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(lora_A, inverse)
         return inverse.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         lora_A, inverse = ctx.saved_tensors
         grad = grad.to(inverse.dtype)
         return -(inverse @ (grad + grad.T) @ inverse @ lora_A.to(inverse.dtype)).to(lora_A.dtype), None
@@ -120,7 +120,9 @@ class _DifferentiableInverse(torch.autograd.Function):
 def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[GramFactor]:
     for position, a in zip(positions, lora_A, strict=True):
         if a.ndim != 2 or not a.is_floating_point():
-            raise ValueError(f"lora_A number {position} must be a floating (r, d) matrix, not {a.dtype} {tuple(a.shape)}")
+            raise ValueError(
+                f"lora_A number {position} must be a floating (r, d) matrix, not {a.dtype} {tuple(a.shape)}"
+            )
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, a in enumerate(lora_A):
         groups[(a.shape[0], a.device)].append(i)

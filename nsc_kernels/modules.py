@@ -23,7 +23,7 @@ class MergedLoRALinear(nn.Module):
     """``base`` plus K stacked adapters, weighted by ``lam``.
 
     base: any module mapping (..., d) to (..., m), left as it is.  lora_A: (R, d).  lora_B: (m, R).  ranks: r_k of each
-    adapter, R in sum, 0 where an adapter does not touch this layer.  scales: s_k, the LoRA alpha over r of each adapter.
+    adapter, R in sum, 0 where an adapter does not touch this layer.  scales: s_k, alpha over r, of each adapter.
     lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one.  watch: called with ``(z, u)`` in every
     forward, before the base layer runs. Raises ValueError when the shapes do not follow one another.
     """
