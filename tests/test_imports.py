@@ -1,0 +1,67 @@
+"""The direction of imports, and that the kernels import where there is no triton and no GPU."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "nsc_kernels").rglob("*.py"))
+DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
+HEAVY = {"families", "surgery", "export", "proof", "tracking"}  # the rooms that may know transformers and peft
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=name)
+def test_kernels_import_torch_triton_and_the_standard_library_only(path):
+    assert imported(path) <= {"torch", "triton", "nsc_kernels"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", DRIVER, ids=name)
+def test_driver_imports_no_test_example_or_benchmark(path):
+    assert not imported(path) & {"tests", "examples", "benchmarks", "pytest"}
+    if path.stem not in HEAVY:
+        assert not imported(path) & {"transformers", "peft"}
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_work_without_triton():
+    without = "import sys; sys.modules['triton'] = None; sys.modules['triton.language'] = None\n"
+    work = """
+import torch, nsc_kernels
+z, A = torch.randn(5, 8, requires_grad=True), torch.randn(2, 8)
+om = nsc_kernels.null_space_ratio(z, z @ A.T, nsc_kernels.GramCache().inverse(A))
+om.sum().backward()
+print(om.shape[0], bool(z.grad.any()))
+"""
+    assert run(without + work).split() == ["5", "True"]
+
+
+def test_kernels_do_not_pull_in_the_driver():
+    heavy = run("import sys, nsc_kernels; print([m for m in ('nsc', 'transformers', 'peft') if m in sys.modules])")
+    assert heavy.strip() == "[]"
+
+
+def test_both_packages_ship_their_types():
+    assert all((ROOT / package / "py.typed").is_file() for package in ("nsc", "nsc_kernels"))

@@ -1,0 +1,175 @@
+"""The loop: resume bit for bit, interrupts, the bound on drift, NaN, what a step allocates and writes."""
+
+import signal
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from tiny import linears, random_factors, tiny_llama, write_adapter
+
+import nsc.learn as learning
+from nsc.adapters import read_adapter
+from nsc.config import MergeConfig
+from nsc.data import TextBatches
+from nsc.errors import NonFiniteError, NSCError, ResumeError
+from nsc.learn import learn
+from nsc.stack import stack_adapters, whitened
+
+TARGETS = ["layers.3.self_attn.v_proj"]
+CONFIG = MergeConfig(steps=12, lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """(model, stack, batches) with two adapters on every v_proj."""
+    model = tiny_llama("AutoModel").requires_grad_(False).eval()
+    shapes = linears(model)
+    names = [name for name in shapes if name.endswith("v_proj")]
+    m, d = shapes[names[0]]
+    adapters = {
+        task: read_adapter(write_adapter(tmp_path_factory.mktemp(task), random_factors(names, d=d, m=m, seed=seed)), task)
+        for seed, task in enumerate(("a", "b"))
+    }
+    stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, list(shapes)))
+    generator = torch.Generator().manual_seed(0)
+    tokens = {
+        task: [torch.randint(3, 60, (length,), generator=generator).tolist() for length in (4, 7, 5)] for task in adapters
+    }
+    return model, stack, TextBatches(tokens, batch_size=2, pad_id=0)
+
+
+def run(setting, config=CONFIG, batches=None, **options):
+    model, stack, own = setting
+    return learn(model, stack, TARGETS, batches or own, config, progress=False, **options)
+
+
+class Killed(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_uninterrupted(setting, tmp_path, stop, number):
+    whole = run(setting)
+    calls = count()
+
+    def interrupting(step):
+        if next(calls) == stop + 1:  # one call is made before the loop
+            signal.raise_signal(number)
+        return setting[2](step)
+
+    checkpoint = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(setting, batches=interrupting, checkpoint=checkpoint)
+    assert torch.load(checkpoint)["step"] == stop + 1
+    resumed = run(setting, checkpoint=checkpoint, resume=True)
+    assert torch.equal(resumed.coefficients, whole.coefficients)
+    assert resumed.losses == whole.losses
+
+
+def test_killed_between_or_during_checkpoints_equals_uninterrupted(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "CHECKPOINT_SECONDS", -1)  # one after every step
+    whole, checkpoint, replace_file, saves = run(setting), tmp_path / "state.pt", learning.os.replace, count()
+
+    def die(*paths):
+        if next(saves) == 7:
+            raise Killed
+        replace_file(*paths)
+
+    monkeypatch.setattr(learning.os, "replace", die)
+    with pytest.raises(Killed):
+        run(setting, checkpoint=checkpoint)
+    assert torch.load(checkpoint)["step"] == 7
+    assert torch.equal(run(setting, checkpoint=checkpoint, resume=True).coefficients, whole.coefficients)
+
+
+def test_a_finished_run_can_be_continued_further(setting, tmp_path):
+    checkpoint = tmp_path / "state.pt"
+    run(setting, replace(CONFIG, steps=5), checkpoint=checkpoint)
+    longer = run(setting, checkpoint=checkpoint, resume=True)
+    assert torch.equal(longer.coefficients, run(setting).coefficients)
+
+
+def test_resume_refuses_what_is_missing_broken_or_of_another_merge(setting, tmp_path):
+    checkpoint = tmp_path / "state.pt"
+    with pytest.raises(ResumeError, match="nothing to resume"):
+        run(setting, checkpoint=checkpoint, resume=True)
+    run(setting, checkpoint=checkpoint, identity="one")
+    with pytest.raises(ResumeError, match="other adapters, data or settings"):
+        run(setting, checkpoint=checkpoint, resume=True, identity="another")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(ResumeError, match="cannot be read"):
+        run(setting, checkpoint=checkpoint, resume=True)
+
+
+def test_drift_is_bounded_and_the_bound_reported(setting):
+    learned = run(setting, replace(CONFIG, steps=40))
+    drift = (learned.coefficients - CONFIG.start).abs()
+    assert drift.max().item() == pytest.approx(0.15, abs=1e-6)
+    assert learned.bounded.any()
+    assert (drift[learned.bounded] > 0.1499).all() and (drift[~learned.bounded] < 0.15).all()
+    free = run(setting, replace(CONFIG, steps=40, max_drift=None))
+    assert (free.coefficients - CONFIG.start).abs().max() > 0.2 and not free.bounded.any()
+
+
+def test_the_objective_falls(setting):
+    learned = run(setting, replace(CONFIG, steps=40))
+    assert learned.losses[-1] < learned.losses[0]
+
+
+def test_coefficients_at_or_after_the_last_target_stay(setting):
+    learned = run(setting, replace(CONFIG, weight_decay=0.1))
+    assert learned.frozen.tolist() == [[False, False]] * 3 + [[True, True]]
+    assert (learned.coefficients[3] == CONFIG.start).all()
+    assert (learned.coefficients[:3] != CONFIG.start).all()
+
+
+def test_same_seed_same_result_other_seed_another(setting):
+    model, stack, batches = setting
+    other = run(setting, batches=replace(batches, seed=1))
+    assert torch.equal(run(setting).coefficients, run(setting).coefficients)
+    assert not torch.equal(run(setting).coefficients, other.coefficients)
+
+
+@pytest.mark.parametrize("first_bad", [0, 4])
+def test_nan_activations_are_named_and_never_saved(setting, tmp_path, monkeypatch, first_bad):
+    monkeypatch.setattr(learning, "CHECKPOINT_SECONDS", -1)
+    model, _, batches = setting
+    weight = model.get_input_embeddings().weight
+    clean, checkpoint = weight.data.clone(), tmp_path / "state.pt"
+
+    def poisoned(step):
+        if step == first_bad:
+            weight.data[batches(step).inputs["input_ids"][0, 0]] = float("nan")  # a token of task a
+        return batches(step)
+
+    try:
+        with pytest.raises(NonFiniteError, match=r"activations enter layers.3.self_attn.v_proj \(task a\)"):
+            run(setting, batches=poisoned, checkpoint=checkpoint)
+    finally:
+        weight.data.copy_(clean)
+    if first_bad:
+        assert torch.isfinite(torch.load(checkpoint)["lam"]).all()
+    else:
+        assert not checkpoint.exists()
+
+
+def test_only_the_coefficients_change(setting):
+    model, stack, _ = setting
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    factors = [module.A.clone() for module in stack.modules.values()]
+    run(setting)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(a, m.A) for a, m in zip(factors, stack.modules.values(), strict=True))
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_settings_are_checked_and_survive_a_round_trip():
+    config = MergeConfig(steps=3, target_modules=["v_proj"], max_drift=None)
+    assert MergeConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(NSCError, match="unknown setting stpes"):
+        MergeConfig.from_dict({"stpes": 3})
+    for wrong in ({"steps": -1}, {"lr": 0}, {"batch_size": 0}, {"max_drift": -0.1}):
+        with pytest.raises(NSCError, match=next(iter(wrong))):
+            MergeConfig(**wrong)

@@ -1,0 +1,90 @@
+"""MergedLoRALinear alone: values and gradients against the dense layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from nsc_kernels import MergedLoRALinear
+
+RANKS, SCALES = (2, 0, 3), (1.0, 5.0, 0.5)
+
+
+def make(dtype=torch.float64, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Linear(7, 6, bias=bias, dtype=dtype).requires_grad_(False)
+    A, B = (torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((5, 7), (6, 5)))
+    return base, A, B
+
+
+def dense(base, A, B, lam):
+    segments = zip(A.split(RANKS), B.split(RANKS, dim=1), SCALES, lam, strict=True)
+    return base.weight + sum(value * scale * b @ a for a, b, scale, value in segments)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (0, 7)])
+def test_forward_and_gradients_equal_the_dense_layer(shape, bias):
+    base, A, B = make(bias=bias)
+    lam = torch.tensor([0.3, 0.7, -0.4], dtype=torch.float64, requires_grad=True)
+    z = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam)
+    expected = nn.functional.linear(z, dense(base, A, B, lam), base.bias)
+    torch.testing.assert_close(layer(z), expected, rtol=0, atol=1e-12)
+    grad = torch.randn_like(expected)
+    mine = torch.autograd.grad(layer(z), (z, lam), grad)
+    theirs = torch.autograd.grad(expected, (z, lam), grad)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert mine[1][1] == 0  # absent adapter
+
+
+def test_gradcheck():
+    base, A, B = make()
+    lam = torch.tensor([0.3, 0.7, -0.4], dtype=torch.float64, requires_grad=True)
+    z = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, lam: MergedLoRALinear(base, A, B, RANKS, SCALES, lam)(z), (z, lam))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_stays_within_twice_torchs_own_error(dtype):
+    base, A, B = make(dtype)
+    lam, z = torch.tensor([0.3, 0.7, -0.4]), torch.randn(64, 7, dtype=dtype)
+    exact = dense(base.double(), A.double(), B.double(), lam.double())
+    oracle = nn.functional.linear(z.double(), exact, base.bias)
+    base = base.to(dtype)  # back: its values came from this dtype
+    torchs = nn.functional.linear(z, exact.to(dtype), base.bias)
+    mine = MergedLoRALinear(base, A, B, RANKS, SCALES, lam)(z)
+    assert mine.dtype == dtype
+    assert (mine.double() - oracle).abs().max() <= 2 * (torchs.double() - oracle).abs().max() + 1e-6
+
+
+def test_a_trainable_lam_is_a_parameter_and_factors_are_not():
+    base, A, B = make()
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lam"]
+    assert set(layer.state_dict()) == {"lam", "base.weight", "base.bias"}
+
+
+def test_autocast_keeps_the_coefficients_in_float32():
+    base, A, B = make(torch.float32)
+    lam = torch.tensor([0.3, 0.7, -0.4], requires_grad=True)
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(torch.randn(4, 7))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and lam.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora_B": torch.zeros(6, 4)}, "must be"),
+        ({"ranks": (2, 2)}, "add up to 4"),
+        ({"scales": (1.0,)}, "one length K"),
+        ({"lam": torch.ones(2)}, "one length K"),
+    ],
+)
+def test_shapes_that_do_not_follow_are_refused(change, says):
+    base, A, B = make()
+    arguments = {"lora_A": A, "lora_B": B, "ranks": RANKS, "scales": SCALES, "lam": torch.ones(3)} | change
+    with pytest.raises(ValueError, match=says):
+        MergedLoRALinear(base, **arguments)

@@ -1,0 +1,151 @@
+"""Tiny models and adapters, made in milliseconds. transformers and peft are imported only where they are used."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # module -> A (r, d), B (m, r)
+
+LLAMA = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+WORDS = [f"word{i}" for i in range(LLAMA["vocab_size"] - 4)]
+VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=8, patch_size=4
+)
+
+
+def random_factors(names: Iterable[str], r: int = 4, d: int = 32, m: int = 32, seed: int = 0) -> Factors:
+    """Random A (r, d) and B (m, r) for every module name."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: (torch.randn(r, d, generator=generator), torch.randn(m, r, generator=generator)) for name in names}
+
+
+def write_adapter(
+    path: Path,
+    factors: Factors,
+    r: int = 4,
+    alpha: float = 8,
+    saved: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Tensor] | None = None,  # stored under exactly these keys
+    **config: Any,
+) -> Path:
+    """A PEFT adapter folder written by hand; ``config`` overrides or adds fields, ``saved`` goes to modules_to_save."""
+    tensors = {}
+    for name, (A, B) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    tensors |= {f"base_model.model.{name}": tensor for name, tensor in (saved or {}).items()} | dict(extra or {})
+    settings = {
+        "peft_type": "LORA", "base_model_name_or_path": "tiny", "r": r, "lora_alpha": alpha, "use_rslora": False,
+        "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "fan_in_fan_out": False,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in factors}), "task_type": None,
+        "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in saved}) if saved else None,
+    }  # fmt: skip
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(settings | config))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / "adapter_model.safetensors")
+    return path
+
+
+def peft_adapter(path: Path, model: nn.Module, seed: int = 0, **lora: Any) -> Path:
+    """An adapter made and saved by PEFT itself, with random B; ``model`` carries the LoRA layers afterwards."""
+    import peft
+
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    wrapped.save_pretrained(path)
+    return path
+
+
+def tiny_llama(kind: str = "AutoModel", seed: int = 0, **config: Any) -> nn.Module:
+    """A random LLaMA; ``kind`` is AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification..."""
+    import transformers
+
+    return _from_config(getattr(transformers, kind), transformers.LlamaConfig(**(LLAMA | config)), seed)
+
+
+def tiny_vit(kind: str = "AutoModel", seed: int = 0, **config: Any) -> nn.Module:
+    """A random ViT; ``kind`` is AutoModel or AutoModelForImageClassification."""
+    import transformers
+
+    return _from_config(getattr(transformers, kind), transformers.ViTConfig(**(VISION | config)), seed)
+
+
+def tiny_llava(kind: str = "AutoModelForImageTextToText", seed: int = 0) -> nn.Module:
+    """A random LLaVA with a LLaMA text model and a CLIP image tower."""
+    import transformers
+
+    text, vision = transformers.LlamaConfig(**LLAMA), transformers.CLIPVisionConfig(**VISION)
+    return _from_config(
+        getattr(transformers, kind), transformers.LlavaConfig(text_config=text, vision_config=vision), seed
+    )
+
+
+def linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Linear modules of a model -> (out_features, in_features)."""
+    return {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def save_base(
+    path: Path,
+    kind: str = "AutoModelForCausalLM",
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **config: Any,
+) -> Path:
+    """A random LLaMA with a tokenizer over WORDS, as a folder that the Auto classes load."""
+    model = tiny_llama(kind, **({"initializer_range": 0.2} | config)).to(dtype)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    save_tokenizer(path)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """A word-level tokenizer over WORDS, without special tokens in its output."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """Apply ``change`` to the tensors of a safetensors file on disk, keeping its metadata."""
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    tensors = load(file.read_bytes())  # from memory: the file is about to be written over
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)
+    return file
+
+
+def dense_updates(adapter: Path, kind: str = "AutoModelForCausalLM") -> dict[str, Tensor]:
+    """Body module -> scale * B @ A in float64, with factors and scale as PEFT itself loads them."""
+    import peft
+
+    model = peft.PeftModel.from_pretrained(tiny_llama(kind), adapter)
+    updates = {}
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            A, B = (side["default"].weight.detach().double() for side in (layer.lora_A, layer.lora_B))
+            updates[name.removeprefix("model.")] = layer.scaling["default"] * B @ A
+    return updates
+
+
+def _from_config(auto: Any, config: Any, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return auto.from_config(config).eval()
