@@ -18,7 +18,7 @@ check: $(VENV)/test          ## style and types
 	$(BIN)/mypy
 
 interpret: $(VENV)/test      ## the op tests on the Triton kernels themselves, interpreted on the CPU
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_null_space_ratio.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_null_space_ratio.py tests/test_null_space_laws.py
 
 aot: $(VENV)/test            ## compile every kernel for every target; registers, shared memory, spills
 	$(RUN) -m nsc_kernels.aot

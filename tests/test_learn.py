@@ -28,13 +28,16 @@ def setting(tmp_path_factory):
     names = [name for name in shapes if name.endswith("v_proj")]
     m, d = shapes[names[0]]
     adapters = {
-        task: read_adapter(write_adapter(tmp_path_factory.mktemp(task), random_factors(names, d=d, m=m, seed=seed)), task)
+        task: read_adapter(
+            write_adapter(tmp_path_factory.mktemp(task), random_factors(names, d=d, m=m, seed=seed)), task
+        )
         for seed, task in enumerate(("a", "b"))
     }
     stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, list(shapes)))
     generator = torch.Generator().manual_seed(0)
     tokens = {
-        task: [torch.randint(3, 60, (length,), generator=generator).tolist() for length in (4, 7, 5)] for task in adapters
+        task: [torch.randint(3, 60, (length,), generator=generator).tolist() for length in (4, 7, 5)]
+        for task in adapters
     }
     return model, stack, TextBatches(tokens, batch_size=2, pad_id=0)
 

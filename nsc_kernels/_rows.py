@@ -1,0 +1,73 @@
+"""What the torch side of several ops shares: rows, their segments, and the refusals at the public boundary."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of them is, else float32: the dtype of sums and of what is made of them."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` if its last dimension is contiguous, as the kernels need it, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def row_inverses(z: Tensor) -> Tensor:
+    """(n, d) -> (n,): 1/|z|; 0 for a zero row, NaN for one that is not finite. Scaled, so that no square overflows."""
+    tiny = torch.finfo(z.dtype).tiny
+    peak = z.abs().amax(-1, keepdim=True).clamp(tiny, 1 / tiny)
+    norm = (z / peak).square().sum(-1).sqrt() * peak.squeeze(-1)
+    inverse = torch.where(norm <= 1 / tiny, 1 / norm, math.nan)
+    return torch.where(norm < tiny, 0.0, inverse)
+
+
+def row_segments(
+    u: Tensor, adapter: Tensor | None, offsets: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(n, R): the columns that a row is measured by, none in rows of weight 0; (n,): False where no such adapter is."""
+    live = u.new_ones(u.shape[0], dtype=torch.bool) if weight is None else weight != 0
+    columns = torch.arange(u.shape[1], device=u.device)
+    if adapter is None or offsets is None:
+        return live[:, None] & (columns >= 0), torch.ones_like(live)
+    last = offsets.shape[0] - 2
+    known = (adapter >= 0) & (adapter <= last)
+    segment = torch.where(known, adapter, 0).long()
+    inside = (columns >= offsets[segment, None]) & (columns < offsets[segment + 1, None])
+    return inside & (live & known)[:, None], known | ~live
+
+
+def expect(name: str, x: Tensor, shape: Sequence[int], meaning: str, like: Tensor, *, integer: bool = False) -> None:
+    """Refuse an argument, naming it, unless it has this shape, the device of ``like`` and the right kind of dtype.
+
+    Raises:
+        ValueError: with the remedy. Looks at metadata only, so it never waits for a device.
+    """
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} but z is on {like.device}; move it there first")
+    if integer and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        raise ValueError(f"{name} must hold integers, got {x.dtype}; convert it with .long()")
+    if not integer and not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, {meaning}, got {tuple(x.shape)}")
+
+
+def expect_segments(adapter: Tensor | None, offsets: Tensor | None, z: Tensor) -> None:
+    """Refuse a row-to-adapter map that is not one integer a row of ``z``, with the adapters' (K + 1,) column offsets.
+
+    Raises:
+        ValueError: as ``expect``, and if only one of the two is given.
+    """
+    if adapter is None and offsets is None:
+        return
+    if adapter is None or offsets is None:
+        raise ValueError("adapter and offsets go together: pass both, or neither for a single adapter")
+    expect("adapter", adapter, z.shape[:-1], "one index for each row of z", z, integer=True)
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets must be (K + 1,) for K >= 1 adapters, 0 first, got shape {tuple(offsets.shape)}")
+    expect("offsets", offsets, offsets.shape, "ascending from 0 to the columns of u", z, integer=True)
