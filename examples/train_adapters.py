@@ -1,0 +1,131 @@
+"""Train one LoRA adapter per task of tasks.py on SmolLM2-135M-Instruct: minutes each on one CPU core.
+
+    python examples/smollm2.py BASE
+    python examples/train_adapters.py --base BASE --out examples/adapters
+
+The time decides the number of steps, so a faster machine trains better ones.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from evaluate import batches, score, tokenize
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from smollm2 import NAME
+from tasks import TASKS, Row, Split, Task, load
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+LEARNING_RATE, WARMUP, BATCH = 6e-4, 0.05, 48
+
+
+def build(base: Path, task: Task) -> PeftModel:
+    """A classifier with a LoRA: the frozen base in bfloat16, what is trained in float32."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=task.num_labels, dtype=torch.bfloat16)
+    # PEFT saves the head ("score") of a SEQ_CLS model with the adapter
+    model = get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], minutes: float) -> int:
+    """Train for ``minutes``, the learning rate falling to zero over them, and return the number of steps."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    start, losses = time.monotonic(), []
+    for texts, labels in shuffled(rows, random.Random(0)):
+        progress = (time.monotonic() - start) / (60 * minutes)
+        if progress >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(progress / WARMUP, 1) * (1 - progress)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**tokenize(tokenizer, texts)).logits
+        loss = loss_of(task, logits.float(), torch.tensor(labels))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if len(losses) % 25 == 0:
+            print(f"{task.name}  step {len(losses)}  {progress:.0%}  loss {sum(losses[-25:]) / 25:.3f}", flush=True)
+    return len(losses)
+
+
+def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy for classes, mean squared error for a number."""
+    return F.cross_entropy(logits, labels.long()) if task.metric == "accuracy" else F.mse_loss(logits[:, 0], labels)
+
+
+def shuffled(rows: list[Row], rng: random.Random) -> Iterator[tuple[list[str], list[float]]]:
+    """Batches without end; each of texts of like length, so that little is padding."""
+    while True:
+        for chunk_start in range(0, len(order := rng.sample(rows, len(rows))), 16 * BATCH):
+            chunk = sorted(order[chunk_start : chunk_start + 16 * BATCH], key=lambda row: len(row[0]))
+            chunk_batches = list(batches(chunk, BATCH))
+            yield from rng.sample(chunk_batches, len(chunk_batches))
+
+
+def report(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, split: Split) -> dict[str, object]:
+    """The score on the test rows beside the floor: what the best constant answer gets."""
+    classifier = model.eval().get_base_model()
+    head = classifier.score.modules_to_save["default"].weight
+    value = score(classifier.model, tokenizer, task.metric, split.test, head)
+    most_common = Counter(label for _, label in split.test).most_common(1)[0][1]
+    floor = most_common / len(split.test) if task.metric == "accuracy" else 0.0
+    return {
+        "task": task.name, "metric": task.metric, "value": round(value, 4), "floor": round(floor, 4),
+        "n_train": len(split.train), "n_test": len(split.test), "mean": split.mean, "std": split.std,
+    }  # fmt: skip
+
+
+def save(model: PeftModel, out: Path, metrics: dict[str, object]) -> None:
+    """Write the adapter, in float16, and its metrics; nothing else."""
+    shutil.rmtree(out, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = NAME
+    model.save_pretrained(out, save_embedding_layers=False)  # "auto" would ask the hub for the base
+    (out / "README.md").unlink(missing_ok=True)
+    weights = out / "adapter_model.safetensors"
+    save_file({name: t.half() for name, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def train_adapter(base: Path, out: Path, task: Task, minutes: float) -> None:
+    """Train, score and save the adapter of one task."""
+    torch.manual_seed(list(TASKS).index(task.name))  # one seed for all would give every adapter the same row space
+    tokenizer, split = AutoTokenizer.from_pretrained(base), load(task)
+    model = build(base, task)
+    start = time.monotonic()
+    steps = train(model, tokenizer, task, split.train, minutes)
+    seconds = round(time.monotonic() - start)
+    metrics = report(model, tokenizer, task, split) | {"steps": steps, "seconds": seconds}
+    save(model, out / task.name, metrics)
+    print(metrics, flush=True)
+
+
+def main() -> None:
+    """Train the tasks named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="folder written by smollm2.py")
+    parser.add_argument("--out", type=Path, required=True, help="one folder per task is written here")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--minutes", type=float, default=5.5, help="per task")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.task:
+        train_adapter(args.base, args.out, TASKS[name], args.minutes)
+
+
+if __name__ == "__main__":
+    main()
