@@ -27,7 +27,9 @@ bench: $(VENV)/test          ## benchmarks of this machine, into benchmarks/resu
 	$(RUN) benchmarks/record.py
 
 gpu:                         ## CUDA tests and benchmarks with the python3 at hand; writes benchmarks/results/<gpu>.json
-	PYTHONPATH=$(CURDIR) python3 benchmarks/gpu.py
+	python3 -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU that python3 can see'"
+	PYTHONPATH=$(CURDIR) python3 -m pytest tests -k "cuda or null_space"
+	PYTHONPATH=$(CURDIR) python3 benchmarks/record.py
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -64,7 +64,7 @@ def read_batch(path: Path, tasks: int, padding_counts: bool, dtype: torch.dtype)
 
 
 def tolerances(dtype: torch.dtype) -> dict[str, float]:
-    """The manifest's. In float64 its note holds: unpatched, HF's RMSNorm stays in float32 and costs 1e-7 in the ratio."""
+    """The manifest's. In float64, by its note, HF's RMSNorm stays in float32 and costs 1e-7 in the ratio."""
     suggested = MANIFEST["suggested_tolerances"]
     if dtype == torch.float32:
         return suggested["float32"]

@@ -7,6 +7,7 @@ from itertools import count
 import pytest
 import torch
 from tiny import linears, random_factors, tiny_llama, write_adapter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsc.learn as learning
 from nsc.adapters import read_adapter
@@ -14,7 +15,9 @@ from nsc.config import MergeConfig
 from nsc.data import TextBatches
 from nsc.errors import NonFiniteError, NSCError, ResumeError
 from nsc.learn import learn
+from nsc.objective import NullSpaceObjective
 from nsc.stack import stack_adapters, whitened
+from nsc.surgery import merged_layers, set_coefficients
 
 TARGETS = ["layers.3.self_attn.v_proj"]
 CONFIG = MergeConfig(steps=12, lr=1e-2)
@@ -129,7 +132,7 @@ def test_coefficients_at_or_after_the_last_target_stay(setting):
 
 
 def test_same_seed_same_result_other_seed_another(setting):
-    model, stack, batches = setting
+    batches = setting[2]
     other = run(setting, batches=replace(batches, seed=1))
     assert torch.equal(run(setting).coefficients, run(setting).coefficients)
     assert not torch.equal(run(setting).coefficients, other.coefficients)
@@ -176,3 +179,35 @@ def test_settings_are_checked_and_survive_a_round_trip():
     for wrong in ({"steps": -1}, {"lr": 0}, {"batch_size": 0}, {"max_drift": -0.1}):
         with pytest.raises(NSCError, match=next(iter(wrong))):
             MergeConfig(**wrong)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes every operator that makes the host wait for a device: reading a scalar, or a data-dependent shape."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.split(".")[0] in self.WAITING:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_reads_from_the_device(setting):
+    model, stack, batches = setting
+    lam = torch.full((len(stack.names), 2), 0.4, requires_grad=True)
+    batch = batches(0)
+    with merged_layers(model, stack, lam.detach()) as layers:
+        objective = NullSpaceObjective(model, layers, stack, TARGETS)
+        objective.loss(batch)  # what a model caches on its first forward is not part of a step
+        with HostReads() as reads:
+            set_coefficients(layers, lam)
+            objective.loss(batch).backward()
+            with torch.no_grad():
+                lam.clamp_(lam - 1, lam + 1)
+            inside = list(reads.seen)
+            lam.sum().item()
+    assert inside == [] and reads.seen == ["_local_scalar_dense.default"]

@@ -68,9 +68,11 @@ def plain_objective(model, stack: Stack, lam: torch.Tensor, batch: Batch, target
     total = lam.new_zeros(())
     for k in range(len(stack.tasks)):
         mine = batch.task[:, 0] == k
-        seen = {}
+        seen: dict[str, torch.Tensor] = {}
         hooks = [
-            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name, seen=seen: seen.update({name: args[0]})
+            )
             for name in targets
         ]
         torch.func.functional_call(model, weights, (), {key: v[mine] for key, v in batch.inputs.items()})
