@@ -45,7 +45,7 @@ def merge(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted merge of OUT.")] = False,
 ) -> None:
     """Learn coefficients from unlabeled data, write the merge to OUT, and prove it by reloading."""
-    with _plain_errors():
+    with _plain_errors(out):
         from nsc.errors import NSCError
         from nsc.merging import CHECKPOINT, partial_folder, refuse_existing
         from nsc.merging import merge as run
@@ -85,14 +85,19 @@ def apply(
     adapter: Annotated[list[str] | None, typer.Option(metavar="TASK=PATH", help="Where it lies now, if moved.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if moved.")] = None,
     rank: Rank = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Do not truncate, even if the recorded merge was.")] = False,
     full: Full = False,
 ) -> None:
-    """Replay a recorded merge without learning; the base is needed only for --full."""
+    """Replay a recorded merge, at the recorded rank, without learning; the base is needed only for --full."""
     with _plain_errors():
+        from nsc.errors import NSCError
         from nsc.merging import apply as run
 
+        if (rank is not None) + exact + full > 1:
+            raise NSCError("--rank, --exact and --full exclude one another: give one of them")
         result = run(record, adapters=_pairs(adapter or [], "--adapter"), base=base)
-        _finish(result.save(out, rank=rank, full=full), out)
+        kept = result.record.rank if rank is None and not (exact or full) else rank
+        _finish(result.save(out, rank=kept, full=full), out)
 
 
 @app.command()
@@ -133,8 +138,8 @@ def _pairs(values: Sequence[str], option: str) -> dict[str, str]:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """User errors as one line and exit code 1; an interrupt says how to go on, with exit code 130."""
+def _plain_errors(out: Path | None = None) -> Iterator[None]:
+    """User errors in words and exit code 1; an interrupt says how to go on with ``out``, with exit code 130."""
     from nsc.errors import NSCError
 
     try:
@@ -143,5 +148,9 @@ def _plain_errors() -> Iterator[None]:
         typer.echo(f"nsc: {error}", err=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        typer.echo("nsc: interrupted; the coefficients so far are saved, go on with --resume", err=True)
+        from nsc.merging import CHECKPOINT, partial_folder
+
+        saved = out is not None and (partial_folder(out) / CHECKPOINT).exists()
+        remedy = "the coefficients so far are saved, go on with --resume" if saved else "nothing was saved"
+        typer.echo(f"nsc: interrupted; {remedy}", err=True)
         sys.exit(130)

@@ -42,8 +42,7 @@ def read_texts(source: str | Path | Sequence[str]) -> list[str]:
     """
     if not isinstance(source, (str, Path)):
         return _not_empty([str(text) for text in source], "the given texts")
-    place, _, field_list = str(source).partition("#")
-    names = tuple(field_list.split("+")) if field_list else None
+    place, names = _place_and_fields(str(source))
     if place.startswith("hub:"):
         return _not_empty(_read_hub(place, names), place)
     path = Path(place)
@@ -125,6 +124,14 @@ def _permutation(key: str, count: int) -> list[int]:
     return order
 
 
+def _place_and_fields(source: str) -> tuple[str, tuple[str, ...] | None]:
+    """``FILE#field+field`` in two. A number sign within the path itself stays there."""
+    place, _, fields = source.rpartition("#")
+    if not place or "/" in fields or Path(source).is_file():
+        return source, None
+    return place, tuple(fields.split("+")) if fields else None
+
+
 def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
     texts = []
     for number, line in enumerate(_lines(path), start=1):
@@ -139,8 +146,9 @@ def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
+    """By newlines alone: ``splitlines`` would also break at U+2028 and others, which JSON strings may hold."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
 
@@ -167,7 +175,10 @@ def _text_of(row: Any, names: tuple[str, ...] | None, where: str) -> str:
         raise DataError(
             f"{where} has the fields {', '.join(row)}, not the expected text; name them as in FILE#field+field"
         )
-    return "\n".join(str(row[f]) for f in chosen)
+    nested = [f for f in chosen if not isinstance(row[f], (str, int, float, type(None)))]
+    if nested:
+        raise DataError(f"{where}: field {nested[0]} holds a {type(row[nested[0]]).__name__}, not text")
+    return "\n".join(str(row[f]) for f in chosen if row[f] is not None)
 
 
 def _not_empty(texts: list[str], where: str) -> list[str]:

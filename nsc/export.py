@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def write_adapter(folder: Path, factors: Mapping[str, MergedFactors], prefix: st
         base_model_name_or_path=base,
         inference_mode=True,
     )
+    config.target_modules = sorted(ranks)  # LoraConfig made a set of it, whose order is another in every process
     config.save_pretrained(folder)
     tensors = {}
     for name, f in factors.items():
@@ -89,10 +90,7 @@ def write_full_model(folder: Path, base: str, stack: Stack, coefficients: Tensor
     safetensors checkpoint or a merged layer is not in it.
     """
     source = checkpoint_folder(base)
-    shards = [source / name for name in _shard_names(source)]
-    shapes = {key: shape for shard in shards for key, shape in _matrix_shapes(shard)}
-    stored = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
-    places = {f"{place}.weight": name for name, place in resolve("merged", stack.names, stored).items()}
+    shards, places = merged_places(source, stack.names)
     rows = dict(zip(stack.names, coefficients, strict=True))
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
@@ -105,6 +103,14 @@ def write_full_model(folder: Path, base: str, stack: Stack, coefficients: Tensor
     for file in source.iterdir():
         if file.is_file() and file.suffix not in WEIGHT_FILES and file.name.lower() not in OWN_FILES:
             shutil.copyfile(file, folder / file.name)
+
+
+def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """The shards of a checkpoint, and the key of each merged layer's weight -> its name in the body."""
+    shards = [source / name for name in _shard_names(source)]
+    shapes = {key: shape for shard in shards for key, shape in _matrix_shapes(shard)}
+    stored = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
+    return shards, {f"{place}.weight": name for name, place in resolve("merged", names, stored).items()}
 
 
 def checkpoint_folder(base: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -25,9 +26,15 @@ def load_body(base: str, dtype: str = "auto", device: str = "auto") -> nn.Module
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         precision = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = AutoModel.from_pretrained(base, **{DTYPE: precision})
-    except (OSError, ValueError, AttributeError) as error:
+        model, info = AutoModel.from_pretrained(base, **{DTYPE: precision}, output_loading_info=True)
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
+    lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
+    if lost:
+        raise NSCError(
+            f"base {base!r} has no weights for {', '.join(lost[:3])}{' and more' * (len(lost) > 3)}: transformers would"
+            " fill them at random; fetch the base again, or give the model that its config describes"
+        )
     model.config.use_cache = False  # nothing is generated: a key-value cache would only hold memory
     return model.requires_grad_(False).eval().to(place)
 
@@ -88,8 +95,8 @@ def choose_targets(
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         where = f"blocks {list(blocks)}" if blocks is not None else "the last quarter"
         raise TargetError(
-            f"no target layer: modules {list(modules or PREFERRED_TARGETS)} in {where} of {depth} blocks match none of the"
-            f" {len(names)} modules with LoRA ({there}); choose others with target_modules and target_blocks"
+            f"no target layer: modules {list(modules or PREFERRED_TARGETS)} in {where} of {depth} blocks match none of"
+            f" the {len(names)} modules with LoRA ({there}); choose others with target_modules and target_blocks"
         )
     return targets
 

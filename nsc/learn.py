@@ -96,11 +96,15 @@ def learn(
         run = _start(lam, frozen, config, identity)
         if resume:
             _load(run, checkpoint)
+            if run.step > config.steps:
+                past = f"is at step {run.step}, past the {config.steps} that were asked for"
+                raise ResumeError(f"checkpoint {checkpoint} {past}; ask for at least as many, or remove it")
         started, first = time.perf_counter(), run.step
         try:
             _optimise(run, forward, config.steps, checkpoint, progress)
         except NonFiniteError as error:
-            set_coefficients(layers, lam.detach())
+            start = torch.full_like(lam, config.start)  # a NaN coefficient would spread to tasks that are sound
+            set_coefficients(layers, torch.where(lam.isfinite().all(), lam, start).detach())
             raise _blame(objective, batches, run, error) from error
         seconds = (time.perf_counter() - started) / max(1, config.steps - first)
     return _learned(run, config, seconds)
@@ -117,6 +121,17 @@ def initial_gradient(
         loss = objective.loss(batch)
         (gradient,) = torch.autograd.grad(loss, lam)
     return loss.detach(), gradient
+
+
+def require_finite_ratios(objective: NullSpaceObjective, table: Tensor) -> None:
+    """Raise NonFiniteError naming the targets and tasks at which ``table`` (T, K) of ratios is not finite."""
+    broken = ~torch.isfinite(table) & (objective.share > 0)
+    places = [f"{objective.targets[t]} (task {objective.tasks[k]})" for t, k in broken.nonzero().tolist()[:3]]
+    if places:
+        raise NonFiniteError(
+            f"NaN or infinite activations enter {', '.join(places)}; check the base's weights and dtype (float16"
+            " overflows: use bfloat16)"
+        )
 
 
 def _start(lam: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str) -> _Run:
@@ -187,13 +202,11 @@ def _blame(
     """The same error with the target and tasks at which the ratio is not finite."""
     bad = [i for i, loss in enumerate(run.losses) if not torch.isfinite(loss)]
     batch = batches(bad[0] if bad else run.step - 1).to(run.lam.device)
-    table = objective.ratios(batch)
-    broken = ~torch.isfinite(table) & (objective.share > 0)
-    places = [
-        f"{objective.targets[t]} (task {objective.tasks[k]})" for t, k in broken.nonzero().tolist()[:3]
-    ]  # fmt: skip
-    where = f": NaN or infinite activations enter {', '.join(places)}" if places else ""
-    return NonFiniteError(f"{error}{where}; check the base's weights and dtype (float16 overflows: use bfloat16)")
+    try:
+        require_finite_ratios(objective, objective.ratios(batch))
+    except NonFiniteError as found:
+        return NonFiniteError(f"{error}: {found}")
+    return NonFiniteError(f"{error}; a smaller lr or max_drift may keep it finite")
 
 
 @contextmanager

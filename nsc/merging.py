@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from nsc.config import MergeConfig
 from nsc.data import TextBatches, collate, read_texts, tokenize
 from nsc.errors import DataError, NameMismatch, NSCError
 from nsc.export import merged_factors, write_adapter, write_full_model
-from nsc.learn import learn
+from nsc.learn import learn, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
 from nsc.objective import Batch, NullSpaceObjective
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
@@ -31,7 +33,7 @@ from nsc.report import Report, describe_merge, describe_stack, draw_heat_map, vl
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.surgery import merged_layers
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
 Source = str | Path | Sequence[str]
 
 
@@ -74,25 +76,32 @@ class MergeResult:
             raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
         refuse_existing(out)
         partial = partial_folder(out)
-        partial.mkdir(parents=True, exist_ok=True)
+        staging = partial / STAGING
+        shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
+        staging.mkdir(parents=True)
         merge = Merge(
             self.stack, self.coefficients, merged_factors(self.stack, self.coefficients, rank), self.record.prefix
         )
         if full:
-            write_full_model(partial, self.record.base, self.stack, self.coefficients)
+            write_full_model(staging, self.record.base, self.stack, self.coefficients)
         else:
-            write_adapter(partial, merge.factors, self.record.prefix, self.record.base)
-        proof = self._prove(partial, merge, full)
+            write_adapter(staging, merge.factors, self.record.prefix, self.record.base)
+        proof = self._prove(staging, merge, full)
         truncation = {name: f.error for name, f in merge.factors.items()} if rank is not None and not full else {}
-        self._describe(partial, replace(self.report, truncation=truncation, proofs=[str(proof)]), full, rank)
+        top = max(f.A.shape[0] for f in merge.factors.values())
+        report = replace(self.report, truncation=truncation, proofs=[str(proof)])
+        self._describe(staging, replace(report, merged_rank=top, vllm_max_lora_rank=vllm_rank(top)), full)
+        replace(self.record, rank=rank).write(staging)
+        os.replace(staging, out)
         (partial / CHECKPOINT).unlink(missing_ok=True)
-        os.replace(partial, out)
+        with suppress(OSError):  # somebody else's files lie there
+            partial.rmdir()
         return proof
 
     def _prove(self, folder: Path, merge: Merge, full: bool) -> Proof:
         if full:
             model, batch = self._with_base()
-            return prove_full_model(folder, merge, model, batch)
+            return prove_full_model(folder, merge, self.record.base, model, batch)
         if self.model is None or self.batch is None:
             return prove_files(folder, merge)
         prove_files(folder, merge)
@@ -104,10 +113,7 @@ class MergeResult:
         model = families.load_body(self.record.base)
         return model, _synthetic_batch(model)
 
-    def _describe(self, folder: Path, report: Report, full: bool, rank: int | None) -> None:
-        if rank is not None and not full:
-            report = replace(report, **_ranks_after(rank, report))
-        self.record.write(folder)
+    def _describe(self, folder: Path, report: Report, full: bool) -> None:
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
         (folder / "README.md").write_text(_model_card(report, full), encoding="utf-8")
         draw_heat_map(folder / "coefficients.png", report)
@@ -192,9 +198,12 @@ def apply(
 
 
 def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
-    """Every adapter by task. Raises NSCError if there is none."""
+    """Every adapter by task. Raises NSCError if there is none, or for a task that cannot name a file."""
     if not adapters:
         raise NSCError("no adapter given; a merge needs at least one")
+    for task in adapters:
+        if not task or "/" in task or "\\" in task:
+            raise NSCError(f"task name {task!r} must do as a file name: not empty, without / and \\")
     return {task: read_adapter(path, task) for task, path in adapters.items()}
 
 
@@ -259,7 +268,10 @@ def _batches(
 
 def _ratios(model: nn.Module, stack: Stack, targets: list[str], batch: Batch, lam: Tensor) -> Tensor:
     with merged_layers(model, stack, lam.to(batch.weight.device)) as layers:
-        return NullSpaceObjective(model, layers, stack, targets).ratios(batch).cpu()
+        objective = NullSpaceObjective(model, layers, stack, targets)
+        table = objective.ratios(batch)
+        require_finite_ratios(objective, table)
+        return table.cpu()
 
 
 def _record(
@@ -297,11 +309,6 @@ def _synthetic_batch(model: nn.Module) -> Batch:
     vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return collate(ids.tolist(), [0, 0], 0, causal=True).to(next(model.parameters()).device)
-
-
-def _ranks_after(rank: int, report: Report) -> dict[str, Any]:
-    merged = min(rank, report.merged_rank)
-    return {"merged_rank": merged, "vllm_max_lora_rank": vllm_rank(merged)}
 
 
 def _model_card(report: Report, full: bool) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from nsc.adapters import read_adapter
-from nsc.errors import ProofError
-from nsc.export import MergedFactors, as_stack
+from nsc.errors import AdapterError, ProofError
+from nsc.export import MergedFactors, as_stack, checkpoint_folder, merged_places
 from nsc.families import DTYPE
 from nsc.objective import Batch
 from nsc.stack import Stack
@@ -79,7 +80,11 @@ class Merge:
 
 def prove_files(folder: Path, merge: Merge) -> Proof:
     """Read the adapter back without any model: every update must be there, and nothing else."""
-    written = {name.removeprefix(merge.prefix): f for name, f in read_adapter(folder).factors.items()}
+    try:
+        read = read_adapter(folder, "merged")
+    except AdapterError as error:
+        raise ProofError(f"the merged adapter cannot be read back: {error}") from error
+    written = {name.removeprefix(merge.prefix): f for name, f in read.factors.items()}
     _same_names(set(written), set(merge.stack.names), "the adapter file")
     updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
     return Proof("adapter", len(written), _worst_update(updates, merge))
@@ -97,31 +102,58 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     return _proof("adapter", len(merge.factors), weights, in_memory, outputs, bare, _dtype(model))
 
 
-def prove_full_model(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
-    """Load the folder with stock transformers: changed and unchanged weights and hidden states must be the merge's."""
+def prove_full_model(folder: Path, merge: Merge, base: str, model: nn.Module, batch: Batch) -> Proof:
+    """Compare every tensor with the base's files, then load the folder with stock transformers and compare outputs.
+
+    Merged layers must be source plus update, rounded once to the file's dtype; all others the source's own bits.
+    """
+    weights, coarsest = _worst_tensor(folder, checkpoint_folder(base), merge)
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
-    loaded, info = AutoModel.from_pretrained(folder, **{DTYPE: _dtype(model)}, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ProofError(f"transformers found no weight for {', '.join(sorted(info['missing_keys'])[:3])} in {folder}")
-    loaded = loaded.eval().to(batch.weight.device)
+    try:
+        loaded = AutoModel.from_pretrained(folder, **{DTYPE: _dtype(model)}).eval().to(batch.weight.device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ProofError(f"transformers cannot load what was written to {folder}: {error}") from error
     loaded.config.use_cache = False
-    weights = max(_weight_error(n, p, model.get_parameter(n), merge) for n, p in loaded.named_parameters())
     outputs = hidden_states(loaded, batch)
-    return _proof("full model", len(merge.stack.names), weights, in_memory, outputs, bare, _dtype(model))
+    return _proof("full model", len(merge.stack.names), weights, in_memory, outputs, bare, _dtype(model), coarsest)
 
 
-def _weight_error(name: str, written: Tensor, source: Tensor, merge: Merge) -> float:
-    """Relative to the largest weight; the checkpoint's dtype rounds once, and that is no error."""
-    module = name.removesuffix(".weight")
-    expected = source.double().cpu()
-    if module in merge.stack.modules:
-        expected = expected + merge.update(module)
+def _worst_tensor(folder: Path, source: Path, merge: Merge) -> tuple[float, torch.dtype]:
+    """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
+    shards, places = merged_places(source, merge.stack.names)
+    worst, dtypes = 0.0, set()
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as before, safe_open(folder / shard.name, framework="pt") as after:
+                keys = set(before.keys())
+                _same_names(set(after.keys()), keys, shard.name)
+                for key in keys:
+                    written, stored = after.get_tensor(key), before.get_tensor(key)
+                    update = merge.update(places[key]) if key in places else None
+                    worst = max(worst, _tensor_error(key, written, stored, update))
+                    if update is not None:
+                        dtypes.add(written.dtype)
+        except (SafetensorError, OSError) as error:
+            raise ProofError(f"{shard.name} cannot be read back from {folder}: {error}") from error
+    return worst, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None) -> float:
+    """Relative to the largest entry; one rounding to the file's dtype is no error, nor is anything else allowed."""
+    if written.dtype != stored.dtype or written.shape != stored.shape:
+        was, now = (f"{t.dtype} {tuple(t.shape)}" for t in (stored, written))
+        raise ProofError(f"{key} was {was} in the base and is {now} read back")
+    if update is None:
+        if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
+            raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
+        return 0.0
+    expected = stored.double() + update
     rounding = torch.finfo(written.dtype).eps * expected.abs()
-    error = ((written.double().cpu() - expected).abs() - rounding).clamp_min(0).max()
+    error = ((written.double() - expected).abs() - rounding).clamp_min(0).max()
     relative = (error / expected.abs().max().clamp_min(1e-30)).item()
     if not relative <= WEIGHT_TOLERANCE:
-        raise ProofError(f"{name} read back from disk differs from the merge by {relative:.1e} of its largest entry")
+        raise ProofError(f"{key} read back from disk differs from the merge by {relative:.1e} of its largest entry")
     return relative
 
 
@@ -141,11 +173,11 @@ def _loaded_by_peft(model: nn.Module, folder: Path, prefix: str) -> Iterator[dic
 
 
 def _proof(
-    what: str, modules: int, weights: float, in_memory: Tensor, outputs: Tensor, bare: Tensor, dtype: torch.dtype
+    what: str, modules: int, weights: float, in_memory: Tensor, outputs: Tensor, bare: Tensor, *dtypes: torch.dtype
 ) -> Proof:
     error = ((outputs - in_memory).norm() / in_memory.norm()).item()
     effect = ((bare - in_memory).norm() / in_memory.norm()).item()
-    if not error <= OUTPUT_TOLERANCE.get(dtype, 5e-2):
+    if not error <= max(OUTPUT_TOLERANCE.get(dtype, 5e-2) for dtype in dtypes):
         raise ProofError(
             f"the {what} read back from disk computes something else than the merge in memory: hidden states differ by"
             f" {error:.1e} of their norm (the whole merge moves them by {effect:.1e})"

@@ -27,7 +27,8 @@ class Record:
     """What ``apply`` needs.
 
     coefficients: (M, K).  modules: name in the base body -> (out, in).  adapters: task -> {path, fingerprint}.  prefix:
-    of the written adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.
+    of the written adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.  rank:
+    that the adapter was truncated to, if it was.
     """
 
     base: str
@@ -39,6 +40,7 @@ class Record:
     data: dict[str, str]
     targets: list[str]
     settings: dict[str, Any]
+    rank: int | None = None
 
     def write(self, folder: Path) -> None:
         """coefficients.safetensors and merge.yaml."""
@@ -53,6 +55,7 @@ class Record:
             "start": self.start,
             "targets": self.targets,
             "settings": self.settings,
+            "rank": self.rank,
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
         }
         text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
@@ -66,9 +69,11 @@ class Record:
             with safe_open(folder / COEFFICIENTS, framework="pt") as file:
                 metadata, coefficients = file.metadata(), file.get_tensor("coefficients")
             modules = {name: (shape[0], shape[1]) for name, shape in json.loads(metadata["modules"]).items()}
-            keys = ("base", "prefix", "start", "adapters", "data", "targets", "settings")
-            record = cls(coefficients=coefficients, modules=modules, **{key: text[key] for key in keys})
-        except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, json.JSONDecodeError) as error:
+            adapters = {task: text["adapters"][task] for task in json.loads(metadata["tasks"])}  # by column
+            keys = ("base", "prefix", "start", "data", "targets", "settings")
+            rest = {key: text[key] for key in keys}
+            record = cls(coefficients=coefficients, modules=modules, adapters=adapters, rank=text.get("rank"), **rest)
+        except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
             ) from error

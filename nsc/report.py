@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lor
 class Report:
     """Everything a reader of a merge wants to know. Lists run over tasks or modules, in the order of those fields.
 
-    ratio_before, ratio_after: per task, the mean null-space ratio over its targets.  conditions: per task, the worst
-    Gram. untrained: coefficients without gradient, left at the start.  bounded: those stopped by max_drift.
-    truncation: module -> relative error, where a rank was asked for.  proofs: what was reloaded and compared.
+    ratio_before, ratio_after: per task, the mean null-space ratio over its targets.  conditions: per task, the worst A
+    (a Gram's is its square); by module, None where an adapter is absent.  untrained: coefficients without gradient,
+    left at the start.  bounded: those stopped by max_drift.  truncation: module -> relative error, where a rank was
+    asked for.  proofs: what was reloaded and compared.
     """
 
     base: str
@@ -34,6 +35,7 @@ class Report:
     ranks: dict[str, str]
     scales: dict[str, str]
     conditions: dict[str, str]
+    conditions_by_module: dict[str, list[float | None]]
     merged_rank: int
     vllm_max_lora_rank: int | None
     targets: list[str] = field(default_factory=list)
@@ -53,8 +55,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
+        """Plain values, ready for JSON: None where a number is not finite."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
     def to_markdown(self) -> str:
         """The report as Markdown: facts, one table by task, one of all coefficients."""
@@ -80,7 +82,8 @@ def describe_stack(base: str, stack: Stack, coefficients: Tensor, start: float) 
         start=start,
         ranks={task: _span([m.ranks[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
         scales={task: _span([m.scales[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
-        conditions={task: _worst_gram(stack, k) for k, task in _tasks(stack)},
+        conditions={task: _worst_condition(stack, k) for k, task in _tasks(stack)},
+        conditions_by_module={n: [g.condition if g else None for g in m.grams] for n, m in stack.modules.items()},
         merged_rank=rank,
         vllm_max_lora_rank=vllm_rank(rank),
         warnings=_gram_warnings(stack),
@@ -119,7 +122,7 @@ def vllm_rank(rank: int) -> int | None:
 
 
 def draw_heat_map(path: Path, report: Report) -> None:
-    """PNG of the coefficients, modules by tasks; cells without gradient are hatched."""
+    """PNG of the coefficients, modules by tasks; cells without gradient are hatched, absent adapters grey."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -129,10 +132,12 @@ def draw_heat_map(path: Path, report: Report) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     reach = max((table - report.start).abs().max().item(), 1e-6)
-    image = axes.imshow(table, aspect="auto", cmap="RdBu", vmin=report.start - reach, vmax=report.start + reach)
-    axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=45, ha="right")
+    shown = table.masked_fill(torch.tensor([_absent(report, module) for module in report.modules]), float("nan"))
+    image = axes.imshow(shown, aspect="auto", cmap="RdBu", vmin=report.start - reach, vmax=report.start + reach)
+    axes.set_facecolor("0.8")
+    axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=45, ha="right", parse_math=False)
     axes.set_yticks(range(len(report.modules)), report.modules, fontsize=6)
-    axes.set_title(f"coefficients (start {report.start:g})")
+    axes.set_title(f"coefficients (start {report.start:g})\nhatched: no gradient   grey: no adapter", fontsize=9)
     untrained = set(report.untrained)
     for m, module in enumerate(report.modules):
         for k, task in enumerate(report.tasks):
@@ -145,12 +150,13 @@ def draw_heat_map(path: Path, report: Report) -> None:
 def _facts(report: Report) -> str:
     bound = "none" if report.drift_bound is None else f"{report.drift_bound:g}"
     vllm = report.vllm_max_lora_rank or f"none: vLLM stops at {VLLM_RANKS[-1]}, export with a smaller rank"
+    at_bound = f"bound {bound}; {len(report.bounded)} at it"
     lines = [f"- base: {report.base}", f"- merged rank: {report.merged_rank} (vLLM: max_lora_rank {vllm})"]
     if report.targets:
         lines += [
             f"- targets ({len(report.targets)}): {', '.join(report.targets)}",
             f"- {report.steps} steps, {report.seconds_per_step:.3f} s each, loss {report.loss}",
-            f"- largest drift from {report.start:g}: {report.max_drift:.4f} (bound {bound}; {len(report.bounded)} at it)",
+            f"- largest drift from {report.start:g}: {report.max_drift:.4f} ({at_bound})",
             f"- coefficients without gradient, left at {report.start:g}: {len(report.untrained)}",
             f"- peak memory: {report.peak_memory_gib:.2f} GiB",
         ]
@@ -161,11 +167,11 @@ def _facts(report: Report) -> str:
 
 
 def _task_table(report: Report) -> str:
-    head = "| task | rank | scale | worst Gram | ratio before | ratio after |\n|---|---|---|---|---|---|"
+    head = "| task | rank | scale | worst condition of A | ratio before | ratio after |\n|---|---|---|---|---|---|"
     rows = []
     for k, task in enumerate(report.tasks):
         ratios = [f"{column[k]:.4f}" if column else "" for column in (report.ratio_before, report.ratio_after)]
-        cells = [task, report.ranks[task], report.scales[task], report.conditions[task], *ratios]
+        cells = [_cell(task), report.ranks[task], report.scales[task], report.conditions[task], *ratios]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([head, *rows])
 
@@ -175,15 +181,34 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _coefficient_table(report: Report) -> str:
-    lines = [f"| module | {' | '.join(report.tasks)} |", "|---" * (len(report.tasks) + 1) + "|"]
+    lines = [f"| module | {' | '.join(map(_cell, report.tasks))} |", "|---" * (len(report.tasks) + 1) + "|"]
     untrained = set(report.untrained)
     for module, row in zip(report.modules, report.coefficients, strict=True):
         cells = [
-            f"{value:.4f}{' *' if f'{module} ({task})' in untrained else ''}"
-            for value, task in zip(row, report.tasks, strict=True)
+            "-" if absent else f"{value:.4f}{' *' if f'{module} ({task})' in untrained else ''}"
+            for value, task, absent in zip(row, report.tasks, _absent(report, module), strict=True)
         ]
         lines.append(f"| {module} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n\\* no gradient reaches it: at or after the last target, or adapter absent"
+    return (
+        "\n".join(lines)
+        + "\n\n\\* no gradient reaches it: at or after the last target. -: the adapter has no such module"
+    )
+
+
+def _absent(report: Report, module: str) -> list[bool]:
+    return [condition is None for condition in report.conditions_by_module[module]]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list[str]:
@@ -195,8 +220,8 @@ def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list
         )
     if drift > PAPER_REACH + 1e-6:
         warnings.append(
-            f"a coefficient drifted {drift:.3f} from its start, past {PAPER_REACH:g}, the reach of the paper's schedules;"
-            " check the merge on real tasks: the objective alone cannot tell that it broke"
+            f"a coefficient drifted {drift:.3f} from its start, past {PAPER_REACH:g}, the reach of the paper's"
+            " schedules; check the merge on real tasks: the objective alone cannot tell that it broke"
         )
     return warnings
 
@@ -207,18 +232,18 @@ def _gram_warnings(stack: Stack) -> list[str]:
         deficient = [n for n, m in stack.modules.items() if (g := m.grams[k]) is not None and g.rank < m.ranks[k]]
         if deficient:
             warnings.append(
-                f"adapter {task}: lora_A is rank-deficient in {len(deficient)} modules, first {deficient[0]}; its true row"
-                " space is used"
+                f"adapter {task}: lora_A is rank-deficient in {len(deficient)} modules, first {deficient[0]}; its"
+                " true row space is used"
             )
     return warnings
 
 
-def _worst_gram(stack: Stack, k: int) -> str:
+def _worst_condition(stack: Stack, k: int) -> str:
     grams = [m.grams[k] for m in stack.modules.values()]
     known = [g for g in grams if g is not None]
     worst = max((g.condition for g in known if g.rank), default=float("inf"))
     deficient = sum(g.rank < g.inverse.shape[0] for g in known)
-    return f"condition {worst:.3g}" + (f", {deficient} rank-deficient" if deficient else "")
+    return f"{worst:.3g}" + (f", {deficient} rank-deficient" if deficient else "")
 
 
 def _named(mask: Tensor, stack: Stack) -> list[str]:
@@ -232,8 +257,3 @@ def _tasks(stack: Stack) -> list[tuple[int, str]]:
 def _span(values: list[Any]) -> str:
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
-
-
-def conditions_table(stack: Stack) -> Mapping[str, list[float | None]]:
-    """Module -> condition of each task's ``A``, None where the adapter is absent."""
-    return {n: [g.condition if g is not None else None for g in m.grams] for n, m in stack.modules.items()}
