@@ -8,7 +8,8 @@ from nsc.adapters import Adapter, read_adapter
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.inspection import format_inspection, inspect
-from nsc.merging import MergeResult, apply, merge
+from nsc.merging import apply, merge
+from nsc.result import MergeResult
 from nsc_kernels import __version__
 
 __all__ = [

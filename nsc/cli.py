@@ -47,8 +47,9 @@ def merge(
     """Learn coefficients from unlabeled data, write the merge to OUT, and prove it by reloading."""
     with _plain_errors(out):
         from nsc.errors import NSCError
-        from nsc.merging import CHECKPOINT, partial_folder, refuse_existing
+        from nsc.export import refuse_unstreamable
         from nsc.merging import merge as run
+        from nsc.result import CHECKPOINT, partial_folder, refuse_existing
 
         refuse_existing(out)
         if rank is not None and full:
@@ -56,6 +57,8 @@ def merge(
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not resume:
             raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")
+        if full:
+            refuse_unstreamable(base)
         result = run(
             base,
             _pairs(adapter, "--adapter"),
@@ -148,7 +151,7 @@ def _plain_errors(out: Path | None = None) -> Iterator[None]:
         typer.echo(f"nsc: {error}", err=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        from nsc.merging import CHECKPOINT, partial_folder
+        from nsc.result import CHECKPOINT, partial_folder
 
         saved = out is not None and (partial_folder(out) / CHECKPOINT).exists()
         remedy = "the coefficients so far are saved, go on with --resume" if saved else "nothing was saved"

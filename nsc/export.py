@@ -113,6 +113,11 @@ def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[
     return shards, {f"{place}.weight": name for name, place in resolve("merged", names, stored).items()}
 
 
+def refuse_unstreamable(base: str) -> None:
+    """Raise NSCError unless the base has a safetensors checkpoint that ``write_full_model`` can stream."""
+    _shard_names(checkpoint_folder(base))
+
+
 def checkpoint_folder(base: str) -> Path:
     """The base's folder: itself, or a Hub snapshot fetched (or found) in the cache."""
     if Path(base).is_dir():

@@ -5,7 +5,8 @@ No model is known by name here. The body is what ``AutoModel`` gives (no LM head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 from nsc.errors import NSCError, TargetError
 
@@ -26,7 +28,8 @@ def load_body(base: str, dtype: str = "auto", device: str = "auto") -> nn.Module
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         precision = dtype if dtype == "auto" else getattr(torch, dtype)
-        model, info = AutoModel.from_pretrained(base, **{DTYPE: precision}, output_loading_info=True)
+        with quiet_loading():
+            model, info = AutoModel.from_pretrained(base, **{DTYPE: precision}, output_loading_info=True)
     except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
@@ -37,6 +40,20 @@ def load_body(base: str, dtype: str = "auto", device: str = "auto") -> nn.Module
         )
     model.config.use_cache = False  # nothing is generated: a key-value cache would only hold memory
     return model.requires_grad_(False).eval().to(place)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers without its bars and reports: a body leaves the head of its checkpoint unused, and that is meant."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(base: str) -> Any:

@@ -46,11 +46,6 @@ class Learned:
     seconds: float
     peak_memory: int
 
-    @property
-    def interval(self) -> str:
-        """First and last loss, for a human."""
-        return f"{self.losses[0]:.6f} -> {self.losses[-1]:.6f}" if self.losses else "no step taken"
-
 
 @dataclass
 class _Run:

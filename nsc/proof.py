@@ -18,7 +18,7 @@ from transformers import AutoModel
 from nsc.adapters import read_adapter
 from nsc.errors import AdapterError, ProofError
 from nsc.export import MergedFactors, as_stack, checkpoint_folder, merged_places
-from nsc.families import DTYPE
+from nsc.families import DTYPE, quiet_loading
 from nsc.objective import Batch
 from nsc.stack import Stack
 from nsc.surgery import merged_layers
@@ -111,7 +111,8 @@ def prove_full_model(folder: Path, merge: Merge, base: str, model: nn.Module, ba
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     try:
-        loaded = AutoModel.from_pretrained(folder, **{DTYPE: _dtype(model)}).eval().to(batch.weight.device)
+        with quiet_loading():
+            loaded = AutoModel.from_pretrained(folder, **{DTYPE: _dtype(model)}).eval().to(batch.weight.device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ProofError(f"transformers cannot load what was written to {folder}: {error}") from error
     loaded.config.use_cache = False

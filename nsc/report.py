@@ -47,7 +47,8 @@ class Report:
     max_drift: float = 0.0
     drift_bound: float | None = None
     steps: int = 0
-    loss: str = ""
+    losses: list[float] = field(default_factory=list)
+    full: bool = False
     seconds_per_step: float = 0.0
     peak_memory_gib: float = 0.0
     truncation: dict[str, float] = field(default_factory=dict)
@@ -108,7 +109,7 @@ def describe_merge(
             "max_drift": drift,
             "drift_bound": config.max_drift,
             "steps": config.steps,
-            "loss": learned.interval,
+            "losses": learned.losses,
             "seconds_per_step": learned.seconds,
             "peak_memory_gib": learned.peak_memory / 2**30,
             "warnings": known.warnings + _drift_warnings(learned, drift, config),
@@ -151,11 +152,14 @@ def _facts(report: Report) -> str:
     bound = "none" if report.drift_bound is None else f"{report.drift_bound:g}"
     vllm = report.vllm_max_lora_rank or f"none: vLLM stops at {VLLM_RANKS[-1]}, export with a smaller rank"
     at_bound = f"bound {bound}; {len(report.bounded)} at it"
-    lines = [f"- base: {report.base}", f"- merged rank: {report.merged_rank} (vLLM: max_lora_rank {vllm})"]
+    rank = (
+        "none, the updates are in the weights" if report.full else f"{report.merged_rank} (vLLM: max_lora_rank {vllm})"
+    )
+    lines = [f"- base: {report.base}", f"- merged rank: {rank}"]
     if report.targets:
         lines += [
             f"- targets ({len(report.targets)}): {', '.join(report.targets)}",
-            f"- {report.steps} steps, {report.seconds_per_step:.3f} s each, loss {report.loss}",
+            f"- {report.steps} steps, {report.seconds_per_step:.3f} s each",
             f"- largest drift from {report.start:g}: {report.max_drift:.4f} ({at_bound})",
             f"- coefficients without gradient, left at {report.start:g}: {len(report.untrained)}",
             f"- peak memory: {report.peak_memory_gib:.2f} GiB",

@@ -4,8 +4,8 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from tiny import WORDS, save_tokenizer
@@ -117,7 +117,7 @@ def test_hub(monkeypatch, spec, asked):
         calls.append((name, config, split))
         return [dict(premise="p", hypothesis="h", label=0), dict(premise="q", hypothesis="i", label=1)]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
     assert read_texts(spec) == ["p\nh", "q\ni"] and read_texts(f"{spec}#hypothesis") == ["h", "i"]
     assert calls == [asked, asked]
 
@@ -126,10 +126,11 @@ def test_hub_refusals(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))
     with pytest.raises(DataError, match=r"'user/set' \(config None, split train\) cannot be loaded: no network"):
         read_texts("hub:user/set")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [dict(words="w")])
+    rows = SimpleNamespace(load_dataset=lambda *args, **kwargs: [dict(words="w")])
+    monkeypatch.setitem(sys.modules, "datasets", rows)
     with pytest.raises(DataError, match=r"hub:user/set row 1 has the fields words"):
         read_texts("hub:user/set")
     monkeypatch.setitem(sys.modules, "datasets", None)

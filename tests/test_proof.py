@@ -10,7 +10,7 @@ import torch
 from tiny import rewrite, save_base
 
 import nsc
-from nsc import merging
+from nsc import result as result_module
 from nsc.errors import NSCError, ProofError
 
 KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
@@ -102,14 +102,14 @@ FULL = {
 
 
 def corrupted(monkeypatch, writer: str, corrupt) -> None:
-    """``writer`` of nsc.merging, followed by ``corrupt`` on the folder that it wrote."""
-    write = getattr(merging, writer)
+    """``writer`` of nsc.result, followed by ``corrupt`` on the folder that it wrote."""
+    write = getattr(result_module, writer)
 
     def write_and_corrupt(folder: Path, *args) -> None:
         write(folder, *args)
         corrupt(folder)
 
-    monkeypatch.setattr(merging, writer, write_and_corrupt)
+    monkeypatch.setattr(result_module, writer, write_and_corrupt)
 
 
 @pytest.mark.parametrize("case", ADAPTER)
@@ -146,17 +146,17 @@ def replayed(merged: nsc.MergeResult) -> nsc.MergeResult:
 
 def test_wrong_factors_in_memory_do_not_prove_themselves(monkeypatch, merged, tmp_path):
     """The proof goes back to the adapters: an error in the concatenation itself is not compared with itself."""
-    factors = merging.merged_factors(merged.stack, merged.coefficients.flip(1))
-    monkeypatch.setattr(merging, "merged_factors", lambda *args: factors)
+    factors = result_module.merged_factors(merged.stack, merged.coefficients.flip(1))
+    monkeypatch.setattr(result_module, "merged_factors", lambda *args: factors)
     with pytest.raises(ProofError, match="update of"):
         merged.save(tmp_path / "out")
 
 
 def test_an_understated_truncation_error_is_caught(monkeypatch, merged, tmp_path):
     """The error in the report must account for all that the truncation lost."""
-    factors = merging.merged_factors(merged.stack, merged.coefficients, 4)
+    factors = result_module.merged_factors(merged.stack, merged.coefficients, 4)
     understated = {name: replace(f, error=f.error * 0.9) for name, f in factors.items()}
-    monkeypatch.setattr(merging, "merged_factors", lambda *args: understated)
+    monkeypatch.setattr(result_module, "merged_factors", lambda *args: understated)
     with pytest.raises(ProofError, match="truncation accounts for"):
         merged.save(tmp_path / "out", rank=4)
 

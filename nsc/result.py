@@ -1,0 +1,139 @@
+"""A merge in memory, and how it gets to disk: written aside, proven by reload, then moved into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nsc import families
+from nsc.adapters import Adapter
+from nsc.data import collate
+from nsc.errors import NSCError
+from nsc.export import merged_factors, write_adapter, write_full_model
+from nsc.objective import Batch
+from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
+from nsc.record import Record
+from nsc.report import Report, draw_heat_map, vllm_rank
+from nsc.stack import Stack
+
+CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merge in memory.
+
+    coefficients: (M, K), rows ``modules``, columns ``tasks``.  report: what was decided and seen.  record: what replays
+    it.  adapters, stack: what was merged.  model, batch: the base and rows to compare outputs with, where there is one.
+    """
+
+    coefficients: Tensor
+    report: Report
+    record: Record
+    adapters: dict[str, Adapter]
+    stack: Stack
+    model: nn.Module | None = None
+    batch: Batch | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Rows of the coefficients."""
+        return self.stack.names
+
+    @property
+    def tasks(self) -> list[str]:
+        """Columns of the coefficients."""
+        return list(self.stack.tasks)
+
+    def save(self, out: str | Path, *, rank: int | None = None, full: bool = False) -> Proof:
+        """Write the merge to a new folder ``out`` and prove it by loading it back.
+
+        An adapter by exact concatenation, or truncated to ``rank``; or, with ``full``, the whole merged model. Beside
+        it: the record, the report, a model card, a heat map, and each task's own head under ``heads/``. Everything is
+        written to ``out.partial`` and moved into place only once proven. Raises NSCError if ``out`` exists or ``rank``
+        and ``full`` are both given, ProofError if what was reloaded is not what was merged.
+        """
+        out = Path(out)
+        if rank is not None and full:
+            raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
+        refuse_existing(out)
+        partial = partial_folder(out)
+        staging = partial / STAGING
+        shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
+        staging.mkdir(parents=True)
+        merge = Merge(
+            self.stack, self.coefficients, merged_factors(self.stack, self.coefficients, rank), self.record.prefix
+        )
+        if full:
+            write_full_model(staging, self.record.base, self.stack, self.coefficients)
+        else:
+            write_adapter(staging, merge.factors, self.record.prefix, self.record.base)
+        proof = self._prove(staging, merge, full)
+        truncation = {name: f.error for name, f in merge.factors.items()} if rank is not None and not full else {}
+        top = max(f.A.shape[0] for f in merge.factors.values())
+        report = replace(self.report, truncation=truncation, proofs=[str(proof)], full=full)
+        self._describe(staging, replace(report, merged_rank=top, vllm_max_lora_rank=vllm_rank(top)), full)
+        replace(self.record, rank=rank).write(staging)
+        os.replace(staging, out)
+        (partial / CHECKPOINT).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's files lie there
+            partial.rmdir()
+        return proof
+
+    def _prove(self, folder: Path, merge: Merge, full: bool) -> Proof:
+        if full:
+            model, batch = self._with_base()
+            return prove_full_model(folder, merge, self.record.base, model, batch)
+        if self.model is None or self.batch is None:
+            return prove_files(folder, merge)
+        prove_files(folder, merge)
+        return prove_adapter(folder, merge, self.model, self.batch)
+
+    def _with_base(self) -> tuple[nn.Module, Batch]:
+        if self.model is not None and self.batch is not None:
+            return self.model, self.batch
+        model = families.load_body(self.record.base)
+        return model, _synthetic_batch(model)
+
+    def _describe(self, folder: Path, report: Report, full: bool) -> None:
+        (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(report, full), encoding="utf-8")
+        draw_heat_map(folder / "coefficients.png", report)
+        for task, adapter in self.adapters.items():
+            if adapter.saved:
+                (folder / "heads").mkdir(exist_ok=True)
+                save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+
+
+def partial_folder(out: Path) -> Path:
+    """Where ``out`` is put together before it is moved into place."""
+    return out.with_name(out.name + ".partial")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise NSCError if ``out`` exists: nothing on disk is ever overwritten."""
+    if out.exists():
+        raise NSCError(f"{out} exists already; choose another folder, or move it away")
+
+
+def _synthetic_batch(model: nn.Module) -> Batch:
+    """Seeded random tokens, for comparing outputs where no data is at hand."""
+    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    return collate(ids.tolist(), [0, 0], 0, causal=True).to(next(model.parameters()).device)
+
+
+def _model_card(report: Report, full: bool) -> str:
+    library, kind = ("transformers", "model") if full else ("peft", "adapter")
+    head = f"---\nlibrary_name: {library}\nbase_model: {json.dumps(report.base)}\ntags:\n- merge\n- nsc\n---\n"
+    title = f"# A merged {kind}: {', '.join(report.tasks)}\n\nMerged by Null-Space Compression (arXiv 2603.26317)."
+    heads = "\nThe tasks' own heads, where they have any, are under `heads/`; `merge.yaml` replays this merge."
+    return f"{head}\n{title}{heads}\n\n{report.to_markdown()}\n\n![coefficients](coefficients.png)\n"
