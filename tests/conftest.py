@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny import WORDS, peft_adapter, save_base, tiny_llama
 
 import nsc
@@ -17,6 +18,8 @@ ADAPTERS = {
         alpha_pattern={r"layers\.3\.self_attn\.v_proj": 2},
     ),
 }  # fmt: skip
+# The live models of test_names carry the names of transformers 5.
+collect_ignore = ["test_names.py"] if transformers.__version__.startswith("4.") else []
 KINDS = {"SEQ_CLS": "AutoModelForSequenceClassification"}
 
 
