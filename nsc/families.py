@@ -60,7 +60,7 @@ def load_tokenizer(base: str) -> Any:
     """The base's own tokenizer. Raises NSCError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise NSCError(f"base {base!r} has no tokenizer that transformers can load: {error}") from error
 
 

@@ -82,6 +82,7 @@ class MergeResult:
         report = replace(self.report, truncation=truncation, proofs=[str(proof)], full=full)
         self._describe(staging, replace(report, merged_rank=top, vllm_max_lora_rank=vllm_rank(top)), full)
         replace(self.record, rank=rank).write(staging)
+        _share(staging)
         os.replace(staging, out)
         (partial / CHECKPOINT).unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's files lie there
@@ -111,6 +112,14 @@ class MergeResult:
             if adapter.saved:
                 (folder / "heads").mkdir(exist_ok=True)
                 save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+
+
+def _share(folder: Path) -> None:
+    """safetensors makes its files the owner's alone; give them the mode that any other file gets."""
+    allowed = os.umask(0)
+    os.umask(allowed)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~allowed)
 
 
 def partial_folder(out: Path) -> Path:

@@ -53,7 +53,10 @@ def test_factors_are_read_as_stored(tmp_path):
         dict(r=4, alpha_pattern={"^model.layers.2.self_attn.q_proj": 3, r"layers\.(0|1)\..*": 5}, use_rslora=True),
         dict(r=4, rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 8}, alpha_pattern={"proj": 7, "v_proj": 3}),
         dict(r=4, init_lora_weights="gaussian"),
-        dict(r=4, init_lora_weights="orthogonal"),
+        pytest.param(
+            dict(r=4, init_lora_weights="orthogonal"),
+            marks=pytest.mark.skipif(peft.__version__.startswith("0.15"), reason="PEFT 0.15 does not know it yet"),
+        ),
     ],
     ids=lambda lora: "-".join(lora),
 )

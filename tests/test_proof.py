@@ -94,7 +94,7 @@ FULL = {
     "tensor added": shard(lambda t: t.update({"model.layers.1.self_attn.v_proj.bias": torch.ones(16)})),
     "other dtype": shard(lambda t: t.update({k: v.double() for k, v in t.items()})),
     "one layer less in config": settings("config.json", lambda c: c.update(num_hidden_layers=3)),
-    "other rotation in config": settings("config.json", lambda c: c["rope_parameters"].update(rope_theta=100.0)),
+    "other rotation in config": settings("config.json", lambda c: c.get("rope_parameters", c).update(rope_theta=100.0)),
     "config truncated": truncate("config.json"),
     "file truncated": truncate("model.safetensors"),
     "file missing": lambda folder: (folder / "model.safetensors").unlink(),
