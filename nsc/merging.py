@@ -73,6 +73,7 @@ def merge(
     )  # fmt: skip
     after = _ratios(model, lean, targets, evaluation, learned.coefficients)
     report = describe_merge(base, stack, targets, learned, before, after, config)
+    report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
     say(report.summary())
     return MergeResult(learned.coefficients, report, record, read, stack, model, evaluation)
@@ -193,6 +194,13 @@ def _record(
         targets=targets,
         settings=config.to_dict(),
     )
+
+
+def _base_warnings(base: str, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Bases of one shape cannot be told apart by it, so say when the names disagree."""
+    named = {task: Path(adapter.base).name for task, adapter in adapters.items() if adapter.base}
+    strange = [f"{task} on {name}" for task, name in named.items() if name != Path(base).name]
+    return [f"not trained on {Path(base).name} by their own configs: {', '.join(strange)}"] if strange else []
 
 
 def _absolute(place: str | Path) -> str:

@@ -234,3 +234,12 @@ def test_a_sample_without_tokens_is_named(base, adapters, texts, tmp_path):
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(DataError, match="sample 2 of task plain has no token"):
         merge(copy, adapters, texts | {"plain": ["word1", "!!"]})
+
+
+def test_adapters_of_another_base_are_named(base, adapters, texts, tmp_path):
+    strange = tmp_path / "strange"
+    shutil.copytree(adapters["plain"], strange)
+    config = json.loads((strange / "adapter_config.json").read_text())
+    (strange / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/other-model"}))
+    result = nsc.merge(base, {"plain": strange}, {"plain": texts["plain"]}, steps=0, progress=False)
+    assert result.report.warnings == [f"not trained on {base.name} by their own configs: plain on other-model"]
