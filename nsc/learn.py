@@ -7,8 +7,8 @@ is interrupted anywhere and resumed ends where the uninterrupted one would, bit 
 from __future__ import annotations
 
 import os
-import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +51,7 @@ class Learned:
 class _Run:
     lam: nn.Parameter
     optimizer: torch.optim.AdamW
+    start: float
     lower: Tensor
     upper: Tensor
     frozen: Tensor
@@ -135,7 +136,7 @@ def _start(lam: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str
     optimizer = torch.optim.AdamW(
         [lam], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
-    return _Run(lam, optimizer, config.start - reach, config.start + reach, frozen, identity)
+    return _Run(lam, optimizer, config.start, config.start - reach, config.start + reach, frozen, identity)
 
 
 def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tensor:
@@ -178,10 +179,9 @@ def _step(run: _Run, forward: Callable[[int], Tensor]) -> None:
 
 def _status(run: _Run) -> str:
     _require_finite(run)
-    drift = (run.lam.detach() - (run.lower + run.upper) / 2).abs().nan_to_num(0).max()
-    return (
-        f"loss {run.losses[-1].item():.4f}, drift {drift.item():.3f} of {(run.upper - run.lower).max().item() / 2:.3f}"
-    )
+    drift = (run.lam.detach() - run.start).abs().max().item()
+    bound = (run.upper - run.start).max().item()
+    return f"loss {run.losses[-1].item():.4f}, drift {drift:.3f} of {bound:.3f}"
 
 
 def _require_finite(run: _Run) -> None:
@@ -267,8 +267,16 @@ def _learned(run: _Run, config: MergeConfig, seconds: float) -> Learned:
     lam = run.lam.detach()
     bounded = ~run.frozen & ((lam <= run.lower) | (lam >= run.upper)) & (config.steps > 0)
     losses = torch.stack(run.losses).tolist() if run.losses else []
-    if lam.is_cuda:
-        peak = torch.cuda.max_memory_allocated(lam.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Learned(lam.cpu().clone(), run.frozen.cpu(), bounded.cpu(), losses, seconds, peak)
+    return Learned(lam.cpu().clone(), run.frozen.cpu(), bounded.cpu(), losses, seconds, _peak_memory(lam.device))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or else of the whole process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

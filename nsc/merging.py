@@ -50,7 +50,6 @@ def merge(
     where.
     """
     config = replace(config or MergeConfig(), **settings) if settings else config or MergeConfig()
-    torch.manual_seed(config.seed)
     read = read_adapters(adapters)
     texts = _read_data(data, read)
     base = _absolute(base)
@@ -76,7 +75,8 @@ def merge(
     report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
     say(report.summary())
-    return MergeResult(learned.coefficients, report, record, read, stack, model, evaluation)
+    sample = batches(0).to(next(model.parameters()).device)
+    return MergeResult(learned.coefficients, report, record, read, stack, model, sample)
 
 
 def apply(
@@ -152,8 +152,8 @@ def _read_data(data: Mapping[str, Source], adapters: Mapping[str, Adapter]) -> d
 
 def _batches(
     base: str, model: nn.Module, texts: Mapping[str, list[str]], config: MergeConfig
-) -> tuple[TextBatches, Batch]:
-    """The learning batches, and one batch for the ratios before and after."""
+) -> tuple[TextBatches, list[Batch]]:
+    """The learning batches, and the fixed ones for the ratios before and after."""
     tokenizer = families.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -161,13 +161,14 @@ def _batches(
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal)
     some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
     evaluation = collate([ids for ids, _ in some], [k for _, k in some], pad_id, causal)
-    return batches, evaluation.to(next(model.parameters()).device)
+    return batches, evaluation.split(config.batch_size * len(texts))  # no more memory than a step
 
 
-def _ratios(model: nn.Module, stack: Stack, targets: list[str], batch: Batch, lam: Tensor) -> Tensor:
-    with merged_layers(model, stack, lam.to(batch.weight.device)) as layers:
+def _ratios(model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    with merged_layers(model, stack, lam.to(device)) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
-        table = objective.ratios(batch)
+        table = torch.stack([objective.ratios(batch.to(device)) for batch in batches]).sum(0)
         require_finite_ratios(objective, table)
         return table.cpu()
 

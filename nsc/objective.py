@@ -40,6 +40,12 @@ class Batch:
         move = partial(torch.Tensor.to, device=device, non_blocking=True)
         return Batch({k: move(v) for k, v in self.inputs.items()}, move(self.task), move(self.weight))
 
+    def split(self, samples: int) -> list[Batch]:
+        """Parts of at most ``samples`` samples each; their losses and ratios add up to the whole batch's."""
+        starts = range(0, self.task.shape[0], samples)
+        cuts = [slice(start, start + samples) for start in starts]
+        return [Batch({k: v[cut] for k, v in self.inputs.items()}, self.task[cut], self.weight[cut]) for cut in cuts]
+
 
 class _Stop(Exception):
     """Raised inside the forward once the last target has been seen."""

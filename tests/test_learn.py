@@ -119,6 +119,15 @@ def test_drift_is_bounded_and_the_bound_reported(setting):
     assert (free.coefficients - CONFIG.start).abs().max() > 0.2 and not free.bounded.any()
 
 
+@pytest.mark.parametrize("max_drift", [0.15, None])
+def test_the_bar_shows_loss_drift_and_bound(setting, capsys, max_drift):
+    model, stack, batches = setting
+    learned = learn(model, stack, TARGETS, batches, replace(CONFIG, steps=40, max_drift=max_drift))
+    told = capsys.readouterr().err.rsplit("loss", 1)[1]
+    drift = (learned.coefficients - CONFIG.start).abs().max()
+    assert told.startswith(f" {learned.losses[-1]:.4f}, drift {drift:.3f} of {max_drift or float('inf'):.3f}")
+
+
 def test_the_objective_falls(setting):
     learned = run(setting, replace(CONFIG, steps=40))
     assert learned.losses[-1] < learned.losses[0]

@@ -156,6 +156,16 @@ def test_ratios_are_the_parts_of_the_loss(model, stack):
     torch.testing.assert_close(table.mean(), loss, **EXACT)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 4, 6, 9])
+def test_parts_of_a_batch_add_up(model, stack, samples):
+    lean, lam, batch = whitened(stack), make_lam(stack), make_batch()
+    loss, gradient = initial_gradient(model, lean, TARGETS, batch, lam)
+    parts = [initial_gradient(model, lean, TARGETS, part, lam) for part in batch.split(samples)]
+    assert len(parts) == -(-6 // samples)
+    torch.testing.assert_close(sum(value for value, _ in parts), loss, **EXACT)
+    torch.testing.assert_close(sum(g for _, g in parts), gradient, **EXACT)
+
+
 def test_surgery_is_reversible_also_after_an_error(model, stack):
     before = copy.deepcopy(model.state_dict())
     modules = {name: model.get_submodule(name) for name in stack.names}
