@@ -11,6 +11,8 @@ from PIL import Image
 from tiny import random_factors, write_adapter
 
 import nsc
+from nsc.data import collate, tokenize
+from nsc.families import load_tokenizer
 from nsc.objective import NullSpaceObjective
 from nsc.report import draw_heat_map, vllm_rank
 from nsc.surgery import merged_layers
@@ -55,12 +57,15 @@ def test_ranks_scales_and_drift(merged):
     assert report.max_drift == drift.max().item() and len(report.bounded) == (drift > 0.15 - 1e-6).sum()
 
 
-def test_ratios_are_the_objectives(merged):
+def test_ratios_are_the_objectives_over_all_samples(merged, base, texts):
+    tokens = tokenize(load_tokenizer(str(base)), texts, max_length=512)
+    rows = [(ids, k) for k, samples in enumerate(tokens.values()) for ids in samples]
+    batch = collate([ids for ids, _ in rows], [k for _, k in rows], pad_id=0, causal=True)
     lam = {"before": torch.full_like(merged.coefficients, 0.4), "after": merged.coefficients}
     for when, told in (("before", merged.report.ratio_before), ("after", merged.report.ratio_after)):
         with merged_layers(merged.model, merged.stack, lam[when]) as layers:
             objective = NullSpaceObjective(merged.model, layers, merged.stack, merged.report.targets)
-            torch.testing.assert_close(torch.tensor(told), objective.ratios(merged.batch).nanmean(0), rtol=0, atol=1e-5)
+            torch.testing.assert_close(torch.tensor(told), objective.ratios(batch).nanmean(0), rtol=0, atol=1e-5)
     assert all(
         after < before for after, before in zip(merged.report.ratio_after, merged.report.ratio_before, strict=True)
     )
