@@ -91,10 +91,7 @@ def learn(
         frozen = ~_reachable(objective, batches(0).to(device), lam) | ~stack.present.to(device)
         run = _start(lam, frozen, config, identity)
         if resume:
-            _load(run, checkpoint)
-            if run.step > config.steps:
-                past = f"is at step {run.step}, past the {config.steps} that were asked for"
-                raise ResumeError(f"checkpoint {checkpoint} {past}; ask for at least as many, or remove it")
+            _load(run, checkpoint, config.steps)
         started, first = time.perf_counter(), run.step
         try:
             _optimise(run, forward, config.steps, checkpoint, progress)
@@ -244,7 +241,7 @@ def _save(run: _Run, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _load(run: _Run, path: Path | None) -> None:
+def _load(run: _Run, path: Path | None, steps: int) -> None:
     if path is None or not path.is_file():
         raise ResumeError(f"nothing to resume: there is no checkpoint at {path}")
     try:
@@ -255,6 +252,9 @@ def _load(run: _Run, path: Path | None) -> None:
         raise ResumeError(
             f"checkpoint {path} was made with other adapters, data or settings; resume with the same ones, or remove it"
         )
+    if state["step"] > steps:
+        past = f"is at step {state['step']}, past the {steps} that were asked for"
+        raise ResumeError(f"checkpoint {path} {past}; ask for at least as many, or remove it")
     with torch.no_grad():
         run.lam.copy_(state["lam"])
     run.optimizer.load_state_dict(state["optimizer"])
