@@ -47,18 +47,13 @@ def merge(
     """Learn coefficients from unlabeled data, write the merge to OUT, and prove it by reloading."""
     with _plain_errors(out):
         from nsc.errors import NSCError
-        from nsc.export import refuse_unstreamable
         from nsc.merging import merge as run
-        from nsc.result import CHECKPOINT, partial_folder, refuse_existing
+        from nsc.result import CHECKPOINT, partial_folder, refuse_output
 
-        refuse_existing(out)
-        if rank is not None and full:
-            raise NSCError("--rank truncates an adapter, --full writes a model: give one of them")
+        refuse_output(out, base, rank, full)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not resume:
             raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")
-        if full:
-            refuse_unstreamable(base)
         result = run(
             base,
             _pairs(adapter, "--adapter"),

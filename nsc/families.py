@@ -14,7 +14,7 @@ import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from nsc.errors import NSCError, TargetError
@@ -68,12 +68,6 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Every linear layer by name, in the model's own order -> (out_features, in_features)."""
     modules = model.named_modules()
     return {name: (m.out_features, m.in_features) for name, m in modules if isinstance(m, nn.Linear)}
-
-
-def body_shapes(base: str) -> dict[str, tuple[int, int]]:
-    """``linear_shapes`` of a base from its config alone: no weights are read."""
-    with torch.device("meta"):
-        return linear_shapes(AutoModel.from_config(AutoConfig.from_pretrained(base)))
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -92,7 +92,7 @@ def apply(
     unknown = sorted(set(moved) - set(record.adapters))
     if unknown:
         raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
-    record = replace(record, base=str(base) if base else record.base)
+    record = replace(record, base=_absolute(base) if base else record.base)
     read = read_adapters({task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()})
     for task, adapter in read.items():
         if fingerprint(adapter) != record.adapters[task]["fingerprint"]:

@@ -219,8 +219,8 @@ def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list
     warnings = []
     if learned.bounded.any():
         warnings.append(
-            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={config.max_drift:g}: the schedule"
-            " reaches further than the paper's, where a lower objective no longer means a better merge"
+            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={config.max_drift:g}; going further"
+            " lowers the objective, but need not make a better merge"
         )
     if drift > PAPER_REACH + 1e-6:
         warnings.append(

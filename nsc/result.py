@@ -17,7 +17,7 @@ from nsc import families
 from nsc.adapters import Adapter
 from nsc.data import collate
 from nsc.errors import NSCError
-from nsc.export import merged_factors, write_adapter, write_full_model
+from nsc.export import merged_factors, refuse_unstreamable, write_adapter, write_full_model
 from nsc.objective import Batch
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.record import Record
@@ -58,13 +58,11 @@ class MergeResult:
 
         An adapter by exact concatenation, or truncated to ``rank``; or, with ``full``, the whole merged model. Beside
         it: the record, the report, a model card, a heat map, and each task's own head under ``heads/``. Everything is
-        written to ``out.partial`` and moved into place only once proven. Raises NSCError if ``out`` exists or ``rank``
-        and ``full`` are both given, ProofError if what was reloaded is not what was merged.
+        written to ``out.partial`` and moved into place only once proven. Raises NSCError as ``refuse_output`` does,
+        ProofError if what was reloaded is not what was merged.
         """
         out = Path(out)
-        if rank is not None and full:
-            raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
-        refuse_existing(out)
+        refuse_output(out, self.record.base, rank, full)
         partial = partial_folder(out)
         staging = partial / STAGING
         shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
@@ -80,7 +78,7 @@ class MergeResult:
         truncation = {name: f.error for name, f in merge.factors.items()} if rank is not None and not full else {}
         top = max(f.A.shape[0] for f in merge.factors.values())
         report = replace(self.report, truncation=truncation, proofs=[str(proof)], full=full)
-        self._describe(staging, replace(report, merged_rank=top, vllm_max_lora_rank=vllm_rank(top)), full)
+        self._describe(staging, replace(report, merged_rank=top, vllm_max_lora_rank=vllm_rank(top)))
         replace(self.record, rank=rank).write(staging)
         _share(staging)
         os.replace(staging, out)
@@ -104,9 +102,9 @@ class MergeResult:
         model = families.load_body(self.record.base)
         return model, _synthetic_batch(model)
 
-    def _describe(self, folder: Path, report: Report, full: bool) -> None:
+    def _describe(self, folder: Path, report: Report) -> None:
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(_model_card(report, full), encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(report), encoding="utf-8")
         draw_heat_map(folder / "coefficients.png", report)
         for task, adapter in self.adapters.items():
             if adapter.saved:
@@ -127,10 +125,18 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def refuse_existing(out: Path) -> None:
-    """Raise NSCError if ``out`` exists: nothing on disk is ever overwritten."""
+def refuse_output(out: Path, base: str, rank: int | None, full: bool) -> None:
+    """Raise NSCError for an output that cannot be written, so that it need not be learned first.
+
+    ``out`` exists (nothing on disk is ever overwritten), ``rank`` and ``full`` are both given, or ``full`` is and the
+    base has no checkpoint that can be streamed.
+    """
     if out.exists():
         raise NSCError(f"{out} exists already; choose another folder, or move it away")
+    if rank is not None and full:
+        raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
+    if full:
+        refuse_unstreamable(base)
 
 
 def _synthetic_batch(model: nn.Module) -> Batch:
@@ -140,8 +146,8 @@ def _synthetic_batch(model: nn.Module) -> Batch:
     return collate(ids.tolist(), [0, 0], 0, causal=True).to(next(model.parameters()).device)
 
 
-def _model_card(report: Report, full: bool) -> str:
-    library, kind = ("transformers", "model") if full else ("peft", "adapter")
+def _model_card(report: Report) -> str:
+    library, kind = ("transformers", "model") if report.full else ("peft", "adapter")
     head = f"---\nlibrary_name: {library}\nbase_model: {json.dumps(report.base)}\ntags:\n- merge\n- nsc\n---\n"
     title = f"# A merged {kind}: {', '.join(report.tasks)}\n\nMerged by Null-Space Compression (arXiv 2603.26317)."
     heads = "\nThe tasks' own heads, where they have any, are under `heads/`; `merge.yaml` replays this merge."
