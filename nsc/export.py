@@ -119,10 +119,14 @@ def refuse_unstreamable(base: str) -> None:
 
 
 def checkpoint_folder(base: str) -> Path:
-    """The base's folder: itself, or a Hub snapshot fetched (or found) in the cache."""
+    """The base's folder: itself, or a Hub snapshot fetched (or found) in the cache. Raises NSCError if there is none."""
     if Path(base).is_dir():
         return Path(base)
-    return Path(snapshot_download(base, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
+    others = [f"*{suffix}" for suffix in WEIGHT_FILES if suffix != ".safetensors"]
+    try:
+        return Path(snapshot_download(base, ignore_patterns=others))
+    except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
+        raise NSCError(f"base {base!r} is no folder, and the Hub gave no such model: {error}") from error
 
 
 def _concatenated(module: ModuleStack, row: Tensor) -> MergedFactors:

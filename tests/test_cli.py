@@ -202,6 +202,7 @@ def test_existing_out_contradictions_and_nothing_to_resume(arguments, tmp_path):
     (tmp_path / "there").mkdir()
     assert "exists already" in refused(run(*arguments(tmp_path / "there")))
     assert "give one of them" in refused(run(*arguments(tmp_path / "out", "--rank", 4, "--full")))
+    assert "'/nowhere' is no folder" in refused(run(*arguments(tmp_path / "out", "--full", where="/nowhere")))
     assert "there is no checkpoint at" in refused(run(*arguments(tmp_path / "out", "--resume")))
     assert "no readable record" in refused(run("apply", tmp_path, "--out", tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
