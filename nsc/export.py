@@ -119,7 +119,7 @@ def refuse_unstreamable(base: str) -> None:
 
 
 def checkpoint_folder(base: str) -> Path:
-    """The base's folder: itself, or a Hub snapshot fetched (or found) in the cache. Raises NSCError if there is none."""
+    """The base's folder: itself, or a Hub snapshot. Raises NSCError if there is neither."""
     if Path(base).is_dir():
         return Path(base)
     others = [f"*{suffix}" for suffix in WEIGHT_FILES if suffix != ".safetensors"]
