@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nsc.errors import TargetError
 from nsc.stack import Stack
-from nsc_kernels import MergedLoRALinear, null_space_ratio
+from nsc_kernels import MergedLoRALinear, ratio_from_energy
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class NullSpaceObjective:
         """() the objective of one batch, in float32 at least, differentiable in the coefficients."""
         weight = batch.weight.flatten()
         weights = (self.share.to(weight.dtype) / len(self.tasks))[:, batch.task.flatten()] * weight  # (T, n)
-        terms = self._watch(batch, lambda index, task, **rows: null_space_ratio(**rows, weight=weights[index]))
+        terms = self._watch(batch, lambda index, task, **rows: ratio_from_energy(**rows, weight=weights[index]))
         return torch.stack(terms).sum()
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class NullSpaceObjective:
         weight = batch.weight.flatten()
 
         def per_task(index: int, task: Tensor, **rows: Any) -> Tensor:
-            counted = torch.where(weight > 0, null_space_ratio(**rows) * weight, 0)
+            counted = torch.where(weight > 0, ratio_from_energy(**rows) * weight, 0)
             return counted.new_zeros(len(self.tasks)).index_add(0, task, counted)
 
         table = torch.stack(self._watch(batch, per_task))
@@ -94,12 +94,12 @@ class NullSpaceObjective:
         seen: dict[str, Tensor] = {}
         task = batch.task.flatten()
 
-        def watch(name: str, z: Tensor, u: Tensor) -> None:
-            z, u = z.flatten(0, -2), u.flatten(0, -2)
-            if z.shape[0] != task.numel():
-                raise TargetError(f"{name} saw {z.shape[0]} rows of a batch of {task.numel()}: it cannot be a target")
+        def watch(name: str, u: Tensor, energy: Tensor) -> None:
+            u, energy = u.flatten(0, -2), energy.flatten()
+            if len(energy) != task.numel():
+                raise TargetError(f"{name} saw {len(energy)} rows of a batch of {task.numel()}: it cannot be a target")
             rows = {"gram_inverse": self._grams[name], "adapter": task, "offsets": self.layers[name].offsets}
-            seen[name] = measure(self.targets.index(name), task, z=z, u=u, **rows)
+            seen[name] = measure(self.targets.index(name), task, energy=energy, u=u, **rows)
             if len(seen) == len(self.targets):
                 raise _Stop
 

@@ -7,9 +7,24 @@ One alphabet of shapes everywhere:
     G (R, R)   block-diagonal (A_k A_k')^-1          R = sum r_k; segment k is offsets[k]:offsets[k+1]
 """
 
-from nsc_kernels.gram import GramCache, GramFactor
+from nsc_kernels.gram import GramCache, GramFactor, gram_inverse
+from nsc_kernels.lora_down import lora_down, lora_fork
+from nsc_kernels.lora_fold import lora_fold
+from nsc_kernels.lora_up import lora_up
 from nsc_kernels.modules import MergedLoRALinear
 from nsc_kernels.null_space_ratio import null_space_ratio
+from nsc_kernels.ratio_from_energy import ratio_from_energy
 
 __version__ = "0.1.0"
-__all__ = ["GramCache", "GramFactor", "MergedLoRALinear", "null_space_ratio"]
+__all__ = [
+    "GramCache",
+    "GramFactor",
+    "MergedLoRALinear",
+    "gram_inverse",
+    "lora_down",
+    "lora_fold",
+    "lora_fork",
+    "lora_up",
+    "null_space_ratio",
+    "ratio_from_energy",
+]

@@ -1,34 +1,35 @@
 """One way to define an op: a torch reference that is schema, fake, CPU kernel and oracle, and a Triton launch."""
 
 import functools
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
-from nsc_kernels._tl import HAS_TRITON
-
-INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+from nsc_kernels._tl import HAS_TRITON, INTERPRET
 
 
 class Launch(NamedTuple):
     """A kernel with everything it is called with. Running it and compiling it ahead of time read the same fields."""
 
     kernel: Any
-    programs: int
+    grid: tuple[int, ...]
     args: dict[str, Any]
     settings: dict[str, int]
 
     def run(self) -> None:
         """Launch on the current stream of the device that holds the arguments; nothing for an empty grid."""
-        if self.programs == 0:
+        if 0 in self.grid:
             return
-        device = next(value for value in self.args.values() if isinstance(value, Tensor))
-        with torch.cuda.device_of(device):
-            self.kernel[(self.programs,)](**self.args, **self.settings)
+        device = next(value for value in self.args.values() if isinstance(value, Tensor)).device
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            self.kernel[self.grid](**self.args, **self.settings)
+        else:
+            with torch.cuda.device(device):
+                self.kernel[self.grid](**self.args, **self.settings)
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -36,27 +37,72 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
             return function(*args)
 
     return run
 
 
-def triton_backed(name: str, reference: Callable, launch: Callable) -> CustomOpDef:
-    """Register ``reference`` as the operator ``name`` on every device, and ``launch`` (Triton) where Triton runs.
+class Op:
+    """An operator with two doors: the registered one, which whoever traces can see, and a direct one.
 
-    Both take the same positional arguments, tensors first, and return fresh contiguous tensors. Triton runs on CUDA and
-    ROCm, and on the CPU under ``TRITON_INTERPRET=1``; float64 always takes the reference.
+    ``reference`` and ``launch`` take the same positional arguments and return fresh contiguous tensors. Triton runs on
+    CUDA and ROCm, and on the CPU under ``TRITON_INTERPRET=1``; float64 always takes the reference. The direct door skips
+    torch's dispatcher, which in Python costs more than a launch (docs/results.md); values and gradients are the same.
     """
-    reference = without_autocast(reference)
 
-    @functools.wraps(reference)
-    def run(*args: Any) -> Any:
-        exact = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
-        return reference(*args) if exact else launch(*args)
+    def __init__(self, name: str, reference: Callable, launch: Callable) -> None:
+        self.reference = without_autocast(reference)
+        self.launch = launch
+        self.function: Any = None
+        self.registered = custom_op(name, self.reference, mutates_args=())
+        self.registered.register_fake(self.reference)
+        if HAS_TRITON:
+            self.registered.register_kernel(["cpu", "cuda"] if INTERPRET else "cuda")(self.direct)
 
-    op = custom_op(name, reference, mutates_args=())
-    op.register_fake(reference)
-    if HAS_TRITON:
-        op.register_kernel(["cpu", "cuda"] if INTERPRET else "cuda")(run)
-    return op
+    def differentiable(self, save: Callable, backward: Callable) -> None:
+        """Give both doors a gradient: ``save(ctx, inputs, output)``, ``backward(ctx, *gradients)``, once."""
+        self.registered.register_autograd(backward, setup_context=save)
+        rules = {"forward": self.direct, "setup_context": save, "backward": once_differentiable(backward)}
+        name = self.registered._qualname.replace("::", "_")
+        self.function = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in rules.items()})
+
+    def __call__(self, *args: Any) -> Any:
+        if is_traced(args):
+            return self.registered(*args)
+        if self.function is not None and torch.is_grad_enabled() and any(needs_gradient(arg) for arg in args):
+            return self.function.apply(*args)
+        return self.direct(*args)
+
+    def direct(self, *args: Any) -> Any:
+        """Values only, by Triton where it runs and by the reference elsewhere."""
+        return (self.launch if runs_triton(args) else self.reference)(*args)
+
+
+def runs_triton(args: tuple[Any, ...]) -> bool:
+    """Whether these arguments go to a kernel: on a GPU or interpreted, and none of them float64."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    on_device = HAS_TRITON and (INTERPRET or tensors[0].is_cuda)
+    return on_device and not any(x.dtype == torch.float64 for x in tensors)
+
+
+def fresh(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor for a kernel to fill, on the device of ``like`` and in its dtype, or another."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def needs_gradient(arg: Any) -> bool:
+    """Whether this argument is a tensor that autograd follows."""
+    return isinstance(arg, Tensor) and arg.requires_grad
+
+
+def is_traced(args: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a transform, a mode or a tensor subclass must see the operator itself."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, nn.Parameter) for arg in args)
+    )

@@ -6,10 +6,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsc_kernels._op import without_autocast
+from nsc_kernels._tl import MIN_RATIO
+
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any of them is, else float32: the dtype of sums and of what is made of them."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as ``F.linear`` would take them: in autocast's dtype where it is on, but float64 as it is."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -41,6 +53,48 @@ def row_segments(
     return inside & (live & known)[:, None], known | ~live
 
 
+def row_vectors(
+    u: Tensor, inverse_norm: Tensor, adapter: Tensor | None, offsets: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v = u/|z| (n, R), 0 outside a row's segment; where that segment is; (n,) False where no such adapter is."""
+    inside, known = row_segments(u, adapter, offsets, weight)
+    return torch.where(inside, u * inverse_norm[:, None], 0.0), inside, known
+
+
+def captured_share(v: Tensor, gram_inverse: Tensor | None, valid: Tensor) -> Tensor:
+    """(n,): q/s = v.(G v), clamped to [0, 1]; NaN where it is not finite or not ``valid``."""
+    captured = (v * gram_product(v, gram_inverse)).sum(-1)
+    return torch.where(captured.isfinite() & valid, captured.clamp(0, 1), math.nan)
+
+
+def gram_product(v: Tensor, gram_inverse: Tensor | None) -> Tensor:
+    """G v of each row of (n, R); v itself where A's rows are orthonormal."""
+    return v if gram_inverse is None else v @ gram_inverse
+
+
+def ratio_value(captured: Tensor, weight: Tensor | None) -> Tensor:
+    """sqrt(1 - captured), (n,), or its 0-d weighted sum; rows of weight 0 hold 0 in ``captured``."""
+    ratio = (1 - captured).sqrt()
+    return ratio if weight is None else (weight * ratio).sum()
+
+
+def ratio_slope(grad: Tensor, weight: Tensor | None, captured: Tensor) -> Tensor:
+    """(n,): g/om of each row, held below ``MIN_RATIO``; 0 for a row of weight 0."""
+    row_grad = grad if weight is None else grad * weight
+    return row_grad / (1 - captured).sqrt().clamp_min(MIN_RATIO)
+
+
+@without_autocast
+def gram_gradient(slope: Tensor, v: Tensor) -> Tensor:
+    """(R, R): -1/2 sum over rows of g/om v v^T; block-diagonal, since v is 0 outside its row's segment."""
+    return -0.5 * (v * slope[:, None]).T @ v
+
+
+def weight_gradient(grad: Tensor, weight: Tensor, captured: Tensor) -> Tensor:
+    """(n,): g om; 0 for a row of weight 0, which is not read."""
+    return torch.where(weight == 0, 0.0, grad * (1 - captured).sqrt())
+
+
 def expect(name: str, x: Tensor, shape: Sequence[int], meaning: str, like: Tensor, *, integer: bool = False) -> None:
     """Refuse an argument, naming it, unless it has this shape, the device of ``like`` and the right kind of dtype.
 
@@ -57,7 +111,30 @@ def expect(name: str, x: Tensor, shape: Sequence[int], meaning: str, like: Tenso
         raise ValueError(f"{name} must have shape {tuple(shape)}, {meaning}, got {tuple(x.shape)}")
 
 
-def expect_segments(adapter: Tensor | None, offsets: Tensor | None, z: Tensor) -> None:
+def expect_beside(
+    rows: Sequence[int],
+    u: Tensor,
+    gram_inverse: Tensor | None,
+    adapter: Tensor | None,
+    offsets: Tensor | None,
+    weight: Tensor | None,
+    like: Tensor,
+) -> None:
+    """Refuse what does not fit beside these rows; u: (*rows, R), and the rest as ``null_space_ratio`` takes it.
+
+    Raises:
+        ValueError: as ``expect``.
+    """
+    r = u.shape[-1:]
+    expect("u", u, (*rows, *r), "one row of z @ A.T for each row of z", like)
+    if gram_inverse is not None:
+        expect("gram_inverse", gram_inverse, (*r, *r), "square in the columns of u, block-diagonal over adapters", like)
+    if weight is not None:
+        expect("weight", weight, rows, "one number for each row of z", like)
+    expect_segments(adapter, offsets, rows, like)
+
+
+def expect_segments(adapter: Tensor | None, offsets: Tensor | None, rows: Sequence[int], z: Tensor) -> None:
     """Refuse a row-to-adapter map that is not one integer a row of ``z``, with the adapters' (K + 1,) column offsets.
 
     Raises:
@@ -67,7 +144,7 @@ def expect_segments(adapter: Tensor | None, offsets: Tensor | None, z: Tensor) -
         return
     if adapter is None or offsets is None:
         raise ValueError("adapter and offsets go together: pass both, or neither for a single adapter")
-    expect("adapter", adapter, z.shape[:-1], "one index for each row of z", z, integer=True)
+    expect("adapter", adapter, rows, "one index for each row of z", z, integer=True)
     if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise ValueError(f"offsets must be (K + 1,) for K >= 1 adapters, 0 first, got shape {tuple(offsets.shape)}")
     expect("offsets", offsets, offsets.shape, "ascending from 0 to the columns of u", z, integer=True)

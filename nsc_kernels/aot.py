@@ -52,7 +52,9 @@ def null_space_ratio_launches(
     adapter, offsets = (meta(n, like=torch.int64), meta(7, like=torch.int64)) if routed else (None, None)
     given = (meta(r, r) if gram else None, adapter, offsets, row if routed else None)
     z, u = meta(n, d, like=dtype), meta(n, r, like=dtype)
-    return plan_forward(z, u, *given)[0], plan_backward(row[0] if routed else row, z, u, *given, row, row)[0]
+    return plan_forward(z, u, *given)[0], plan_backward(row[0] if routed else row, z, u, *given, row, row, True, True)[
+        0
+    ]
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
@@ -92,7 +94,7 @@ def compile_for(launch: Launch, target: str) -> Any:
         raise RuntimeError("ahead-of-time compilation needs Triton installed and TRITON_INTERPRET unset")
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": launch.settings["num_warps"]}
+    options = {name: launch.settings[name] for name in ("num_warps", "num_stages") if name in launch.settings}
     return triton.compile(_source(launch), target=GPUTarget(*TARGETS[target]), options=options)
 
 

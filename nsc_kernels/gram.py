@@ -117,6 +117,36 @@ class _DifferentiableInverse(torch.autograd.Function):
         return -(inverse @ (grad + grad.T) @ inverse @ lora_A.to(inverse.dtype)).to(lora_A.dtype), None
 
 
+def gram_inverse(*lora_A: Tensor) -> Tensor:
+    """Block-diagonal (R, R) inverse Gram of stacked adapters, without a cache and without waiting for the device.
+
+    For an ``A`` that changes every step, and inside ``torch.compile``: float64 Cholesky, returned in float32 (float64 if
+    an ``A`` is), differentiable, twice if need be. A rank-deficient ``A`` gives NaN; ``GramCache.inverse`` serves those.
+
+    Args:
+        lora_A: each (r, d), of any rank and floating dtype.
+
+    Raises:
+        ValueError: none is given.
+
+    Source: https://arxiv.org/abs/2603.26317, Eq. 4 (Fast NSC).
+    """
+    if not lora_A:
+        raise ValueError("gram_inverse() needs at least one lora_A")
+    dtype = torch.float64 if any(a.dtype == torch.float64 for a in lora_A) else torch.float32
+    return torch.block_diag(*[_plain_inverse(a) for a in lora_A]).to(dtype)
+
+
+def _plain_inverse(lora_A: Tensor) -> Tensor:
+    with torch.autocast(lora_A.device.type, enabled=False):
+        a = lora_A.double()
+        lower, info = torch.linalg.cholesky_ex(a @ a.mT)
+        identity = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
+        whiten = torch.linalg.solve_triangular(lower, identity, upper=False)
+        inverse = whiten.mT @ whiten
+        return torch.where(info == 0, inverse, math.nan)
+
+
 def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[GramFactor]:
     for position, a in zip(positions, lora_A, strict=True):
         if a.ndim != 2 or not a.is_floating_point():

@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nsc_kernels.lora_down import lora_fork
+from nsc_kernels.lora_up import lora_up
 
 
 class MergedLoRALinear(nn.Module):
@@ -24,8 +26,8 @@ class MergedLoRALinear(nn.Module):
 
     base: any module mapping (..., d) to (..., m), left as it is.  lora_A: (R, d).  lora_B: (m, R).  ranks: r_k of each
     adapter, R in sum, 0 where an adapter does not touch this layer.  scales: s_k, alpha over r, of each adapter.
-    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one.  watch: called with ``(z, u)`` in every
-    forward, before the base layer runs. Raises ValueError when the shapes do not follow one another.
+    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one.  watch: called in every forward with ``u``
+    (..., R) and the energy ``|z|^2`` (...,), before the base layer runs; for ``ratio_from_energy``. Raises ValueError when the shapes do not follow one another.
     """
 
     lora_A: Tensor
@@ -59,11 +61,12 @@ class MergedLoRALinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., d) -> (..., m)."""
-        u = F.linear(z, self.lora_A.to(z.dtype))
+        dtype = z.dtype
+        z, u, energy = lora_fork(z, self.lora_A.to(dtype), energy=self.watch is not None)
         if self.watch is not None:
-            self.watch(z, u)
+            self.watch(u, energy)
         c = (self.lam[:, None] * self.spread).sum(0)  # (R,); a matmul here would be rounded under autocast
-        return self.base(z) + F.linear(u * c.to(u.dtype), self.lora_B.to(u.dtype))
+        return lora_up(self.base(z), u, c, self.lora_B.to(dtype))
 
 
 def _check_shapes(lora_A: Tensor, lora_B: Tensor, ranks: Sequence[int], scales: Sequence[float], lam: Tensor) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_kernels import _rows
 from nsc_kernels._launch import RowBlocks, row_blocks, row_programs
-from nsc_kernels._op import Launch, triton_backed, without_autocast
-from nsc_kernels._rows import accumulator_dtype, expect, expect_segments, row_inverses, row_segments, unit_stride
-from nsc_kernels._tl import program_rows, row_gram_product, row_inverse_norm, row_segment, tl, triton
-
-MIN_RATIO = 1e-4
-_MIN_RATIO = tl.constexpr(MIN_RATIO)
+from nsc_kernels._op import Launch, Op, fresh
+from nsc_kernels._tl import (
+    program_rows, row_captured, row_inverse_norm, row_segment, row_slope, row_weight, store_du, store_ratio, tl, triton,
+)  # fmt: skip
 
 
 def null_space_ratio_reference(
@@ -38,15 +37,11 @@ def null_space_ratio_reference(
     Returns the value, (n,) or 0-d with ``weight``, and what its backward needs: q/s (n,) and 1/|z| (n,). All in
     ``accumulator_dtype``; ``gram_inverse`` and ``weight`` have that dtype already. Rows of weight 0 count as zero rows.
     """
-    z = z.to(accumulator_dtype(z, u))
-    inverse_norm = row_inverses(z if weight is None else torch.where(weight[:, None] == 0, 0.0, z))
-    inside, known = row_segments(u, adapter, offsets, weight)
-    v = torch.where(inside, u * inverse_norm[:, None], 0.0)
-    captured = (v * (v if gram_inverse is None else v @ gram_inverse)).sum(-1)
-    valid = captured.isfinite() & inverse_norm.isfinite() & known
-    captured = torch.where(valid, captured.clamp(0, 1), math.nan)
-    ratio = (1 - captured).sqrt()
-    return ratio if weight is None else (weight * ratio).sum(), captured, inverse_norm
+    z = z.to(_rows.accumulator_dtype(z, u))
+    inverse_norm = _rows.row_inverses(z if weight is None else torch.where(weight[:, None] == 0, 0.0, z))
+    v, _, known = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
+    captured = _rows.captured_share(v, gram_inverse, inverse_norm.isfinite() & known)
+    return _rows.ratio_value(captured, weight), captured, inverse_norm
 
 
 def null_space_ratio_backward_reference(
@@ -59,21 +54,22 @@ def null_space_ratio_backward_reference(
     weight: Tensor | None,
     captured: Tensor,  # (n,): q/s
     inverse_norm: Tensor,  # (n,): 1/|z|
+    to_z: bool,
+    to_u: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The direct gradient to z, (n, d) in z's dtype, and the gradient to u, (n, R) in u's dtype; both contiguous."""
-    slope = (_slope(grad, weight, captured) * inverse_norm)[:, None]
-    along = slope * captured[:, None]
-    dz = torch.where(along == 0, 0.0, along * (z * inverse_norm[:, None]))
-    inside, _ = row_segments(u, adapter, offsets, weight)
-    v = torch.where(inside, u * inverse_norm[:, None], 0.0)
-    du = torch.where(inside, -slope * (v if gram_inverse is None else v @ gram_inverse), 0.0)
-    return dz.to(z.dtype).contiguous(), du.to(u.dtype).contiguous()
+    """The direct gradient to z, (n, d) in z's dtype, and the gradient to u, (n, R) in u's dtype; both contiguous.
 
-
-def _slope(grad: Tensor, weight: Tensor | None, captured: Tensor) -> Tensor:
-    """(n,): g/om of each row, held below ``MIN_RATIO``; 0 for a row of weight 0."""
-    row_grad = grad if weight is None else grad * weight
-    return row_grad / (1 - captured).sqrt().clamp_min(MIN_RATIO)
+    to_z, to_u: which of the two are wanted; the other is an empty tensor.
+    """
+    dz, du = z.new_empty(0), u.new_empty(0)
+    slope = (_rows.ratio_slope(grad, weight, captured) * inverse_norm)[:, None]
+    if to_z:
+        along = slope * captured[:, None]
+        dz = torch.where(along == 0, 0.0, along * (z * inverse_norm[:, None])).to(z.dtype)
+    if to_u:
+        v, inside, _ = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
+        du = torch.where(inside, -slope * _rows.gram_product(v, gram_inverse), 0.0).to(u.dtype)
+    return dz.contiguous(), du.contiguous()
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -83,29 +79,14 @@ def null_space_ratio_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """value: (N,), or with weight one partial sum a program; captured, inverse_norm: (N,). All float32."""
     rows, exists = program_rows(N, BLOCK_N)
-    keep = exists
-    if weight_ptr is not None:
-        b_weight = tl.load(weight_ptr + rows, mask=exists, other=0.0)
-        keep = b_weight != 0
-    b_inverse = row_inverse_norm(z_ptr, z_stride, rows, keep, D, BLOCK_N, BLOCK_D)
+    b_weight, keep = row_weight(weight_ptr, rows, exists)
     start, stop, known = row_segment(adapter_ptr, offsets_ptr, rows, keep, K, R)
-    b_captured = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, tl.max(stop - start, 0), BLOCK_R):
-        cols = (start + first)[:, None] + tl.arange(0, BLOCK_R)[None, :]
-        inside = cols < stop[:, None]
-        b_u, b_h = row_gram_product(
-            u_ptr, u_stride, gram_inverse_ptr, rows, keep, b_inverse, start, stop, cols, inside, R, BLOCK_N, BLOCK_R
-        )
-        b_captured += tl.sum(b_u * b_h, 1)
-    valid = (tl.abs(b_captured) < float("inf")) & (b_inverse == b_inverse) & known
-    b_captured = tl.where(valid, tl.minimum(tl.maximum(b_captured, 0.0), 1.0), float("nan"))
-    b_ratio = tl.sqrt(1.0 - b_captured)
-    tl.store(captured_ptr + rows, b_captured, mask=exists)
+    b_inverse = row_inverse_norm(z_ptr, z_stride, rows, keep, D, BLOCK_N, BLOCK_D)
+    b_captured = row_captured(
+        u_ptr, u_stride, gram_inverse_ptr, rows, keep, b_inverse, start, stop, known, R, BLOCK_N, BLOCK_R
+    )
     tl.store(inverse_norm_ptr + rows, b_inverse, mask=exists)
-    if weight_ptr is None:
-        tl.store(value_ptr + rows, b_ratio, mask=exists)
-    else:
-        tl.store(value_ptr + tl.program_id(0), tl.sum(tl.where(keep, b_weight * b_ratio, 0.0), 0))
+    store_ratio(value_ptr, captured_ptr, b_captured, b_weight, rows, exists, keep, weight_ptr is not None)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -116,59 +97,64 @@ def null_space_ratio_backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """dz: (N, D), du: (N, R), every element written; grad_stride is 0 where one gradient serves all rows."""
     rows, exists = program_rows(N, BLOCK_N)
-    b_grad = tl.load(grad_ptr + rows * grad_stride, mask=exists, other=0.0)
-    if weight_ptr is not None:
-        b_grad *= tl.load(weight_ptr + rows, mask=exists, other=0.0)
+    b_weight, _keep = row_weight(weight_ptr, rows, exists)
     b_captured = tl.load(captured_ptr + rows, mask=exists, other=0.0)
     b_inverse = tl.load(inverse_norm_ptr + rows, mask=exists, other=0.0)
-    b_ratio = tl.sqrt(1.0 - b_captured)
-    b_slope = b_grad / tl.where(b_ratio < _MIN_RATIO, _MIN_RATIO, b_ratio) * b_inverse
-    b_along = b_slope * b_captured
-    read = exists & (b_along != 0)
-    for first in range(0, D, BLOCK_D):
-        cols = first + tl.arange(0, BLOCK_D)
-        in_row = (cols < D)[None, :]
-        b_z = tl.load(z_ptr + (rows * z_stride)[:, None] + cols[None, :], mask=read[:, None] & in_row, other=0.0)
-        b_dz = b_along[:, None] * (b_z.to(tl.float32) * b_inverse[:, None])
-        b_dz = b_dz.to(dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + (rows * D)[:, None] + cols[None, :], b_dz, mask=exists[:, None] & in_row)
-    keep = exists & (b_slope != 0)
-    start, stop, _known = row_segment(adapter_ptr, offsets_ptr, rows, keep, K, R)
-    for first in range(0, R, BLOCK_R):
-        cols = (first + tl.arange(0, BLOCK_R))[None, :]
-        inside = (cols >= start[:, None]) & (cols < stop[:, None])
-        _b_u, b_h = row_gram_product(
-            u_ptr, u_stride, gram_inverse_ptr, rows, keep, b_inverse, start, stop, cols, inside, R, BLOCK_N, BLOCK_R
-        )
-        b_du = tl.where(keep[:, None] & inside, -b_slope[:, None] * b_h, 0.0).to(du_ptr.dtype.element_ty)
-        tl.store(du_ptr + (rows * R)[:, None] + cols, b_du, mask=exists[:, None] & (cols < R))
+    b_slope = row_slope(grad_ptr, grad_stride, b_weight, b_captured, rows, exists)
+    if dz_ptr is not None:
+        b_along = b_slope * b_inverse * b_captured
+        read = exists & (b_along != 0)
+        for first in range(0, D, BLOCK_D):
+            cols = first + tl.arange(0, BLOCK_D)
+            in_row = (cols < D)[None, :]
+            b_z = tl.load(z_ptr + (rows * z_stride)[:, None] + cols[None, :], mask=read[:, None] & in_row, other=0.0)
+            b_dz = b_along[:, None] * (b_z.to(tl.float32) * b_inverse[:, None])
+            b_dz = b_dz.to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + (rows * D)[:, None] + cols[None, :], b_dz, mask=exists[:, None] & in_row)
+    if du_ptr is not None:
+        start, stop, _known = row_segment(adapter_ptr, offsets_ptr, rows, exists & (b_slope != 0), K, R)
+        store_du(
+            du_ptr, u_ptr, u_stride, gram_inverse_ptr, b_slope, b_inverse, rows, exists, start, stop, R,
+            BLOCK_N, BLOCK_R,
+        )  # fmt: skip
 
 
 def plan_forward(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
     """The forward launch and what it fills; arguments of the reference. With meta tensors, to compile ahead of time."""
     args, blocks = _shared_args(z, u, *given)
-    n, weighted = z.shape[0], given[-1] is not None
-    programs = row_programs(n, blocks)
+    n, programs = z.shape[0], row_programs(z.shape[0], blocks)
     value, captured, inverse_norm = (
-        torch.empty(size, dtype=torch.float32, device=z.device) for size in (programs if weighted else n, n, n)
+        fresh(z, size, torch.float32) for size in (n if given[-1] is None else programs, n, n)
     )
     args |= {"value_ptr": value, "captured_ptr": captured, "inverse_norm_ptr": inverse_norm}
-    return Launch(null_space_ratio_kernel, programs, args, blocks._asdict()), (value, captured, inverse_norm)
+    return Launch(null_space_ratio_kernel, (programs,), args, blocks._asdict()), (value, captured, inverse_norm)
 
 
-def plan_backward(grad: Tensor, z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Launch, tuple[Tensor, Tensor]]:
+def plan_backward(
+    grad: Tensor,
+    z: Tensor,
+    u: Tensor,
+    gram_inverse: Tensor | None,
+    adapter: Tensor | None,
+    offsets: Tensor | None,
+    weight: Tensor | None,
+    captured: Tensor,
+    inverse_norm: Tensor,
+    to_z: bool,
+    to_u: bool,
+) -> tuple[Launch, tuple[Tensor, Tensor]]:
     """The backward launch and the gradients it fills; arguments of the backward reference."""
-    captured, inverse_norm = given[-2:]
-    args, blocks = _shared_args(z, u, *given[:-2])
-    dz, du = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, u))
+    args, blocks = _shared_args(z, u, gram_inverse, adapter, offsets, weight)
+    dz, du = fresh(z, z.shape if to_z else 0), fresh(u, u.shape if to_u else 0)
     args |= {"grad_ptr": grad, "grad_stride": grad.stride(0) if grad.dim() else 0}
-    args |= {"captured_ptr": captured, "inverse_norm_ptr": inverse_norm, "dz_ptr": dz, "du_ptr": du}
+    args |= {"captured_ptr": captured, "inverse_norm_ptr": inverse_norm}
+    args |= {"dz_ptr": dz if to_z else None, "du_ptr": du if to_u else None}
     programs = row_programs(z.shape[0], blocks)
-    return Launch(null_space_ratio_backward_kernel, programs, args, blocks._asdict()), (dz, du)
+    return Launch(null_space_ratio_backward_kernel, (programs,), args, blocks._asdict()), (dz, du)
 
 
 def _shared_args(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[dict[str, Any], RowBlocks]:
-    z, u = unit_stride(z), unit_stride(u)
+    z, u = _rows.unit_stride(z), _rows.unit_stride(u)
     gram_inverse, adapter, offsets, weight = (x if x is None else x.contiguous() for x in given)
     args: dict[str, Any] = {"z_ptr": z, "u_ptr": u, "gram_inverse_ptr": gram_inverse, "weight_ptr": weight}
     args |= {"adapter_ptr": adapter, "offsets_ptr": offsets, "K": 0 if offsets is None else offsets.shape[0] - 1}
@@ -182,14 +168,14 @@ def _launch_forward(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Tensor
     return value if given[-1] is None else value.sum(), captured, inverse_norm
 
 
-def _launch_backward(grad: Tensor, z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-    launch, gradients = plan_backward(grad, z, u, *given)
+def _launch_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    launch, gradients = plan_backward(*args)
     launch.run()
     return gradients
 
 
-_forward_op = triton_backed("nsc::null_space_ratio", null_space_ratio_reference, _launch_forward)
-_backward_op = triton_backed("nsc::null_space_ratio_backward", null_space_ratio_backward_reference, _launch_backward)
+_forward_op = Op("nsc::null_space_ratio", null_space_ratio_reference, _launch_forward)
+_backward_op = Op("nsc::null_space_ratio_backward", null_space_ratio_backward_reference, _launch_backward)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -203,24 +189,18 @@ def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | No
     if grad is None:
         return (None,) * 6
     z, u, gram_inverse, adapter, offsets, weight, captured, inverse_norm = ctx.saved_tensors
-    dz, du = _backward_op(grad, z, u, gram_inverse, adapter, offsets, weight, captured, inverse_norm)
+    wanted = ctx.needs_input_grad[:2]
+    dz, du = _backward_op(grad, *ctx.saved_tensors, *wanted)
     dgram = dweight = None
     if ctx.needs_input_grad[2]:
-        inside, _ = row_segments(u, adapter, offsets, weight)
-        dgram = _gram_gradient(_slope(grad, weight, captured), u, inside, inverse_norm)
+        v, _, _ = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
+        dgram = _rows.gram_gradient(_rows.ratio_slope(grad, weight, captured), v)
     if ctx.needs_input_grad[5]:
-        dweight = torch.where(weight == 0, 0.0, grad * (1 - captured).sqrt())
-    return dz, du, dgram, None, None, dweight
+        dweight = _rows.weight_gradient(grad, weight, captured)
+    return dz if wanted[0] else None, du if wanted[1] else None, dgram, None, None, dweight
 
 
-@without_autocast
-def _gram_gradient(slope: Tensor, u: Tensor, inside: Tensor, inverse_norm: Tensor) -> Tensor:
-    """(R, R): -1/2 sum over rows of g/om v v^T; block-diagonal, since v is 0 outside its row's segment."""
-    v = torch.where(inside, u * inverse_norm[:, None], 0.0)
-    return -0.5 * (v * slope[:, None]).T @ v
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
+_forward_op.differentiable(_save, _backward)
 
 
 def null_space_ratio(
@@ -254,9 +234,12 @@ def null_space_ratio(
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 3 and 6.
     """
-    _check(z, u, gram_inverse, adapter, offsets, weight)
-    dtype = accumulator_dtype(z, u)
     rows = z.shape[:-1]
+    if z.dim() == 0 or z.shape[-1] == 0:
+        raise ValueError(f"z must be (..., d) with d >= 1, got shape {tuple(z.shape)}")
+    _rows.expect("z", z, z.shape, "rows of width d", z)
+    _rows.expect_beside(rows, u, gram_inverse, adapter, offsets, weight, z)
+    dtype = _rows.accumulator_dtype(z, u)
     n = math.prod(rows)
     value, _, _ = _forward_op(
         z.reshape(n, z.shape[-1]),
@@ -267,23 +250,3 @@ def null_space_ratio(
         None if weight is None else weight.reshape(n).to(dtype),
     )
     return value.reshape(rows) if weight is None else value
-
-
-def _check(
-    z: Tensor,
-    u: Tensor,
-    gram_inverse: Tensor | None,
-    adapter: Tensor | None,
-    offsets: Tensor | None,
-    weight: Tensor | None,
-) -> None:
-    if z.dim() == 0 or z.shape[-1] == 0:
-        raise ValueError(f"z must be (..., d) with d >= 1, got shape {tuple(z.shape)}")
-    rows, r = z.shape[:-1], u.shape[-1:]
-    expect("z", z, z.shape, "rows of width d", z)
-    expect("u", u, (*rows, *r), "one row of z @ A.T for each row of z", z)
-    if gram_inverse is not None:
-        expect("gram_inverse", gram_inverse, (*r, *r), "square in the columns of u, block-diagonal over adapters", z)
-    if weight is not None:
-        expect("weight", weight, rows, "one number for each row of z", z)
-    expect_segments(adapter, offsets, z)

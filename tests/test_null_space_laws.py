@@ -4,7 +4,8 @@ import pytest
 import torch
 from ops import BF16, DEVICES, F16, F32, F64, Case, make
 
-from nsc_kernels.null_space_ratio import MIN_RATIO, null_space_ratio
+from nsc_kernels._tl import MIN_RATIO
+from nsc_kernels.null_space_ratio import null_space_ratio
 
 devices = pytest.mark.parametrize("device", DEVICES)
 

@@ -1,0 +1,178 @@
+"""The two products that every LoRA op is made of: one side is the rank, so both are bound by the wide operand's bytes.
+
+    shrink:  V = X W'                    X (n, d) wide, W (R, d)          lora_down, and the backwards of lora_up and lora_fold
+             |x|^2 of each row, or c * V and sum over rows of U * V, in the same pass over X
+    expand:  Y + (U * c) W + 2 e * Z     U (n, R), W (R, m), Y (n, m) wide      lora_up, lora_fold, lora_down's backward
+
+W may be a transposed view. Sums are float32; where there are few rows ``shrink`` splits d and a second kernel adds the
+parts in a fixed order, so results do not change from run to run.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+from torch import Tensor
+
+from nsc_kernels._launch import expand_blocks, shrink_blocks
+from nsc_kernels._op import Launch, fresh
+from nsc_kernels._rows import unit_stride
+from nsc_kernels._tl import program_rows, tile_dot, tl, triton
+
+
+@triton.jit(do_not_specialize=["N"])
+def shrink_kernel(
+    x_ptr, w_ptr, c_ptr, u_ptr, out_ptr, energy_ptr, dc_ptr, N, D, R, SPAN, x_stride, w_stride, w_step, u_stride,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out: (splits, N, R), energy: (splits, N), dc: (programs, splits, R). Grid: row blocks, splits of D, blocks of R."""
+    rows, exists = program_rows(N, BLOCK_N)
+    split = tl.program_id(1)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rank = (r < R)[None, :]
+    b_v = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    b_energy = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(split * SPAN, tl.minimum(split * SPAN + SPAN, D), BLOCK_D):
+        cols = first + tl.arange(0, BLOCK_D)
+        in_row = cols < D
+        b_x = tl.load(
+            x_ptr + (rows * x_stride)[:, None] + cols[None, :], mask=exists[:, None] & in_row[None, :], other=0.0
+        )
+        b_w = tl.load(
+            w_ptr + (r * w_stride)[None, :] + (cols * w_step)[:, None], mask=in_rank & in_row[:, None], other=0.0
+        )
+        b_v = tile_dot(b_x, b_w, b_v)
+        if energy_ptr is not None:
+            b_x = b_x.to(tl.float32)
+            b_energy += tl.sum(b_x * b_x, 1)
+    part = split * N + rows  # int64
+    mask = exists[:, None] & in_rank
+    if dc_ptr is not None:
+        b_u = tl.load(u_ptr + (rows * u_stride)[:, None] + r[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_dc = tl.sum(tl.where(mask, b_u * b_v, 0.0), 0)
+        program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split
+        tl.store(dc_ptr + program * R + r, b_dc, mask=r < R)
+    if out_ptr is not None:
+        if c_ptr is not None:
+            b_v *= tl.load(c_ptr + r, mask=r < R, other=0.0)[None, :]
+        tl.store(out_ptr + (part * R)[:, None] + r[None, :], b_v.to(out_ptr.dtype.element_ty), mask=mask)
+    if energy_ptr is not None:
+        tl.store(energy_ptr + part, b_energy, mask=exists & (tl.program_id(2) == 0))
+
+
+@triton.jit(do_not_specialize=["N", "SPLITS"])
+def sum_parts_kernel(
+    parts_ptr, energies_ptr, out_ptr, energy_ptr, N, R, SPLITS, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """out: (N, R) and energy: (N,), the sums of (SPLITS, N, R) and (SPLITS, N) float32."""
+    rows, exists = program_rows(N, BLOCK_N)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = exists[:, None] & (r < R)[None, :]
+    b_sum = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    b_energy = tl.zeros((BLOCK_N,), tl.float32)
+    for split in range(0, SPLITS):
+        part = split * N + rows
+        b_sum += tl.load(parts_ptr + (part * R)[:, None] + r[None, :], mask=mask, other=0.0)
+        if energy_ptr is not None:
+            b_energy += tl.load(energies_ptr + part, mask=exists, other=0.0)
+    tl.store(out_ptr + (rows * R)[:, None] + r[None, :], b_sum.to(out_ptr.dtype.element_ty), mask=mask)
+    if energy_ptr is not None:
+        tl.store(energy_ptr + rows, b_energy, mask=exists & (tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def expand_kernel(
+    y_ptr, u_ptr, c_ptr, w_ptr, z_ptr, e_ptr, out_ptr, N, R, M, y_stride, u_stride, w_stride, w_step, z_stride,
+    out_stride, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out: (N, M), every element written. Grid: row blocks, blocks of M."""
+    rows, exists = program_rows(N, BLOCK_N)
+    cols = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_row = cols < M
+    mask = exists[:, None] & in_row[None, :]
+    b_out = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for first in range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        in_rank = r < R
+        b_u = tl.load(
+            u_ptr + (rows * u_stride)[:, None] + r[None, :], mask=exists[:, None] & in_rank[None, :], other=0.0
+        )
+        if c_ptr is not None:
+            b_c = tl.load(c_ptr + r, mask=in_rank, other=0.0)
+            b_u = (b_u.to(tl.float32) * b_c[None, :]).to(b_u.dtype)
+        b_w = tl.load(
+            w_ptr + (r * w_stride)[:, None] + (cols * w_step)[None, :],
+            mask=in_rank[:, None] & in_row[None, :],
+            other=0.0,
+        )
+        b_out = tile_dot(b_u, b_w, b_out)
+    if y_ptr is not None:
+        b_out += tl.load(y_ptr + (rows * y_stride)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if e_ptr is not None:
+        b_e = 2.0 * tl.load(e_ptr + rows, mask=exists, other=0.0)
+        b_z = tl.load(z_ptr + (rows * z_stride)[:, None] + cols[None, :], mask=mask & (b_e != 0)[:, None], other=0.0)
+        b_out += b_e[:, None] * b_z.to(tl.float32)
+    tl.store(out_ptr + (rows * out_stride)[:, None] + cols[None, :], b_out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_shrink(
+    x: Tensor,  # (n, d)
+    w: Tensor,  # (R, d)
+    u: Tensor | None = None,  # (n, R): sum over rows of u * v is wanted
+    c: Tensor | None = None,  # (R,) float32
+    *,
+    values: bool = True,
+    energy: bool = False,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """Launches that fill v, or c * v, (n, R) in x's dtype, |x|^2 (n,), and parts of sum u * v (parts, R), float32.
+
+    What is not wanted is empty. With meta tensors, to compile ahead of time.
+    """
+    x, (n, d), r = unit_stride(x), x.shape, w.shape[0]
+    blocks, splits, span = shrink_blocks(n, d, r, x.element_size())
+    grid = (-(-n // blocks.BLOCK_N), splits, max(-(-r // blocks.BLOCK_R), 1))
+    out = fresh(x, (n, r) if values else (0, r))
+    row_energy = fresh(x, n if energy else 0, torch.float32)
+    dc = fresh(x, (grid[0] * splits if u is not None else 0, r), torch.float32)
+    split = splits > 1
+    parts = fresh(x, (splits, n, r), torch.float32) if split and values else out
+    energies = fresh(x, (splits, n), torch.float32) if split and energy else row_energy
+    args = {"x_ptr": x, "w_ptr": w, "c_ptr": c, "u_ptr": u, "out_ptr": parts if values else None}
+    args |= {"energy_ptr": energies if energy else None, "dc_ptr": None if u is None else dc}
+    args |= {"N": n, "D": d, "R": r, "SPAN": span, "x_stride": x.stride(0), "w_stride": w.stride(0)}
+    args |= {"w_step": w.stride(1), "u_stride": 0 if u is None else u.stride(0)}
+    launches = [Launch(shrink_kernel, grid, args, blocks._asdict())]
+    if split and values:
+        launches.append(_plan_sum(parts, energies if energy else None, out, row_energy))
+    return launches, (out, row_energy, dc)
+
+
+def _plan_sum(parts: Tensor, energies: Tensor | None, out: Tensor, row_energy: Tensor) -> Launch:
+    splits, n, r = parts.shape
+    settings = {"BLOCK_N": 4, "BLOCK_R": 128, "num_warps": 4}
+    args = {"parts_ptr": parts, "energies_ptr": energies, "out_ptr": out, "N": n, "R": r, "SPLITS": splits}
+    args |= {"energy_ptr": None if energies is None else row_energy}
+    return Launch(
+        sum_parts_kernel, (-(-n // settings["BLOCK_N"]), max(-(-r // settings["BLOCK_R"]), 1)), args, settings
+    )
+
+
+def plan_expand(
+    y: Tensor | None,  # (n, m)
+    u: Tensor,  # (n, R)
+    w: Tensor,  # (R, m)
+    c: Tensor | None = None,  # (R,) float32
+    e: Tensor | None = None,  # (n,) float32
+    z: Tensor | None = None,  # (n, m), with e
+    out: Tensor | None = None,  # (n, m), unit stride along m
+) -> tuple[list[Launch], Tensor]:
+    """The launch that fills y + (u * c) w + 2 e z, (n, m) in w's dtype, in ``out`` or a fresh tensor."""
+    u, (n, r), m = unit_stride(u), u.shape, w.shape[1]
+    y, z = (None if x is None else unit_stride(x) for x in (y, z))
+    out = fresh(w, (n, m)) if out is None else out
+    blocks = expand_blocks(n, m, r, w.element_size())
+    args = {"y_ptr": y, "u_ptr": u, "c_ptr": c, "w_ptr": w, "z_ptr": z, "e_ptr": e, "out_ptr": out}
+    args |= {"N": n, "R": r, "M": m, "y_stride": 0 if y is None else y.stride(0), "u_stride": u.stride(0)}
+    args |= {"w_stride": w.stride(0), "w_step": w.stride(1), "z_stride": 0 if z is None else z.stride(0)}
+    args |= {"out_stride": out.stride(0)}
+    grid = (-(-n // blocks.BLOCK_N), -(-m // blocks.BLOCK_M))
+    return [Launch(expand_kernel, grid, args, blocks._asdict())], out

@@ -1,0 +1,167 @@
+"""The down-projection of all stacked adapters, and the energy of each row, in one pass over the rows.
+
+    u = z A^T           s = z.z
+    dz = du A + 2 ds z  dA = du^T z
+
+``lora_fork`` also hands z on, so that its backward adds both terms to the gradient that comes back from the base layer
+in one pass: dz = dz_base + du A + 2 ds z. With ds = g q / (2 om s^2) that is the backward of the merged layer.
+
+Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6 (u = A z is all that the null-space ratio needs of A).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsc_kernels._op import Op, is_traced, needs_gradient
+from nsc_kernels._rows import accumulator_dtype, autocast_to, expect
+from nsc_kernels._skinny import plan_expand, plan_shrink
+
+
+def lora_down_reference(z: Tensor, lora_A: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
+    """z: (n, d)  lora_A: (R, d)  ->  (n, R) in z's dtype; (n,) in ``accumulator_dtype``, (0,) without ``energy``."""
+    u = F.linear(z, lora_A)
+    if not energy:
+        return u, z.new_empty(0, dtype=accumulator_dtype(z))
+    return u, z.to(accumulator_dtype(z)).square().sum(-1)
+
+
+def lora_down_backward_reference(
+    dz_base: Tensor | None,  # (n, d)
+    du: Tensor | None,  # (n, R)
+    de: Tensor | None,  # (n,)
+    z: Tensor | None,  # (n, d), with de
+    lora_A: Tensor,  # (R, d)
+) -> Tensor:
+    """(n, d) in lora_A's dtype: the sum of the terms that are given, of which one must be."""
+    dtype = accumulator_dtype(lora_A)
+    total = torch.zeros((), dtype=dtype, device=lora_A.device)
+    if du is not None and dz_base is not None:
+        total = torch.addmm(dz_base, du, lora_A)
+    elif du is not None:
+        total = du @ lora_A
+    elif dz_base is not None:
+        total = dz_base
+    if de is not None and z is not None:
+        total = total.to(dtype) + torch.where(de == 0, 0.0, 2 * de)[:, None] * torch.where((de == 0)[:, None], 0.0, z)
+    return total.to(lora_A.dtype).contiguous()
+
+
+def _launch_forward(z: Tensor, lora_A: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
+    launches, (u, row_energy, _) = plan_shrink(z, lora_A, energy=energy)
+    for launch in launches:
+        launch.run()
+    return u, row_energy
+
+
+def _launch_backward(
+    dz_base: Tensor | None, du: Tensor | None, de: Tensor | None, z: Tensor | None, lora_A: Tensor
+) -> Tensor:
+    rows = next(x for x in (du, de, dz_base) if x is not None)
+    u = lora_A.new_empty(rows.shape[0], 0) if du is None else du
+    e = None if de is None else de.contiguous()
+    launches, dz = plan_expand(dz_base, u, lora_A[: u.shape[1]], e=e, z=None if de is None else z)
+    for launch in launches:
+        launch.run()
+    return dz
+
+
+_forward_op = Op("nsc::lora_down", lora_down_reference, _launch_forward)
+_backward_op = Op("nsc::lora_down_backward", lora_down_backward_reference, _launch_backward)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    z, lora_A, energy = inputs
+    ctx.set_materialize_grads(False)
+    ctx.energy = energy
+    ctx.save_for_backward(z if energy or ctx.needs_input_grad[1] else None, lora_A)
+
+
+def _gradients(ctx: Any, dz_base: Tensor | None, du: Tensor | None, de: Tensor | None) -> tuple:
+    z, lora_A = ctx.saved_tensors
+    de = de if ctx.energy else None
+    dz = dz_base
+    if ctx.needs_input_grad[0] and not (du is None and de is None):
+        dz = _backward_op(dz_base, du, de, z, lora_A)
+    return dz, du.T @ z if du is not None and ctx.needs_input_grad[1] else None, None
+
+
+def _backward(ctx: Any, du: Tensor | None, de: Tensor | None) -> tuple:
+    return _gradients(ctx, None, du, de)
+
+
+_forward_op.differentiable(_save, _backward)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, lora_A: Tensor, energy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        _save(ctx, (z, lora_A, energy), ())
+        return z.view_as(z), *_forward_op.direct(z, lora_A, energy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor | None, du: Tensor | None, de: Tensor | None) -> tuple:
+        return _gradients(ctx, dz, du, de)
+
+
+def lora_down(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """``u = z A^T`` for all adapters, and the energy ``|z|^2`` of each row, which reads z once for both.
+
+    Args:
+        z: (..., d) rows that enter the linear; float64, float32, bfloat16 or float16.
+        lora_A: (R, d) the adapters' down-projections, stacked, in z's dtype. Under autocast both are cast as by
+            ``F.linear``, and the energy is that of the cast rows.
+
+    Returns:
+        u (..., R) in that dtype, and the energy (...,) in float32 (float64 for float64): infinite beyond |z| = 1.8e19,
+        0 below 1e-23. Both differentiable, once, in z and lora_A.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+
+    Source: https://arxiv.org/abs/2603.26317, Eq. 3.
+    """
+    z, lora_A = _checked(z, lora_A)
+    u, energy = _forward_op(z.reshape(-1, z.shape[-1]), lora_A, True)
+    return u.view(*z.shape[:-1], lora_A.shape[0]), energy.view(z.shape[:-1])
+
+
+def lora_fork(z: Tensor, lora_A: Tensor, *, energy: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``lora_down`` that also returns z, to be given to the base layer in its place.
+
+    The values are the same. In the backward the gradients through the base, through u and through the energy are added
+    in one pass, where autograd would make a tensor of each.
+
+    Args:
+        z: (..., d), lora_A: (R, d), as for ``lora_down``.
+        energy: whether the energy is wanted. Without it z need not be kept for the backward.
+
+    Returns:
+        z (..., d), cast if autocast casts it; u (..., R); energy (...,) or None.
+
+    Raises:
+        ValueError: as ``lora_down``.
+    """
+    z, lora_A = _checked(z, lora_A)
+    rows = z.reshape(-1, z.shape[-1])
+    if is_traced((z, lora_A)) or not (torch.is_grad_enabled() and needs_gradient(z)):
+        u, row_energy = _forward_op(rows, lora_A, energy)
+    else:
+        rows, u, row_energy = _Fork.apply(rows, lora_A, energy)
+        z = rows.view(z.shape)
+    return z, u.view(*z.shape[:-1], lora_A.shape[0]), row_energy.view(z.shape[:-1]) if energy else None
+
+
+def _checked(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    if z.dim() == 0 or z.shape[-1] == 0:
+        raise ValueError(f"z must be (..., d) with d >= 1, got shape {tuple(z.shape)}")
+    expect("z", z, z.shape, "rows of width d", z)
+    expect("lora_A", lora_A, (lora_A.shape[:1] or (0,)) + z.shape[-1:], "one row for each column of u", z)
+    z, lora_A = autocast_to(z, lora_A)
+    if z.dtype != lora_A.dtype:
+        raise ValueError(f"z is {z.dtype} but lora_A is {lora_A.dtype}; convert one with .to(), or use autocast")
+    return z, lora_A
