@@ -67,25 +67,28 @@ class ExpandBlocks(NamedTuple):
 def shrink_blocks(n: int, d: int, r: int, itemsize: int) -> tuple[ShrinkBlocks, int, int]:
     """Blocks, the number of parts into which d is split, and the columns of each part.
 
-    The whole rank up to 512 goes into one program, so that X is read once. W is read once a program: rows are taken
-    many at a time. Where that leaves multiprocessors idle, d is split, never below ``MIN_SPAN`` columns.
+    Chosen so that no target spills (``make aot``). The whole rank goes into one program, in float32 up to 256 of it, so
+    that X is read once; W is read once a program, so rows are taken many at a time. Where that leaves multiprocessors
+    idle, d is split, never below ``MIN_SPAN`` columns.
     """
-    block_r = min(max(next_power_of_2(r), 16), 512)
-    block_n = min(max(next_power_of_2(n), 16), max(16384 // block_r, 32) // (itemsize // 2), 128)
-    block_d = 64 if block_r <= 128 else 32
-    if itemsize == 4:
-        block_d //= 2
-    num_warps = 8 if block_n * block_r >= 16384 // (itemsize // 2) else 4
+    block_r = min(max(next_power_of_2(r), 16), 512 if itemsize == 2 else 256)
+    if itemsize == 2:
+        most, block_d, num_warps, stages = {512: (32, 32, 8, 2), 256: (32, 64, 8, 2)}.get(block_r, (128, 64, 8, 3))
+    else:
+        most, block_d, num_warps, stages = {256: (16, 32, 8, 2)}.get(block_r, (32, 16, 4, 3))
+    block_n = min(16 if n <= 16 else 64 if n <= 64 else 128, most)
+    if block_n * block_r < 2048:
+        num_warps = 4
     programs = -(-n // block_n)
     splits = max(min(FILL // max(programs, 1), d // MIN_SPAN), 1)
     span = -(-d // (splits * block_d)) * block_d
-    return ShrinkBlocks(block_n, block_d, block_r, num_warps, 3), -(-d // span), span
+    return ShrinkBlocks(block_n, block_d, block_r, num_warps, stages), -(-d // span), span
 
 
 def expand_blocks(n: int, m: int, r: int, itemsize: int) -> ExpandBlocks:
-    """Blocks for n rows, m columns and rank r."""
-    block_n = min(max(next_power_of_2(n), 16), 128 // (itemsize // 2))
-    block_m = min(max(next_power_of_2(m), 16), 128)
-    block_r = min(max(next_power_of_2(r), 16), 32)
-    num_warps = 8 if block_n * block_m >= 16384 else 4
-    return ExpandBlocks(block_n, block_m, block_r, num_warps, 2)
+    """Blocks for n rows, m columns and rank r; chosen so that no target spills (``make aot``)."""
+    block_n, block_m = (16 if n <= 16 else 64), min(max(next_power_of_2(m), 16), 128)
+    if r % 16:  # rows of u are then not aligned, and loading them takes registers
+        block_m = min(block_m, 64)
+    block_r, num_warps = (32, 4) if itemsize == 2 else (16, 8)
+    return ExpandBlocks(block_n, block_m, min(max(next_power_of_2(r), 16), block_r), num_warps, 2)

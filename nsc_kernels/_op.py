@@ -48,8 +48,8 @@ class Op:
     """An operator with two doors: the registered one, which whoever traces can see, and a direct one.
 
     ``reference`` and ``launch`` take the same positional arguments and return fresh contiguous tensors. Triton runs on
-    CUDA and ROCm, and on the CPU under ``TRITON_INTERPRET=1``; float64 always takes the reference. The direct door skips
-    torch's dispatcher, which in Python costs more than a launch (docs/results.md); values and gradients are the same.
+    CUDA and ROCm, and on the CPU under ``TRITON_INTERPRET=1``; float64 always takes the reference. The direct door
+    skips torch's dispatcher, which in Python costs more than a launch; values and gradients are the same.
     """
 
     def __init__(self, name: str, reference: Callable, launch: Callable) -> None:
@@ -88,7 +88,7 @@ def runs_triton(args: tuple[Any, ...]) -> bool:
 
 
 def fresh(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor for a kernel to fill, on the device of ``like`` and in its dtype, or another."""
+    """An uninitialised contiguous tensor for a kernel to fill, on the device of ``like``, in its dtype or another."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 

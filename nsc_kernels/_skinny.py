@@ -1,14 +1,16 @@
 """The two products that every LoRA op is made of: one side is the rank, so both are bound by the wide operand's bytes.
 
-    shrink:  V = X W'                    X (n, d) wide, W (R, d)          lora_down, and the backwards of lora_up and lora_fold
-             |x|^2 of each row, or c * V and sum over rows of U * V, in the same pass over X
-    expand:  Y + (U * c) W + 2 e * Z     U (n, R), W (R, m), Y (n, m) wide      lora_up, lora_fold, lora_down's backward
+    shrink   V = X W'                     X (n, d), W (R, d)               lora_down; backward of lora_up, lora_fold
+             |x|^2 of each row, or c * V and the sum over rows of U * V, in the same pass over X
+    expand   Y + (U * c) W + 2 e * Z      Y, Z (n, m), U (n, R), W (R, m)  lora_up, lora_fold; backward of lora_down
 
 W may be a transposed view. Sums are float32; where there are few rows ``shrink`` splits d and a second kernel adds the
 parts in a fixed order, so results do not change from run to run.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ def shrink_kernel(
     x_ptr, w_ptr, c_ptr, u_ptr, out_ptr, energy_ptr, dc_ptr, N, D, R, SPAN, x_stride, w_stride, w_step, u_stride,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out: (splits, N, R), energy: (splits, N), dc: (programs, splits, R). Grid: row blocks, splits of D, blocks of R."""
+    """out: (splits, N, R), energy: (splits, N), dc: (blocks of N, splits, R). Grid: blocks of N, splits, blocks of R."""
     rows, exists = program_rows(N, BLOCK_N)
     split = tl.program_id(1)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -89,7 +91,13 @@ def expand_kernel(
     cols = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_row = cols < M
     mask = exists[:, None] & in_row[None, :]
-    b_out = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    b_out = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # the wide tiles come first, so that all loads are under way at once
+    if y_ptr is not None:
+        b_out += tl.load(y_ptr + (rows * y_stride)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if e_ptr is not None:
+        b_e = 2.0 * tl.load(e_ptr + rows, mask=exists, other=0.0)
+        b_z = tl.load(z_ptr + (rows * z_stride)[:, None] + cols[None, :], mask=mask & (b_e != 0)[:, None], other=0.0)
+        b_out += b_e[:, None] * b_z.to(tl.float32)
     for first in range(0, R, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         in_rank = r < R
@@ -105,12 +113,6 @@ def expand_kernel(
             other=0.0,
         )
         b_out = tile_dot(b_u, b_w, b_out)
-    if y_ptr is not None:
-        b_out += tl.load(y_ptr + (rows * y_stride)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    if e_ptr is not None:
-        b_e = 2.0 * tl.load(e_ptr + rows, mask=exists, other=0.0)
-        b_z = tl.load(z_ptr + (rows * z_stride)[:, None] + cols[None, :], mask=mask & (b_e != 0)[:, None], other=0.0)
-        b_out += b_e[:, None] * b_z.to(tl.float32)
     tl.store(out_ptr + (rows * out_stride)[:, None] + cols[None, :], b_out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -136,7 +138,7 @@ def plan_shrink(
     split = splits > 1
     parts = fresh(x, (splits, n, r), torch.float32) if split and values else out
     energies = fresh(x, (splits, n), torch.float32) if split and energy else row_energy
-    args = {"x_ptr": x, "w_ptr": w, "c_ptr": c, "u_ptr": u, "out_ptr": parts if values else None}
+    args: dict[str, Any] = {"x_ptr": x, "w_ptr": w, "c_ptr": c, "u_ptr": u, "out_ptr": parts if values else None}
     args |= {"energy_ptr": energies if energy else None, "dc_ptr": None if u is None else dc}
     args |= {"N": n, "D": d, "R": r, "SPAN": span, "x_stride": x.stride(0), "w_stride": w.stride(0)}
     args |= {"w_step": w.stride(1), "u_stride": 0 if u is None else u.stride(0)}
@@ -149,7 +151,14 @@ def plan_shrink(
 def _plan_sum(parts: Tensor, energies: Tensor | None, out: Tensor, row_energy: Tensor) -> Launch:
     splits, n, r = parts.shape
     settings = {"BLOCK_N": 4, "BLOCK_R": 128, "num_warps": 4}
-    args = {"parts_ptr": parts, "energies_ptr": energies, "out_ptr": out, "N": n, "R": r, "SPLITS": splits}
+    args: dict[str, Any] = {
+        "parts_ptr": parts,
+        "energies_ptr": energies,
+        "out_ptr": out,
+        "N": n,
+        "R": r,
+        "SPLITS": splits,
+    }
     args |= {"energy_ptr": None if energies is None else row_energy}
     return Launch(
         sum_parts_kernel, (-(-n // settings["BLOCK_N"]), max(-(-r // settings["BLOCK_R"]), 1)), args, settings
@@ -170,7 +179,7 @@ def plan_expand(
     y, z = (None if x is None else unit_stride(x) for x in (y, z))
     out = fresh(w, (n, m)) if out is None else out
     blocks = expand_blocks(n, m, r, w.element_size())
-    args = {"y_ptr": y, "u_ptr": u, "c_ptr": c, "w_ptr": w, "z_ptr": z, "e_ptr": e, "out_ptr": out}
+    args: dict[str, Any] = {"y_ptr": y, "u_ptr": u, "c_ptr": c, "w_ptr": w, "z_ptr": z, "e_ptr": e, "out_ptr": out}
     args |= {"N": n, "R": r, "M": m, "y_stride": 0 if y is None else y.stride(0), "u_stride": u.stride(0)}
     args |= {"w_stride": w.stride(0), "w_step": w.stride(1), "z_stride": 0 if z is None else z.stride(0)}
     args |= {"out_stride": out.stride(0)}

@@ -143,9 +143,8 @@ def row_captured(
 @triton.jit
 def row_weight(weight_ptr, rows, exists):
     """(BLOCK_N,) weights, 1 without any; which rows count: those whose weight is not 0."""
-    if weight_ptr is None:
-        b_weight = exists.to(tl.float32)
-    else:
+    b_weight = exists.to(tl.float32)
+    if weight_ptr is not None:
         b_weight = tl.load(weight_ptr + rows, mask=exists, other=0.0)
     return b_weight, exists & (b_weight != 0)
 

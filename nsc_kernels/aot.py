@@ -5,6 +5,7 @@
 prints what the compilers say of each: registers, shared memory, spills, and the widest global load and store.
 """
 
+import importlib
 import re
 import subprocess
 import sys
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from nsc_kernels._op import INTERPRET, Launch
 from nsc_kernels._tl import HAS_TRITON, triton
-from nsc_kernels.null_space_ratio import plan_backward, plan_forward
+from nsc_kernels._skinny import plan_expand, plan_shrink
 
+# the modules, which the package's functions of the same names hide
+null_space_ratio, ratio_from_energy = (
+    importlib.import_module(f"nsc_kernels.{name}") for name in ("null_space_ratio", "ratio_from_energy")
+)
 TARGETS: dict[str, tuple[str, int | str, int]] = {  # backend, architecture, lanes of a warp
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -40,34 +45,67 @@ class Report(NamedTuple):
     store_bytes: int
 
 
-def null_space_ratio_launches(
-    n: int, d: int, r: int, dtype: torch.dtype, *, gram: bool, routed: bool
-) -> tuple[Launch, Launch]:
-    """Forward and backward for meta tensors of these shapes; ``routed``: with adapters, offsets and weights."""
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory: what a plan needs of it is its shape, strides and dtype."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    def meta(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=like, device="meta")
 
-    row = meta(n)
-    adapter, offsets = (meta(n, like=torch.int64), meta(7, like=torch.int64)) if routed else (None, None)
+def ratio_launches(n: int, d: int, r: int, dtype: torch.dtype, *, gram: bool, routed: bool) -> list[Launch]:
+    """Both ratios, forward and backward; ``routed``: with adapters, offsets and weights."""
+    row, z, u = meta(n), meta(n, d, dtype=dtype), meta(n, r, dtype=dtype)
+    adapter, offsets = (meta(n, dtype=torch.int64), meta(7, dtype=torch.int64)) if routed else (None, None)
     given = (meta(r, r) if gram else None, adapter, offsets, row if routed else None)
-    z, u = meta(n, d, like=dtype), meta(n, r, like=dtype)
-    return plan_forward(z, u, *given)[0], plan_backward(row[0] if routed else row, z, u, *given, row, row, True, True)[
-        0
+    grad = row[0] if routed else row
+    return [
+        null_space_ratio.plan_forward(z, u, *given)[0],
+        null_space_ratio.plan_backward(grad, z, u, *given, row, row, True, True)[0],
+        ratio_from_energy.plan_forward(row, u, *given)[0],
+        ratio_from_energy.plan_backward(grad, row, u, *given, row)[0],
     ]
 
 
+def lora_launches(n: int, d: int, m: int, r: int, dtype: torch.dtype) -> dict[str, list[Launch]]:
+    """The LoRA ops of one layer, by pass."""
+    z, y, u, A, B, W = (meta(*shape, dtype=dtype) for shape in [(n, d), (n, m), (n, r), (r, d), (m, r), (m, d)])
+    c, e = meta(r), meta(n)
+    return {
+        "lora_down": plan_shrink(z, A, energy=True)[0],
+        "lora_down backward": plan_expand(z, u, A, e=e, z=z)[0],
+        "lora_up": plan_expand(y, u, B.T, c)[0],
+        "lora_up backward": plan_shrink(y, B.T, u, c)[0],
+        "lora_fold": plan_expand(W, B, A, c)[0],
+        "lora_fold backward": plan_shrink(W, A, B, c, values=False)[0],
+    }
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
-    """Every kernel in the variants that differ in code: the form, the routing, the dtype, and wide or narrow rows."""
+    """Every kernel in the variants that differ in code, once: form, routing, dtype, rank, many, few and wide rows."""
+    seen: list[tuple[Any, ...]] = []
+    for variant, launch in _all_launches():
+        code = (launch.kernel, launch.settings, specialise(launch))
+        if code not in seen:
+            seen.append(code)
+            yield variant, launch
+
+
+def _all_launches() -> Iterator[tuple[str, Launch]]:
     bf16, fp32 = torch.bfloat16, torch.float32
     shapes = [(65536, 4096, 96, bf16), (65536, 4096, 96, fp32), (128, 16384, 512, bf16), (65536, 64, 16, bf16)]
     for n, d, r, dtype in shapes:
         for gram, routed in [(False, False), (False, True), (True, False), (True, True)]:
             if gram == routed or (d, dtype) == (4096, bf16):
                 form = f"{'gram' if gram else 'whitened'}{' routed' if routed else ''}"
-                variant = f"{form} {str(dtype).removeprefix('torch.')} n={n} d={d} R={r}"
-                for launch in null_space_ratio_launches(n, d, r, dtype, gram=gram, routed=routed):
-                    yield variant, launch
+                for launch in ratio_launches(n, d, r, dtype, gram=gram, routed=routed):
+                    yield f"{form} {_name(n, d, r, dtype)}", launch
+    shapes += [(8, 4096, 96, bf16), (48, 768, 320, bf16), (6304, 768, 200, bf16), (8, 4096, 96, fp32)]
+    for n, d, r, dtype in [*shapes, (100, 4096, 48, fp32), (128, 16384, 512, fp32)]:
+        for step, planned in lora_launches(n, d, d, r, dtype).items():
+            for launch in planned:
+                yield f"{step} {_name(n, d, r, dtype)}", launch
+
+
+def _name(n: int, d: int, r: int, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} n={n} d={d} R={r}"
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
@@ -148,16 +186,19 @@ def width(assembly: str, access: str) -> int:
     nvidia = re.findall(rf"\b{short}\.global(?:\.[a-zL][\w:]*)*?(?:\.v(\d))?\.[bf](\d+)", assembly)
     amd = re.findall(rf"\b(?:global|buffer)_{access}_(?:dword(?:x(\d))?|b(\d+))\b", assembly)
     sizes = [int(count or 1) * int(bits) // 8 for count, bits in nvidia]
+    if access == "load":
+        copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], *(\w+)", assembly)
+        sizes += [int(size, 0) for size in copies]
     return max(sizes + [int(bits) // 8 if bits else 4 * int(count or 1) for count, bits in amd], default=0)
 
 
 def main(targets: Sequence[str]) -> None:
     """Print the table for these targets."""
-    print(f"{'kernel':34}{'variant':46}{'target':8}" + "".join(f"{name:>13}" for name in Report._fields))
+    print(f"{'kernel':34}{'variant':52}{'target':8}" + "".join(f"{name:>13}" for name in Report._fields))
     for variant, launch in launches():
         for target in targets:
             numbers = "".join(f"{x:13}" for x in report(compile_for(launch, target)))
-            print(f"{launch.kernel.__name__:34}{variant:46}{target:8}{numbers}", flush=True)
+            print(f"{launch.kernel.__name__:34}{variant:52}{target:8}{numbers}", flush=True)
 
 
 if __name__ == "__main__":

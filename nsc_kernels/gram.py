@@ -120,8 +120,8 @@ class _DifferentiableInverse(torch.autograd.Function):
 def gram_inverse(*lora_A: Tensor) -> Tensor:
     """Block-diagonal (R, R) inverse Gram of stacked adapters, without a cache and without waiting for the device.
 
-    For an ``A`` that changes every step, and inside ``torch.compile``: float64 Cholesky, returned in float32 (float64 if
-    an ``A`` is), differentiable, twice if need be. A rank-deficient ``A`` gives NaN; ``GramCache.inverse`` serves those.
+    For an ``A`` that changes every step, and inside ``torch.compile``: float64 Cholesky, returned in float32 (float64
+    if an ``A`` is), differentiable. A rank-deficient ``A`` gives NaN; ``GramCache.inverse`` serves those.
 
     Args:
         lora_A: each (r, d), of any rank and floating dtype.

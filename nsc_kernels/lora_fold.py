@@ -1,7 +1,7 @@
 """Adapters folded into a weight: what the merged layer is when it is written as one matrix.
 
     out = W + B diag(c) A
-    dW = dout        T = dout A^T (m, R)        dc = sum over rows of T * B        dB = T diag(c)        dA = (B diag(c))^T dout
+    T = dout A^T (m, R)     dW = dout     dc = sum over rows of T * B     dB = T diag(c)     dA = (B diag(c))^T dout
 
 One pass over W. Into a given buffer the fold allocates nothing, which is what the weight plan and an export need.
 
@@ -97,7 +97,7 @@ def lora_fold(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, *, out:
     if out is None:
         return _forward_op(*args)
     _check_out(out, args)
-    return _fold_into(out, args)
+    return _fold_into(out, *args)
 
 
 def _check_out(out: Tensor, args: tuple[Tensor, ...]) -> None:
@@ -109,9 +109,10 @@ def _check_out(out: Tensor, args: tuple[Tensor, ...]) -> None:
         raise ValueError("a fold into out has no gradient; leave out away, or fold under torch.no_grad()")
 
 
-def _fold_into(out: Tensor, args: tuple[Tensor, ...]) -> Tensor:
+def _fold_into(out: Tensor, *args: Tensor) -> Tensor:
     if is_traced((*args, out)) or not runs_triton(args):
         return out.copy_(_forward_op(*args))
-    _launch_forward(*args, out=out)
+    weight, lora_B, c, lora_A = args
+    _launch_forward(weight, lora_B, c, lora_A, out)
     torch.autograd.graph.increment_version(out)
     return out

@@ -3,8 +3,8 @@
     out = y + (u * c) B^T
     v = dout B        dy = dout        du = c * v        dc = sum over rows of u * v        dB = dout^T (u * c)
 
-In a merged layer c is lam_k s_k on the segment of adapter k, so dlam_k = s_k times the sum of dc over that segment; only
-lam trains, and one pass over dout makes both du and dc. ``u * c`` is never made, and dc is summed in a fixed order.
+In a merged layer c is lam_k s_k on the segment of adapter k, so dlam_k is s_k times the sum of dc over that segment:
+only lam trains, and one pass over dout makes both du and dc. ``u * c`` is never made; dc is summed in a fixed order.
 
 Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged model).
 """

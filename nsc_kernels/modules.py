@@ -26,8 +26,9 @@ class MergedLoRALinear(nn.Module):
 
     base: any module mapping (..., d) to (..., m), left as it is.  lora_A: (R, d).  lora_B: (m, R).  ranks: r_k of each
     adapter, R in sum, 0 where an adapter does not touch this layer.  scales: s_k, alpha over r, of each adapter.
-    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one.  watch: called in every forward with ``u``
-    (..., R) and the energy ``|z|^2`` (...,), before the base layer runs; for ``ratio_from_energy``. Raises ValueError when the shapes do not follow one another.
+    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one.  watch: called in every forward, before the
+    base layer runs, with u (..., R) and the energy ``|z|^2`` (...,), for ``ratio_from_energy``. Raises ValueError when
+    the shapes do not follow one another.
     """
 
     lora_A: Tensor
@@ -63,7 +64,7 @@ class MergedLoRALinear(nn.Module):
         """z: (..., d) -> (..., m)."""
         dtype = z.dtype
         z, u, energy = lora_fork(z, self.lora_A.to(dtype), energy=self.watch is not None)
-        if self.watch is not None:
+        if self.watch is not None and energy is not None:
             self.watch(u, energy)
         c = (self.lam[:, None] * self.spread).sum(0)  # (R,); a matmul here would be rounded under autocast
         return lora_up(self.base(z), u, c, self.lora_B.to(dtype))

@@ -20,7 +20,16 @@ from nsc_kernels import _rows
 from nsc_kernels._launch import RowBlocks, row_blocks, row_programs
 from nsc_kernels._op import Launch, Op, fresh
 from nsc_kernels._tl import (
-    program_rows, row_captured, row_inverse_norm, row_segment, row_slope, row_weight, store_du, store_ratio, tl, triton,
+    program_rows,
+    row_captured,
+    row_inverse_norm,
+    row_segment,
+    row_slope,
+    row_weight,
+    store_du,
+    store_ratio,
+    tl,
+    triton,
 )  # fmt: skip
 
 
@@ -188,7 +197,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    z, u, gram_inverse, adapter, offsets, weight, captured, inverse_norm = ctx.saved_tensors
+    _, u, _, adapter, offsets, weight, captured, inverse_norm = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
     dz, du = _backward_op(grad, *ctx.saved_tensors, *wanted)
     dgram = dweight = None

@@ -3,8 +3,8 @@
     om = sqrt(1 - q/s)        s = z.z from ``lora_down``,  q = u.h,  u = A z,  h = G u,  G = (A A^T)^-1
     dom/ds = q/(2 om s^2)     dom/du = -1/(om s) h         dom/dG = -1/(2 om s) u u^T
 
-Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6. Edges as in ``null_space_ratio``; an energy below float32's smallest
-normal number (|z| below 1e-19) counts as that of a zero row, one that is not finite gives NaN.
+Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6. Edges as in ``null_space_ratio``; an energy below the dtype's
+smallest normal number (|z| below 1e-19 in float32) counts as that of a zero row, one that is not finite gives NaN.
 """
 
 from typing import Any
@@ -16,7 +16,15 @@ from nsc_kernels import _rows
 from nsc_kernels._launch import RowBlocks, row_blocks, row_programs
 from nsc_kernels._op import Launch, Op, fresh
 from nsc_kernels._tl import (
-    energy_inverse_norm, program_rows, row_captured, row_segment, row_slope, row_weight, store_du, store_ratio, tl,
+    energy_inverse_norm,
+    program_rows,
+    row_captured,
+    row_segment,
+    row_slope,
+    row_weight,
+    store_du,
+    store_ratio,
+    tl,
     triton,
 )  # fmt: skip
 
@@ -156,7 +164,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    energy, u, gram_inverse, adapter, offsets, weight, captured = ctx.saved_tensors
+    energy, u, _, adapter, offsets, weight, captured = ctx.saved_tensors
     de, du = _backward_op(grad, *ctx.saved_tensors)
     dgram = dweight = None
     if ctx.needs_input_grad[2]:
@@ -186,8 +194,8 @@ def ratio_from_energy(
         u, gram_inverse, adapter, offsets, weight: as for ``null_space_ratio``.
 
     Returns:
-        om (...,), or with ``weight`` the 0-d sum of weight * om; float64 if energy or u is, else float32. Differentiable
-        once in energy, u, gram_inverse and weight; z gets its gradient through energy and u.
+        om (...,), or with ``weight`` the 0-d sum of weight * om; float64 if energy or u is, else float32.
+        Differentiable once in energy, u, gram_inverse and weight; z gets its gradient through energy and u.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together. Values are not looked at.
