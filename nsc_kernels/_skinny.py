@@ -18,7 +18,7 @@ from torch import Tensor
 from nsc_kernels._launch import expand_blocks, shrink_blocks
 from nsc_kernels._op import Launch, fresh
 from nsc_kernels._rows import unit_stride
-from nsc_kernels._tl import program_rows, tile_dot, tl, triton
+from nsc_kernels._tl import narrow, program_rows, tile_dot, tl, triton
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -26,7 +26,7 @@ def shrink_kernel(
     x_ptr, w_ptr, c_ptr, u_ptr, out_ptr, energy_ptr, dc_ptr, N, D, R, SPAN, x_stride, w_stride, w_step, u_stride,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out: (splits, N, R), energy: (splits, N), dc: (blocks of N, splits, R). Grid: blocks of N, splits, blocks of R."""
+    """out: (splits, N, R), energy: (splits, N), dc: (blocks of N, splits, R). Grid: blocks of N, splits, of R."""
     rows, exists = program_rows(N, BLOCK_N)
     split = tl.program_id(1)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,9 +56,10 @@ def shrink_kernel(
     if out_ptr is not None:
         if c_ptr is not None:
             b_v *= tl.load(c_ptr + r, mask=r < R, other=0.0)[None, :]
-        tl.store(out_ptr + (part * R)[:, None] + r[None, :], b_v.to(out_ptr.dtype.element_ty), mask=mask)
-    if energy_ptr is not None:
-        tl.store(energy_ptr + part, b_energy, mask=exists & (tl.program_id(2) == 0))
+        tl.store(out_ptr + (part * R)[:, None] + r[None, :], narrow(b_v, out_ptr.dtype.element_ty), mask=mask)
+    if energy_ptr is not None:  # noqa: SIM102
+        if tl.program_id(2) == 0:
+            tl.store(energy_ptr + part, b_energy, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "SPLITS"])
@@ -76,9 +77,10 @@ def sum_parts_kernel(
         b_sum += tl.load(parts_ptr + (part * R)[:, None] + r[None, :], mask=mask, other=0.0)
         if energy_ptr is not None:
             b_energy += tl.load(energies_ptr + part, mask=exists, other=0.0)
-    tl.store(out_ptr + (rows * R)[:, None] + r[None, :], b_sum.to(out_ptr.dtype.element_ty), mask=mask)
-    if energy_ptr is not None:
-        tl.store(energy_ptr + rows, b_energy, mask=exists & (tl.program_id(1) == 0))
+    tl.store(out_ptr + (rows * R)[:, None] + r[None, :], narrow(b_sum, out_ptr.dtype.element_ty), mask=mask)
+    if energy_ptr is not None:  # noqa: SIM102
+        if tl.program_id(1) == 0:
+            tl.store(energy_ptr + rows, b_energy, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -86,12 +88,12 @@ def expand_kernel(
     y_ptr, u_ptr, c_ptr, w_ptr, z_ptr, e_ptr, out_ptr, N, R, M, y_stride, u_stride, w_stride, w_step, z_stride,
     out_stride, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out: (N, M), every element written. Grid: row blocks, blocks of M."""
+    """out: (N, M), every element written. Grid: blocks of N and of M. Wide tiles are asked for first, to wait once."""
     rows, exists = program_rows(N, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_row = cols < M
     mask = exists[:, None] & in_row[None, :]
-    b_out = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # the wide tiles come first, so that all loads are under way at once
+    b_out = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if y_ptr is not None:
         b_out += tl.load(y_ptr + (rows * y_stride)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if e_ptr is not None:
@@ -106,14 +108,14 @@ def expand_kernel(
         )
         if c_ptr is not None:
             b_c = tl.load(c_ptr + r, mask=in_rank, other=0.0)
-            b_u = (b_u.to(tl.float32) * b_c[None, :]).to(b_u.dtype)
+            b_u = narrow(b_u.to(tl.float32) * b_c[None, :], b_u.dtype)
         b_w = tl.load(
             w_ptr + (r * w_stride)[:, None] + (cols * w_step)[None, :],
             mask=in_rank[:, None] & in_row[None, :],
             other=0.0,
         )
         b_out = tile_dot(b_u, b_w, b_out)
-    tl.store(out_ptr + (rows * out_stride)[:, None] + cols[None, :], b_out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + (rows * out_stride)[:, None] + cols[None, :], narrow(b_out, out_ptr.dtype.element_ty), mask=mask)
 
 
 def plan_shrink(

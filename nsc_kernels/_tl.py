@@ -183,7 +183,9 @@ def store_du(
         )
         b_du = tl.where(keep[:, None] & inside, -(b_slope * b_inverse)[:, None] * b_h, 0.0)
         tl.store(
-            du_ptr + (rows * R)[:, None] + cols, b_du.to(du_ptr.dtype.element_ty), mask=exists[:, None] & (cols < R)
+            du_ptr + (rows * R)[:, None] + cols,
+            narrow(b_du, du_ptr.dtype.element_ty),
+            mask=exists[:, None] & (cols < R),
         )
 
 
@@ -194,3 +196,13 @@ def tile_dot(b_x, b_w, b_sum):
         return tl.dot(b_x.to(tl.float32), b_w.to(tl.float32), b_sum)
     else:
         return tl.dot(b_x, b_w, b_sum, input_precision="ieee")
+
+
+@triton.jit
+def narrow(b_x, dtype: tl.constexpr):
+    """``b_x`` in ``dtype``, rounded to nearest even; Triton's interpreter cuts bfloat16 off, so it is rounded first."""
+    if _INTERPRET and dtype == tl.bfloat16:
+        bits = b_x.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        b_x = tl.where(b_x == b_x, rounded, b_x)
+    return b_x.to(dtype)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nsc_kernels._op import INTERPRET, Launch
-from nsc_kernels._tl import HAS_TRITON, triton
 from nsc_kernels._skinny import plan_expand, plan_shrink
+from nsc_kernels._tl import HAS_TRITON, triton
 
 # the modules, which the package's functions of the same names hide
 null_space_ratio, ratio_from_energy = (

@@ -20,6 +20,7 @@ from nsc_kernels import _rows
 from nsc_kernels._launch import RowBlocks, row_blocks, row_programs
 from nsc_kernels._op import Launch, Op, fresh
 from nsc_kernels._tl import (
+    narrow,
     program_rows,
     row_captured,
     row_inverse_norm,
@@ -118,7 +119,7 @@ def null_space_ratio_backward_kernel(  # type: ignore[no-untyped-def]
             in_row = (cols < D)[None, :]
             b_z = tl.load(z_ptr + (rows * z_stride)[:, None] + cols[None, :], mask=read[:, None] & in_row, other=0.0)
             b_dz = b_along[:, None] * (b_z.to(tl.float32) * b_inverse[:, None])
-            b_dz = b_dz.to(dz_ptr.dtype.element_ty)
+            b_dz = narrow(b_dz, dz_ptr.dtype.element_ty)
             tl.store(dz_ptr + (rows * D)[:, None] + cols[None, :], b_dz, mask=exists[:, None] & in_row)
     if du_ptr is not None:
         start, stop, _known = row_segment(adapter_ptr, offsets_ptr, rows, exists & (b_slope != 0), K, R)

@@ -146,3 +146,8 @@ def torch_own(z: Tensor, down: Tensor, gram: Tensor, rows: Tensor, spans: tuple[
     columns = torch.arange(u.shape[1], device=z.device)
     v = u * ((columns >= spans_of_rows[:, :1]) & (columns < spans_of_rows[:, 1:]))
     return (1 - (v @ gram * v).sum(-1) / z.square().sum(-1)).clamp(0, 1).sqrt()
+
+
+def max_abs(x: Tensor) -> float:
+    """The largest magnitude; 0 of nothing, and NaN is larger than anything."""
+    return x.abs().nan_to_num(torch.inf).max().item() if x.numel() else 0.0

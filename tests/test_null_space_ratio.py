@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from ops import BF16, CASES, DEGENERATE, DEVICES, F32, F64, SMALL, Case, gram_inverses, make, oracle, torch_own
+from ops import BF16, CASES, DEGENERATE, DEVICES, F32, F64, SMALL, Case, gram_inverses, make, max_abs, oracle, torch_own
 
 from nsc_kernels._launch import RowBlocks
 from nsc_kernels._op import INTERPRET, Launch
@@ -47,10 +47,6 @@ def samples(case, inputs):
     z = torch.cat([inputs.z, make(Case(64, case.d, case.ranks, case.dtype), inputs.z.device.type, seed=1).z])
     rows = torch.arange(len(z), device=z.device) % len(case.ranks)
     return z, rows
-
-
-def max_abs(x):
-    return x.abs().max().item() if x.numel() else 0.0
 
 
 @devices
