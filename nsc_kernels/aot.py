@@ -192,14 +192,18 @@ def width(assembly: str, access: str) -> int:
     return max(sizes + [int(bits) // 8 if bits else 4 * int(count or 1) for count, bits in amd], default=0)
 
 
-def main(targets: Sequence[str]) -> None:
-    """Print the table for these targets."""
+def main(targets: Sequence[str]) -> int:
+    """Print the table for these targets; returns how many of the kernels spill."""
     print(f"{'kernel':34}{'variant':52}{'target':8}" + "".join(f"{name:>13}" for name in Report._fields))
+    spilled = 0
     for variant, launch in launches():
         for target in targets:
-            numbers = "".join(f"{x:13}" for x in report(compile_for(launch, target)))
-            print(f"{launch.kernel.__name__:34}{variant:52}{target:8}{numbers}", flush=True)
+            found = report(compile_for(launch, target))
+            spilled += found.spills > 0
+            print(f"{launch.kernel.__name__:34}{variant:52}{target:8}" + "".join(f"{x:13}" for x in found), flush=True)
+    print(f"{spilled} of them spill")
+    return spilled
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(TARGETS))
+    sys.exit(main(sys.argv[1:] or list(TARGETS)) > 0)

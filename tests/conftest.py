@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from ops import RATIOS
 from tiny import WORDS, peft_adapter, save_base, tiny_llama
 
 import nsc
@@ -50,3 +51,9 @@ def texts() -> dict[str, list[str]]:
 @pytest.fixture(scope="session")
 def merged(base, adapters, texts) -> nsc.MergeResult:
     return nsc.merge(base, adapters, texts, steps=5, lr=0.05, progress=False)
+
+
+@pytest.fixture(params=list(RATIOS))
+def ratio(request):
+    """Either ratio op, as a function of z, u and the rest."""
+    return RATIOS[request.param]

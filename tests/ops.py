@@ -1,4 +1,4 @@
-"""The table of op cases that drives the tests of ``null_space_ratio``, and the float64 oracle they are held against."""
+"""The table of op cases that drives the tests of both ratios, and the float64 oracle they are held against."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nsc_kernels import lora_down, null_space_ratio, ratio_from_energy
 from nsc_kernels._op import INTERPRET
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -151,3 +152,12 @@ def torch_own(z: Tensor, down: Tensor, gram: Tensor, rows: Tensor, spans: tuple[
 def max_abs(x: Tensor) -> float:
     """The largest magnitude; 0 of nothing, and NaN is larger than anything."""
     return x.abs().nan_to_num(torch.inf).max().item() if x.numel() else 0.0
+
+
+def by_energy(z: Tensor, u: Tensor, gram_inverse: Tensor | None = None, **rest: Tensor | None) -> Tensor:
+    """``ratio_from_energy`` as a function of z: the energy comes from ``lora_down``, here of no adapter at all."""
+    _, energy = lora_down(z, z.new_empty(0, z.shape[-1]))
+    return ratio_from_energy(energy, u, gram_inverse, **rest)
+
+
+RATIOS = {"null_space_ratio": null_space_ratio, "ratio_from_energy": by_energy}

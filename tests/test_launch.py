@@ -1,12 +1,22 @@
 """Block sizes as pure functions of shape, and the package on a machine that has neither GPU nor Triton."""
 
 import itertools
+import math
 import subprocess
 import sys
 
 import pytest
 
-from nsc_kernels._launch import MAX_BLOCK_N, MAX_BLOCK_R, TILE, next_power_of_2, row_blocks, row_programs
+from nsc_kernels._launch import (
+    MAX_BLOCK_N,
+    MAX_BLOCK_R,
+    TILE,
+    expand_blocks,
+    next_power_of_2,
+    row_blocks,
+    row_programs,
+    shrink_blocks,
+)
 
 SIZES = list(itertools.product((0, 1, 3, 130, 4096, 3_000_000), (1, 7, 64, 768, 4096, 16384), (0, 1, 16, 96, 512)))
 
@@ -35,6 +45,37 @@ def test_row_blocks_fill_the_device():
     assert row_blocks(1_000_000, 16384, 16) == row_blocks(1_000_000, 4096, 16) == (4, 512, 16, 4)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("n", "d", "r"), SIZES)
+def test_shrink_blocks(n, d, r, itemsize):
+    """Tiles that a matrix unit takes, every column of d in one part exactly, and the rank in one program."""
+    blocks, splits, span = shrink_blocks(n, d, r, itemsize)
+    assert all(size == next_power_of_2(size) for size in blocks[:4]) and min(blocks[:3]) >= 16
+    assert span % blocks.BLOCK_D == 0 and splits * span >= d > (splits - 1) * span
+    assert min(r, 512 if itemsize == 2 else 256) <= blocks.BLOCK_R
+    assert blocks.BLOCK_N * blocks.BLOCK_R <= 16384  # sums that stay in registers
+
+
+def test_shrink_blocks_fill_the_device():
+    """Few rows split d over the multiprocessors; many rows never do, since parts have to be added up."""
+    assert shrink_blocks(8, 4096, 96, 2)[1] == 16
+    assert 64 <= math.prod(programs(4096, 4096, 96)) <= 264
+    assert shrink_blocks(100_000, 16384, 96, 2)[1] == 1
+
+
+def programs(n, d, r):
+    blocks, splits, _ = shrink_blocks(n, d, r, 2)
+    return -(-n // blocks.BLOCK_N), splits
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("n", "m", "r"), SIZES)
+def test_expand_blocks(n, m, r, itemsize):
+    blocks = expand_blocks(n, m, r, itemsize)
+    assert all(size == next_power_of_2(size) for size in blocks[:4]) and min(blocks[:3]) >= 16
+    assert blocks.BLOCK_N * blocks.BLOCK_M <= 8192
+
+
 def test_without_triton():
     """The reference serves where Triton is not installed, and compiling ahead of time says what is missing."""
     program = """
@@ -49,7 +90,7 @@ value = null_space_ratio(z, z[:, :1])
 value.sum().backward()
 assert value.tolist() == [0, 1, 1]
 try:
-    aot.compile_for(next(aot.launches())[1], "sm_90")
+    aot.compile_for(aot.ratio_launches(8, 8, 8, torch.float32, gram=False, routed=False)[0], "sm_90")
 except RuntimeError as error:
     assert "Triton installed" in str(error)
 else:

@@ -90,3 +90,51 @@ def test_shapes_that_do_not_follow_are_refused(change, says):
     arguments = {"lora_A": A, "lora_B": B, "ranks": RANKS, "scales": SCALES, "lam": torch.ones(3)} | change
     with pytest.raises(ValueError, match=says):
         MergedLoRALinear(base, **arguments)
+
+
+def test_watch_is_given_what_the_ratio_needs():
+    """u and |z|^2 in the layer's own shape, with a gradient that joins that of the layer."""
+    base, A, B = make()
+    lam = torch.tensor([0.3, 0.7, -0.4], dtype=torch.float64)
+    z = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    seen = []
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam, watch=lambda u, energy: seen.append((u, energy)))
+    y = layer(z)
+    ((u, energy),) = seen
+    torch.testing.assert_close(u, z @ A.T)
+    torch.testing.assert_close(energy, z.square().sum(-1))
+    got = torch.autograd.grad(y.sum() + u.sin().sum() + energy.sqrt().sum(), z)
+    plain = nn.functional.linear(z, dense(base, A, B, lam), base.bias).sum() + (z @ A.T).sin().sum()
+    torch.testing.assert_close(got, torch.autograd.grad(plain + z.norm(dim=-1).sum(), z))
+
+
+def test_the_backward_keeps_no_copy_of_z():
+    """Only u, the coefficients and what is frozen; z as well where it is watched."""
+    base, A, B = make()
+    base.requires_grad_(False)
+    frozen = {x.data_ptr() for x in (A, B, base.weight, base.bias)}
+    z = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
+    for watch, widest in ((None, sum(RANKS)), (lambda u, energy: None, 7)):
+        lam = torch.tensor([0.3, 0.7, -0.4], dtype=torch.float64, requires_grad=True)
+        layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam, watch)
+        kept: list[torch.Tensor] = []
+
+        def pack(x, kept=kept):
+            kept.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            layer(z)
+        rows = [x for x in kept if x.data_ptr() not in frozen and x.shape[:1] == (50,)]
+        assert max(x.shape[1] for x in rows) == widest
+        assert len({x.data_ptr() for x in rows}) == (1 if watch is None else 2)
+
+
+def test_compile_fullgraph():
+    base, A, B = make(torch.float32)
+    lam = torch.tensor([0.3, 0.7, -0.4], requires_grad=True)
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    z = torch.randn(4, 7, requires_grad=True)
+    results = [(y := function(z), *torch.autograd.grad(y.square().sum(), (z, lam))) for function in (layer, compiled)]
+    torch.testing.assert_close(*results)

@@ -11,26 +11,26 @@ devices = pytest.mark.parametrize("device", DEVICES)
 
 
 @devices
-def test_leading_dimensions_and_untouched_inputs(device):
+def test_leading_dimensions_and_untouched_inputs(ratio, device):
     inputs = make(Case(12, 40, (3, 5), weighted=False), device)
-    flat = null_space_ratio(inputs.z, inputs.u, **inputs.kwargs)
+    flat = ratio(inputs.z, inputs.u, **inputs.kwargs)
     before = [x.clone() for x in (inputs.z, inputs.u, inputs.gram_inverse)]
     shaped = inputs.kwargs | {"adapter": inputs.adapter.reshape(2, 6)}
     z, u = inputs.z.reshape(2, 6, 40).requires_grad_(), inputs.u.reshape(2, 6, 8).requires_grad_()
-    got = null_space_ratio(z, u, **shaped)
+    got = ratio(z, u, **shaped)
     got.sum().backward(retain_graph=True)
     first = z.grad.clone()
     got.sum().backward()
     assert got.shape == (2, 6) and torch.equal(got.flatten(), flat)
     assert torch.equal(z.grad, 2 * first)
     assert all(torch.equal(x, y) for x, y in zip(before, (inputs.z, inputs.u, inputs.gram_inverse), strict=True))
-    one = null_space_ratio(inputs.z[0], inputs.u[0], inputs.gram_inverse)
+    one = ratio(inputs.z[0], inputs.u[0], inputs.gram_inverse)
     assert one.shape == ()
 
 
 @devices
 @pytest.mark.parametrize("dtype", [F64, F32])
-def test_rows_left_out_and_neighbours_do_not_leak(device, dtype):
+def test_rows_left_out_and_neighbours_do_not_leak(ratio, device, dtype):
     """Rows of weight 0, and other adapters' columns of u, may hold anything at all."""
     case = Case(17, 40, (3, 0, 5), dtype, weighted=True)
     clean, dirty = make(case, device), make(case, device)
@@ -45,7 +45,7 @@ def test_rows_left_out_and_neighbours_do_not_leak(device, dtype):
     for inputs in (clean, dirty):
         names = ("z", "u", "gram_inverse", "weight")
         leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in names}
-        value = null_space_ratio(**{**inputs.kwargs, **leaves})
+        value = ratio(**{**inputs.kwargs, **leaves})
         value.backward()
         results.append([value.detach(), *(x.grad for x in leaves.values())])
     for x, y in zip(*results, strict=True):
@@ -55,7 +55,7 @@ def test_rows_left_out_and_neighbours_do_not_leak(device, dtype):
 
 @devices
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
-def test_bad_rows_are_nan_alone(device, dtype):
+def test_bad_rows_are_nan_alone(ratio, device, dtype):
     """NaN and infinity in z or in the row's own columns of u, and an adapter that does not exist, are never hidden."""
     inputs = make(Case(9, 40, (3, 0, 5), dtype), device)
     inputs.adapter.copy_(torch.tensor([0, 1, 2] * 3))
@@ -63,7 +63,7 @@ def test_bad_rows_are_nan_alone(device, dtype):
     inputs.u[3, 0], inputs.u[5, 4] = torch.nan, torch.inf
     inputs.adapter[6], inputs.adapter[7] = -1, 3
     z, u = inputs.z.clone().requires_grad_(), inputs.u.clone().requires_grad_()
-    value = null_space_ratio(z, u, **inputs.kwargs)
+    value = ratio(z, u, **inputs.kwargs)
     value.sum().backward()
     bad = torch.tensor([0, 1, 2, 3, 5, 6, 7])
     assert value.isnan().nonzero().flatten().tolist() == bad.tolist()
@@ -89,13 +89,13 @@ def test_rows_whose_squares_leave_float32(device, dtype, exponent):
 
 
 @devices
-def test_zero_rows(device):
+def test_zero_rows(ratio, device):
     for dtype in (F64, F32, F16):
         inputs = make(Case(3, 40, (3,), dtype), device)
         z, u = (x.clone().requires_grad_() for x in (inputs.z, inputs.u))
         with torch.no_grad():
             z[1], u[1] = 0, 0
-        value = null_space_ratio(z, u, inputs.gram_inverse)
+        value = ratio(z, u, inputs.gram_inverse)
         value.sum().backward()
         assert value[1] == 1 and not z.grad[1].any() and not u.grad[1].any()
         assert z.grad[0].any() and u.grad[2].any()
@@ -103,13 +103,13 @@ def test_zero_rows(device):
 
 @devices
 @pytest.mark.parametrize("dtype", [F64, F32])
-def test_gradient_is_held_where_the_ratio_vanishes(device, dtype):
+def test_gradient_is_held_where_the_ratio_vanishes(ratio, device, dtype):
     """A row inside the row space: om = 0, and the slope is that of om = MIN_RATIO, not infinite."""
     z = torch.zeros(1, 8, dtype=dtype, device=device)
     z[0, 0] = 2
     z.requires_grad_()
     u = z.detach()[:, :2].clone().requires_grad_()
-    value = null_space_ratio(z, u)
+    value = ratio(z, u)
     value.sum().backward()
     assert value.item() == 0
     assert z.grad[0, 0].item() == pytest.approx(1 / (MIN_RATIO * 2), rel=1e-6)
@@ -121,10 +121,10 @@ def ratio_to(z, down, gram=True):
     return null_space_ratio(z, z @ down.T, gram_inverse)
 
 
-def test_law_within_zero_and_one():
+def test_law_within_zero_and_one(ratio):
     for seed in range(20):
         inputs = make(Case(130, 6, (5,), BF16), seed=seed)
-        value = null_space_ratio(inputs.z, inputs.u, inputs.gram_inverse)
+        value = ratio(inputs.z, inputs.u, inputs.gram_inverse)
         assert ((value >= 0) & (value <= 1)).all()
 
 
@@ -161,20 +161,20 @@ def test_law_whitened_is_gram():
         assert (x - y).abs().max() < 1e-10
 
 
-def test_law_weighted_sum():
+def test_law_weighted_sum(ratio):
     inputs = make(Case(130, 40, (3, 5), weighted=True))
-    rows = null_space_ratio(inputs.z, inputs.u, **{**inputs.kwargs, "weight": None})
-    total = null_space_ratio(inputs.z, inputs.u, **inputs.kwargs)
+    rows = ratio(inputs.z, inputs.u, **{**inputs.kwargs, "weight": None})
+    total = ratio(inputs.z, inputs.u, **inputs.kwargs)
     torch.testing.assert_close(total, inputs.weight @ rows)
 
 
-def test_law_one_adapter_at_a_time():
+def test_law_one_adapter_at_a_time(ratio):
     """A routed call is the calls of the adapters, each on its own rows and columns."""
     inputs = make(Case(17, 40, (3, 0, 5), F64))
-    got = null_space_ratio(inputs.z, inputs.u, **inputs.kwargs)
+    got = ratio(inputs.z, inputs.u, **inputs.kwargs)
     for k, (i, j) in enumerate(inputs.spans):
         mine = inputs.rows == k
-        alone = null_space_ratio(inputs.z[mine], inputs.u[mine, i:j], inputs.gram_inverse[i:j, i:j])
+        alone = ratio(inputs.z[mine], inputs.u[mine, i:j], inputs.gram_inverse[i:j, i:j])
         assert torch.allclose(got[mine], alone, rtol=0, atol=1e-14)
 
 

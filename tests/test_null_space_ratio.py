@@ -1,4 +1,4 @@
-"""``null_space_ratio``: every case of the table against the float64 oracle, compiled, and as kernels.
+"""Both ratio ops: every case of the table against the float64 oracle, compiled, and as kernels.
 
 With ``TRITON_INTERPRET=1`` the same tests run the Triton kernels on the CPU; where there is a GPU, on it.
 """
@@ -10,13 +10,26 @@ import sys
 
 import pytest
 import torch
-from ops import BF16, CASES, DEGENERATE, DEVICES, F32, F64, SMALL, Case, gram_inverses, make, max_abs, oracle, torch_own
+from ops import (
+    BF16,
+    CASES,
+    DEGENERATE,
+    DEVICES,
+    F32,
+    F64,
+    RATIOS,
+    SMALL,
+    Case,
+    gram_inverses,
+    make,
+    max_abs,
+    oracle,
+    torch_own,
+)
 
 from nsc_kernels._launch import RowBlocks
 from nsc_kernels._op import INTERPRET, Launch
 from nsc_kernels.null_space_ratio import null_space_ratio
-
-module = importlib.import_module("nsc_kernels.null_space_ratio")
 
 devices = pytest.mark.parametrize("device", DEVICES)
 no_triton = pytest.param("cpu", marks=pytest.mark.skip("Triton runs on a GPU or interpreted"))
@@ -37,6 +50,23 @@ def launched(monkeypatch):
     return names
 
 
+def kernel(ratio, step=""):
+    """The name of the kernel behind a ratio."""
+    return f"{next(name for name, op in RATIOS.items() if op is ratio)}{step}_kernel"
+
+
+def flat_inputs(name, inputs):
+    """The arguments of a registered operator: rows, or their energies."""
+    wide = inputs.z.to(torch.promote_types(inputs.z.dtype, F32))
+    rows = inputs.z if name == "null_space_ratio" else wide.square().sum(-1)
+    return (rows, *inputs.flat[1:])
+
+
+def wanted(name):
+    """Which gradients a registered backward is asked for: ``null_space_ratio`` may leave out either."""
+    return (True, True) if name == "null_space_ratio" else ()
+
+
 def row_sum(case, values, inputs):
     """What a call returns for these ratios: themselves, or their weighted sum."""
     return (inputs.weight.to(values.dtype) @ values) if case.weighted else values
@@ -51,12 +81,12 @@ def samples(case, inputs):
 
 @devices
 @pytest.mark.parametrize("case", CASES + DEGENERATE, ids=str)
-def test_forward(case, device, launched):
+def test_forward(ratio, case, device, launched):
     inputs = make(case, device)
-    got = null_space_ratio(inputs.z, inputs.u, **inputs.kwargs)
+    got = ratio(inputs.z, inputs.u, **inputs.kwargs)
     assert got.dtype == (F64 if case.dtype == F64 else F32)
     assert got.shape == (() if case.weighted else (case.n,))
-    assert launched == ["null_space_ratio_kernel"] * case.launches(device)
+    assert [name for name in launched if "ratio" in name] == [kernel(ratio)] * case.launches(device)
     want = oracle(inputs.z.double(), inputs.down, inputs.rows, inputs.spans)
     z, rows = samples(case, inputs)
     gram = gram_inverses(inputs.down, inputs.spans)
@@ -71,21 +101,22 @@ def test_forward(case, device, launched):
 
 @devices
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients(case, device, launched):
+def test_gradients(ratio, case, device, launched):
     """The direct gradient to z plus that to u carried through u = z A^T, against autograd of the projection."""
     inputs = make(case, device)
     z, u = inputs.z.clone().requires_grad_(), inputs.u.clone().requires_grad_()
     row_grad = torch.linspace(0.5, 1.5, case.n, dtype=F64, device=device)
-    value = null_space_ratio(z, u, **inputs.kwargs)
+    value = ratio(z, u, **inputs.kwargs)
     value.backward(torch.ones_like(value) if case.weighted else row_grad.to(value.dtype))
     assert (z.grad.dtype, u.grad.dtype) == (case.dtype, case.dtype)
-    assert launched[1:] == ["null_space_ratio_backward_kernel"] * case.launches(device)
+    backward = [name for name in launched if "ratio" in name][1:]
+    assert backward == [kernel(ratio, "_backward")] * case.launches(device)
     weight = inputs.weight.double() if case.weighted else row_grad
     got = z.grad.double() + u.grad.double() @ inputs.down
 
-    def dense(ratio, dtype, z, rows, weight, *args):
+    def dense(function, dtype, z, rows, weight, *args):
         leaf = z.to(dtype, copy=True).requires_grad_()
-        (ratio(leaf, *args, rows, inputs.spans) * weight.to(dtype)).sum().backward()
+        (function(leaf, *args, rows, inputs.spans) * weight.to(dtype)).sum().backward()
         return leaf.grad.double()
 
     want = dense(oracle, F64, inputs.z, inputs.rows, weight, inputs.down)
@@ -102,7 +133,7 @@ def test_gradients(case, device, launched):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_gradcheck(case):
+def test_gradcheck(ratio, case):
     inputs = make(case)
     leaves = [inputs.z, inputs.u]
     if case.gram:
@@ -111,15 +142,15 @@ def test_gradcheck(case):
         leaves.append(inputs.weight + 0.1)  # at 0 a row is left out, and the weight's gradient with it
     leaves = [x.clone().requires_grad_() for x in leaves]
 
-    def ratio(z, u, *rest):
+    def function(z, u, *rest):
         rest = iter(rest)
         changed = {name: next(rest) for name in ("gram_inverse", "weight") if inputs.kwargs[name] is not None}
         if "gram_inverse" in changed:  # the op takes G as it is: symmetric, nothing outside the blocks
             inside = inputs.gram_inverse != 0
             changed["gram_inverse"] = torch.where(inside, (changed["gram_inverse"] + changed["gram_inverse"].T) / 2, 0)
-        return null_space_ratio(z, u, **{**inputs.kwargs, **changed})
+        return ratio(z, u, **{**inputs.kwargs, **changed})
 
-    assert torch.autograd.gradcheck(ratio, leaves)
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("routed", [False, True])
@@ -148,16 +179,15 @@ def test_gradient_to_down_projection(routed):
     assert torch.allclose(down.grad, closed, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", RATIOS)
 @pytest.mark.parametrize("case", [Case(5, 9, (2, 0, 3), weighted=True), Case(5, 9, (3,), BF16, gram=False)], ids=str)
-def test_opcheck(case):
-    inputs = make(case)
-    flat = [x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs.flat]
-    torch.library.opcheck(torch.ops.nsc.null_space_ratio.default, tuple(flat))
-    with torch.no_grad():
-        value, captured, inverse_norm = torch.ops.nsc.null_space_ratio(*inputs.flat)
-    torch.library.opcheck(
-        torch.ops.nsc.null_space_ratio_backward.default, (value, *inputs.flat, captured, inverse_norm, True, True)
-    )
+def test_opcheck(name, case):
+    forward, backward = (getattr(torch.ops.nsc, name + step).default for step in ("", "_backward"))
+    flat = flat_inputs(name, make(case))
+    leaves = [x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in flat]
+    torch.library.opcheck(forward, tuple(leaves))
+    value, *saved = forward(*flat)
+    torch.library.opcheck(backward, (value, *flat, *saved, *wanted(name)))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -193,10 +223,12 @@ def test_autocast_changes_nothing(device, dtype):
 
 
 @triton_devices
+@pytest.mark.parametrize("name", RATIOS)
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype != F64], ids=str)
-def test_kernels_equal_reference(case, device, monkeypatch, launched):
+def test_kernels_equal_reference(name, case, device, monkeypatch, launched):
     """With tails in rows, width and rank, and every output in memory that held NaN: all of it is written."""
-    inputs, empty = make(case, device), torch.empty
+    module = importlib.import_module(f"nsc_kernels.{name}")
+    flat, empty = flat_inputs(name, make(case, device)), torch.empty
 
     def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)
@@ -204,14 +236,26 @@ def test_kernels_equal_reference(case, device, monkeypatch, launched):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(module, "row_blocks", lambda *_: RowBlocks(8, 64, 16, 4))
-    got = torch.ops.nsc.null_space_ratio(*inputs.flat)
-    want = module.null_space_ratio_reference(*inputs.flat)
+    got = getattr(torch.ops.nsc, name)(*flat)
+    want = getattr(module, f"{name}_reference")(*flat)
     grad = torch.linspace(0.5, 1.5, case.n, device=device).sum() if case.weighted else torch.ones_like(want[0])
-    got += tuple(torch.ops.nsc.null_space_ratio_backward(grad, *inputs.flat, *want[1:], True, True))
-    want += module.null_space_ratio_backward_reference(grad, *inputs.flat, *want[1:], True, True)
+    given = (grad, *flat, *want[1:], *wanted(name))
+    got += tuple(getattr(torch.ops.nsc, f"{name}_backward")(*given))
+    want += getattr(module, f"{name}_backward_reference")(*given)
     assert len(launched) == 2 * case.launches(device)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if case.dtype == F32 else {}
     torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_only_the_wanted_gradients_are_made():
+    """A frozen side costs nothing: its gradient is neither computed nor returned."""
+    inputs = make(Case(5, 9, (3,)))
+    value, *saved = torch.ops.nsc.null_space_ratio(*inputs.flat)
+    both = torch.ops.nsc.null_space_ratio_backward(value, *inputs.flat, *saved, True, True)
+    for to_z, to_u in ((True, False), (False, True)):
+        made = torch.ops.nsc.null_space_ratio_backward(value, *inputs.flat, *saved, to_z, to_u)
+        for got, want, asked in zip(made, both, (to_z, to_u), strict=True):
+            assert torch.equal(got, want) if asked else got.numel() == 0
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the run that it starts")
