@@ -58,8 +58,8 @@ class GramCache:
         """
         tensors = [a.detach() for a in lora_A]
         stale = [i for i, a in enumerate(lora_A) if not self._is_fresh(a)]
-        for i, factor in zip(stale, _factor_all([tensors[i] for i in stale], stale), strict=True):
-            self._entries[lora_A[i]] = (tensors[i].clone(), factor)
+        for i, entry in zip(stale, _factor_all([tensors[i] for i in stale], stale), strict=True):
+            self._entries[lora_A[i]] = entry
         return [self._entries[a][1] for a in lora_A]
 
     def inverse(self, *lora_A: Tensor) -> Tensor:
@@ -147,7 +147,8 @@ def _plain_inverse(lora_A: Tensor) -> Tensor:
         return torch.where(info == 0, inverse, math.nan)
 
 
-def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[GramFactor]:
+def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[tuple[Tensor, GramFactor]]:
+    """A copy of every ``A``, and its factors."""
     for position, a in zip(positions, lora_A, strict=True):
         if a.ndim != 2 or not a.is_floating_point():
             raise ValueError(
@@ -156,22 +157,25 @@ def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[GramFactor]:
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, a in enumerate(lora_A):
         groups[(a.shape[0], a.device)].append(i)
-    factors: dict[int, GramFactor] = {}
+    entries: dict[int, tuple[Tensor, GramFactor]] = {}
     for members in groups.values():
-        gram = _grams([lora_A[i] for i in members])
+        gram, copies = _grams([lora_A[i] for i in members])
         finite = torch.isfinite(gram).flatten(1).all(1).tolist()
         if not all(finite):
             raise ValueError(f"lora_A number {positions[members[finite.index(False)]]} holds NaN or infinity")
-        batch = _cholesky_factors(gram)
-        for i, factor in zip(members, batch, strict=True):
-            factors[i] = factor or _singular_factor(lora_A[i])
-    return [factors[i] for i in range(len(lora_A))]
+        for i, copy, factor in zip(members, copies, _cholesky_factors(gram), strict=True):
+            entries[i] = (copy, factor or _singular_factor(copy))
+    return [entries[i] for i in range(len(lora_A))]
 
 
-def _grams(lora_A: list[Tensor]) -> Tensor:
-    """(b, r, r) float64 Grams of matrices of one rank; widths may differ, float64 copies are made a chunk at a time."""
+def _grams(lora_A: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(b, r, r) float64 Grams of matrices of one rank, and copies of these; float64 is made a chunk at a time.
+
+    Widths may differ. Copies share the memory of their chunk: one launch makes them all.
+    """
     rank, device = lora_A[0].shape[0], lora_A[0].device
     gram = torch.empty(len(lora_A), rank, rank, dtype=torch.float64, device=device)
+    copies = list(lora_A)
     by_width: dict[tuple, list[int]] = defaultdict(list)
     for i, a in enumerate(lora_A):
         by_width[(a.shape[1], a.dtype)].append(i)
@@ -179,9 +183,12 @@ def _grams(lora_A: list[Tensor]) -> Tensor:
         size = max(1, CHUNK_BYTES // (8 * max(1, rank * width)))
         for start in range(0, len(members), size):
             chunk = members[start : start + size]
-            rows = torch.stack([lora_A[i] for i in chunk]).double()
-            gram[torch.tensor(chunk, device=device)] = rows @ rows.mT
-    return gram
+            rows = torch.stack([lora_A[i] for i in chunk])
+            for i, copy in zip(chunk, rows.unbind(0), strict=True):
+                copies[i] = copy
+            exact = rows.double()
+            gram[torch.tensor(chunk, device=device)] = exact @ exact.mT
+    return gram, copies
 
 
 def _cholesky_factors(gram: Tensor) -> list[GramFactor | None]:
@@ -196,9 +203,9 @@ def _cholesky_factors(gram: Tensor) -> list[GramFactor | None]:
     identity = torch.eye(rank, dtype=gram.dtype, device=gram.device).expand(count, rank, rank)
     whiten = torch.linalg.solve_triangular(lower, identity, upper=False)
     inverse = whiten.mT @ whiten
+    matrices = zip(inverse.unbind(0), whiten.unbind(0), lower.unbind(0), strict=True)
     return [
-        GramFactor(rank, largest[i] / smallest[i], inverse[i], whiten[i], lower[i]) if sound[i] else None
-        for i in range(count)
+        GramFactor(rank, largest[i] / smallest[i], *factors) if sound[i] else None for i, factors in enumerate(matrices)
     ]
 
 

@@ -66,7 +66,8 @@ class MergedLoRALinear(nn.Module):
         z, u, energy = lora_fork(z, self.lora_A.to(dtype), energy=self.watch is not None)
         if self.watch is not None and energy is not None:
             self.watch(u, energy)
-        c = (self.lam[:, None] * self.spread).sum(0)  # (R,); a matmul here would be rounded under autocast
+        with torch.autocast(z.device.type, enabled=False):  # it would round the coefficients
+            c = self.lam @ self.spread  # (R,)
         return lora_up(self.base(z), u, c, self.lora_B.to(dtype))
 
 
