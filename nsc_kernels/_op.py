@@ -69,6 +69,8 @@ class Op:
         self.function = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in rules.items()})
 
     def __call__(self, *args: Any) -> Any:
+        if self.function is not None and torch._C._are_functorch_transforms_active():
+            return self.function.apply(*args)  # torch.func knows these, and no gradient of a registered operator
         if is_traced(args):
             return self.registered(*args)
         if self.function is not None and torch.is_grad_enabled() and any(needs_gradient(arg) for arg in args):
