@@ -198,9 +198,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    _, u, _, adapter, offsets, weight, captured, inverse_norm = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: a checkpoint unpacks it once
+    _, u, _, adapter, offsets, weight, captured, inverse_norm = saved
     wanted = ctx.needs_input_grad[:2]
-    dz, du = _backward_op(grad, *ctx.saved_tensors, *wanted)
+    dz, du = _backward_op(grad, *saved, *wanted)
     dgram = dweight = None
     if ctx.needs_input_grad[2]:
         v, _, _ = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)

@@ -164,8 +164,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    energy, u, _, adapter, offsets, weight, captured = ctx.saved_tensors
-    de, du = _backward_op(grad, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # read once: a checkpoint unpacks it once
+    energy, u, _, adapter, offsets, weight, captured = saved
+    de, du = _backward_op(grad, *saved)
     dgram = dweight = None
     if ctx.needs_input_grad[2]:
         v, _, _ = _rows.row_vectors(u, _inverse_norm(energy, weight), adapter, offsets, weight)

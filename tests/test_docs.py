@@ -15,6 +15,13 @@ def snippets(name: str) -> list[str]:
 def test_kernels_page():
     torch.manual_seed(0)
     blocks = snippets("docs/kernels.md")
+    assert len(blocks) == 6
+    exec("\n".join(blocks), {})
+
+
+def test_training_page():
+    torch.manual_seed(0)
+    blocks = snippets("docs/training.md")
     assert len(blocks) == 4
     exec("\n".join(blocks), {})
 
