@@ -1,5 +1,6 @@
 """Block sizes, warps and grids: pure functions of shape, the same for a launch and for an ahead-of-time compilation."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 TILE = 2048  # elements of a (BLOCK_N, BLOCK_D) tile: 16 a thread; 4096 spills on gfx942
@@ -24,6 +25,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@lru_cache(maxsize=1024)
 def row_blocks(n: int, d: int, r: int) -> RowBlocks:
     """Cut ``n`` rows of width ``d``, with ``r`` columns of ``u`` beside each, into programs.
 
@@ -64,6 +66,7 @@ class ExpandBlocks(NamedTuple):
     num_stages: int
 
 
+@lru_cache(maxsize=1024)
 def shrink_blocks(n: int, d: int, r: int, itemsize: int) -> tuple[ShrinkBlocks, int, int]:
     """Blocks, the number of parts into which d is split, and the columns of each part.
 
@@ -85,6 +88,7 @@ def shrink_blocks(n: int, d: int, r: int, itemsize: int) -> tuple[ShrinkBlocks, 
     return ShrinkBlocks(block_n, block_d, block_r, num_warps, stages), -(-d // span), span
 
 
+@lru_cache(maxsize=1024)
 def expand_blocks(n: int, m: int, r: int, itemsize: int) -> ExpandBlocks:
     """Blocks for n rows, m columns and rank r; chosen so that no target spills (``make aot``)."""
     block_n, block_m = (16 if n <= 16 else 64), min(max(next_power_of_2(m), 16), 128)

@@ -1,7 +1,7 @@
 """One way to define an op: a torch reference that is schema, fake, CPU kernel and oracle, and a Triton launch."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from nsc_kernels._tl import HAS_TRITON, INTERPRET
+
+PLAIN = {Tensor, nn.Parameter}  # anything else may stand for a tensor without being one
 
 
 class Launch(NamedTuple):
@@ -71,9 +73,10 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if self.function is not None and torch._C._are_functorch_transforms_active():
             return self.function.apply(*args)  # torch.func knows these, and no gradient of a registered operator
-        if is_traced(args):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if is_traced(tensors):
             return self.registered(*args)
-        if self.function is not None and torch.is_grad_enabled() and any(needs_gradient(arg) for arg in args):
+        if self.function is not None and torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
             return self.function.apply(*args)
         return self.direct(*args)
 
@@ -84,9 +87,10 @@ class Op:
 
 def runs_triton(args: tuple[Any, ...]) -> bool:
     """Whether these arguments go to a kernel: on a GPU or interpreted, and none of them float64."""
+    if not HAS_TRITON:
+        return False
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    on_device = HAS_TRITON and (INTERPRET or tensors[0].is_cuda)
-    return on_device and not any(x.dtype == torch.float64 for x in tensors)
+    return (INTERPRET or tensors[0].is_cuda) and torch.float64 not in [x.dtype for x in tensors]
 
 
 def fresh(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
@@ -94,17 +98,12 @@ def fresh(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = 
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def needs_gradient(arg: Any) -> bool:
-    """Whether this argument is a tensor that autograd follows."""
-    return isinstance(arg, Tensor) and arg.requires_grad
-
-
-def is_traced(args: tuple[Any, ...]) -> bool:
+def is_traced(tensors: Iterable[Tensor]) -> bool:
     """Whether a compiler, a transform, a mode or a tensor subclass must see the operator itself."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, nn.Parameter) for arg in args)
+        or not {type(x) for x in tensors} <= PLAIN
     )

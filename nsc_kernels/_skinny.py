@@ -126,28 +126,36 @@ def plan_shrink(
     *,
     values: bool = True,
     energy: bool = False,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor | None]]:
     """Launches that fill v, or c * v, (n, R) in x's dtype, |x|^2 (n,), and parts of sum u * v (parts, R), float32.
 
-    What is not wanted is empty. With meta tensors, to compile ahead of time.
+    Values and energy that are not wanted are empty. With meta tensors, to compile ahead of time.
     """
     x, (n, d), r = unit_stride(x), x.shape, w.shape[0]
     blocks, splits, span = shrink_blocks(n, d, r, x.element_size())
     grid = (-(-n // blocks.BLOCK_N), splits, max(-(-r // blocks.BLOCK_R), 1))
     out = fresh(x, (n, r) if values else (0, r))
     row_energy = fresh(x, n if energy else 0, torch.float32)
-    dc = fresh(x, (grid[0] * splits if u is not None else 0, r), torch.float32)
+    dc = None if u is None else fresh(x, (grid[0] * splits, r), torch.float32)
     split = splits > 1
     parts = fresh(x, (splits, n, r), torch.float32) if split and values else out
     energies = fresh(x, (splits, n), torch.float32) if split and energy else row_energy
     args: dict[str, Any] = {"x_ptr": x, "w_ptr": w, "c_ptr": c, "u_ptr": u, "out_ptr": parts if values else None}
-    args |= {"energy_ptr": energies if energy else None, "dc_ptr": None if u is None else dc}
+    args |= {"energy_ptr": energies if energy else None, "dc_ptr": dc}
     args |= {"N": n, "D": d, "R": r, "SPAN": span, "x_stride": x.stride(0), "w_stride": w.stride(0)}
     args |= {"w_step": w.stride(1), "u_stride": 0 if u is None else u.stride(0)}
     launches = [Launch(shrink_kernel, grid, args, blocks._asdict())]
     if split and values:
         launches.append(_plan_sum(parts, energies if energy else None, out, row_energy))
     return launches, (out, row_energy, dc)
+
+
+def shrink_columns(x: Tensor, w: Tensor, u: Tensor, c: Tensor, values: bool) -> tuple[Tensor, Tensor]:
+    """c * v (n, R), empty unless ``values``, and the sum over rows of u * v (R,): the backward of weighted columns."""
+    launches, (out, _, dc) = plan_shrink(x, w, u, c.contiguous(), values=values)
+    for launch in launches:
+        launch.run()
+    return out, dc.sum(0)  # type: ignore[union-attr]  # u is given
 
 
 def _plan_sum(parts: Tensor, energies: Tensor | None, out: Tensor, row_energy: Tensor) -> Launch:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nsc_kernels._op import Op, is_traced, needs_gradient
+from nsc_kernels._op import Op, is_traced
 from nsc_kernels._rows import accumulator_dtype, autocast_to, expect
 from nsc_kernels._skinny import plan_expand, plan_shrink
 
@@ -148,7 +148,7 @@ def lora_fork(z: Tensor, lora_A: Tensor, *, energy: bool = True) -> tuple[Tensor
     """
     z, lora_A = _checked(z, lora_A)
     rows = z.reshape(-1, z.shape[-1])
-    if is_traced((z, lora_A)) or not (torch.is_grad_enabled() and needs_gradient(z)):
+    if is_traced((z, lora_A)) or not (torch.is_grad_enabled() and z.requires_grad):
         u, row_energy = _forward_op(rows, lora_A, energy)
     else:
         rows, u, row_energy = _Fork.apply(rows, lora_A, energy)

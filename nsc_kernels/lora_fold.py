@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_kernels._op import Op, is_traced, needs_gradient, runs_triton
+from nsc_kernels._op import Op, is_traced, runs_triton
 from nsc_kernels._rows import accumulator_dtype, expect
-from nsc_kernels._skinny import plan_expand, plan_shrink
+from nsc_kernels._skinny import plan_expand, shrink_columns
 
 
 def lora_fold_reference(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor) -> Tensor:
@@ -39,10 +39,7 @@ def _launch_forward(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, o
 
 
 def _launch_backward(dout: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, to_B: bool) -> tuple[Tensor, Tensor]:
-    launches, (dB, _, dc) = plan_shrink(dout, lora_A, lora_B, c.contiguous(), values=to_B)
-    for launch in launches:
-        launch.run()
-    return dB, dc.sum(0)
+    return shrink_columns(dout, lora_A, lora_B, c, to_B)
 
 
 _forward_op = Op("nsc::lora_fold", lora_fold_reference, _launch_forward)
@@ -105,7 +102,7 @@ def _check_out(out: Tensor, args: tuple[Tensor, ...]) -> None:
     expect("out", out, weight.shape, "the shape of weight", weight)
     if out.dtype != weight.dtype or (out.stride(1) != 1 and out.shape[1] > 1):
         raise ValueError(f"out must be {weight.dtype} with contiguous rows, got {out.dtype} of strides {out.stride()}")
-    if torch.is_grad_enabled() and any(needs_gradient(x) for x in (*args, out)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*args, out)):
         raise ValueError("a fold into out has no gradient; leave out away, or fold under torch.no_grad()")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsc_kernels._op import Op
 from nsc_kernels._rows import accumulator_dtype, autocast_to, expect
-from nsc_kernels._skinny import plan_expand, plan_shrink
+from nsc_kernels._skinny import plan_expand, shrink_columns
 
 
 def lora_up_reference(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
@@ -39,10 +39,7 @@ def _launch_forward(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def _launch_backward(dout: Tensor, u: Tensor, c: Tensor, lora_B: Tensor, to_u: bool) -> tuple[Tensor, Tensor]:
-    launches, (du, _, dc) = plan_shrink(dout, lora_B.T, u, c.contiguous(), values=to_u)
-    for launch in launches:
-        launch.run()
-    return du, dc.sum(0)
+    return shrink_columns(dout, lora_B.T, u, c, to_u)
 
 
 _forward_op = Op("nsc::lora_up", lora_up_reference, _launch_forward)
