@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 
-.PHONY: demo test check interpret aot bench gpu clean
+.PHONY: demo test check interpret aot bench tables gpu clean
 
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
@@ -18,18 +18,27 @@ check: $(VENV)/test          ## style and types
 	$(BIN)/mypy
 
 interpret: $(VENV)/test      ## the op tests on the Triton kernels themselves, interpreted on the CPU
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_null_space_ratio.py tests/test_null_space_laws.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest \
+		tests/test_null_space_ratio.py tests/test_null_space_laws.py tests/test_lora_ops.py tests/test_modules.py
 
 aot: $(VENV)/test            ## compile every kernel for every target; registers, shared memory, spills
 	$(RUN) -m nsc_kernels.aot
 
 bench: $(VENV)/test          ## benchmarks of this machine, into benchmarks/results/
-	$(RUN) benchmarks/record.py
+	$(RUN) -m pytest benchmarks --benchmark-only
 
+tables: $(VENV)/test         ## the tables of README.md and docs/results.md, from benchmarks/results/
+	$(RUN) benchmarks/table.py
+
+# Each part runs whatever became of the one before. COMMIT=... names the tree where git's history is not at hand.
 gpu:                         ## CUDA tests and benchmarks with the python3 at hand; writes benchmarks/results/<gpu>.json
 	python3 -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU that python3 can see'"
-	PYTHONPATH=$(CURDIR) python3 -m pytest tests -k "cuda or null_space"
-	PYTHONPATH=$(CURDIR) python3 benchmarks/record.py
+	@status=0; export PYTHONPATH=$(CURDIR); \
+	parallel=$$(python3 -c "import xdist; print('-n 8')" 2>/dev/null); \
+	timeout -k 10 240 python3 -m pytest tests -q -k cuda --continue-on-collection-errors $$parallel || status=1; \
+	timeout -k 10 330 python3 -m pytest benchmarks --benchmark-only -q --benchmark-columns=median,iqr,rounds || status=1; \
+	python3 -W ignore benchmarks/table.py targets || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

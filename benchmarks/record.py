@@ -1,8 +1,7 @@
-"""Run the benchmarks of this machine and keep the numbers in benchmarks/results/<device>.json.
+"""The numbers of this machine, in <device>.json, and what each of them was made with.
 
-    python benchmarks/record.py [pytest arguments]
-
-Entries of earlier runs stay until they are measured again; each says what it was made with.
+Every benchmark that passes is written as soon as it is done, so that a run cut short keeps what it had. Entries of
+earlier runs stay until they are measured again.
 """
 
 from __future__ import annotations
@@ -12,42 +11,87 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from cpuinfo import get_cpu_info
 
 HERE = Path(__file__).parent
+STATS = ("median", "min", "max", "mean", "stddev", "iqr", "rounds")  # seconds, but for the last
 
 
+@lru_cache(maxsize=1)
 def device_name() -> str:
     """The GPU that torch sees, or else the CPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {get_cpu_info()['brand_raw']}"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    from cpuinfo import get_cpu_info
+
+    return f"CPU {get_cpu_info().get('brand_raw') or platform.machine()}"
 
 
-def results_file() -> Path:
-    """Where the numbers of this device are kept; those of a CPU by its number of threads."""
+def file_name() -> str:
+    """Of the numbers of this device; those of a CPU by its number of threads."""
     threads = "" if torch.cuda.is_available() else f" {torch.get_num_threads()} threads"
     slug = re.sub(r"[^a-z0-9]+", "-", f"{device_name()}{threads}".lower()).strip("-")
-    return HERE / "results" / f"{slug}.json"
+    return f"{slug}.json"
+
+
+def commit() -> str:
+    """COMMIT, for a copy of the tree without its history, or what git says."""
+    git = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        told = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        told = ""
+    return os.environ.get("COMMIT") or told or "unknown"
 
 
 def provenance() -> dict[str, Any]:
     """What a number depends on beside the code that it names."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=HERE, capture_output=True)
     return {
-        "commit": commit.stdout.decode().strip() or "unknown",
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
+        **({"cuda": torch.version.cuda or torch.version.hip} if torch.cuda.is_available() else {}),
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def entry(name: str, group: str | None, extra_info: dict[str, Any], stats: Any, made: dict[str, Any]) -> dict[str, Any]:
+    """One number: its name, its times in seconds (without the single rounds), and the rates that follow from them."""
+    seconds = {field: getattr(stats, field) for field in STATS}
+    return {
+        "fullname": name,
+        "group": group,
+        "extra_info": extra_info | rates(extra_info, seconds["median"]),
+        "stats": seconds,
+        "made": made,
+    }
+
+
+def rates(info: dict[str, Any], seconds: float) -> dict[str, float]:
+    """GB/s, the fraction of the copy's, and TFLOP/s, of what ``info`` counts and a time."""
+    found = {}
+    if "bytes" in info:
+        found["gb_per_s"] = info["bytes"] / seconds / 1e9
+    if "bytes" in info and "copy_gb_per_s" in info:
+        found["fraction_of_copy"] = found["gb_per_s"] / info["copy_gb_per_s"]
+    if "flops" in info:
+        found["tflop_per_s"] = info["flops"] / seconds / 1e12
+    return found
 
 
 def add_earlier(entries: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
@@ -57,14 +101,11 @@ def add_earlier(entries: list[dict[str, Any]], file: Path) -> list[dict[str, Any
     return [merged[name] for name in sorted(merged)]
 
 
-if __name__ == "__main__":
-    file = results_file()
-    draft = file.with_suffix(".partial")  # pytest-benchmark empties its file when it starts
-    os.chdir(HERE.parent)
-    code = pytest.main(["-o", "testpaths=benchmarks", f"--benchmark-json={draft}", *sys.argv[1:]])
-    if draft.is_file() and draft.stat().st_size:
-        entries = json.loads(draft.read_text())["benchmarks"]
-        file.write_text(json.dumps({"benchmarks": add_earlier(entries, file)}, indent=1) + "\n")
-        print(f"results in {file}")
-    draft.unlink(missing_ok=True)
-    sys.exit(code)
+def keep(entries: list[dict[str, Any]], file: Path) -> None:
+    """Add entries to ``file``, which is never seen half written."""
+    lines = ",\n".join(map(json.dumps, add_earlier(entries, file)))
+    text = f'{{"benchmarks": [\n{lines}\n]}}\n'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".partial")
+    draft.write_text(text)
+    draft.replace(file)

@@ -1,49 +1,64 @@
-"""Shapes that merging meets, and the bytes that an op cannot avoid moving for them."""
+"""Shapes that merging meets, from decode to prefill, and small ones for a machine without a GPU."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from timing import CUDA
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Shape:
-    """``n`` rows of width ``d`` entering a linear with adapters of these ranks."""
+    """``n`` rows entering a linear of (m, d) that carries adapters of these ranks."""
 
-    name: str
+    model: str
+    rows: str  # what the n rows are
     n: int
     d: int
+    m: int
     ranks: tuple[int, ...]
+    compiled: bool = False  # whether torch.compile is timed too: each costs seconds of compilation
+
+    @property
+    def name(self) -> str:
+        """The model and its rows."""
+        return f"{self.model}, {self.rows}"
 
     @property
     def r(self) -> int:
         """R, the columns of u."""
         return sum(self.ranks)
 
+    @property
+    def own(self) -> int:
+        """Columns of u that belong to one row's adapter."""
+        return self.r // len(self.ranks)
 
-SMALL = [Shape("tiny", 64, 128, (4, 4)), Shape("vit-rows", 197, 768, (16,) * 4)]
-LARGE = [
-    Shape("llama-6x16", 16384, 4096, (16,) * 6),
-    Shape("vit-20x16", 50432, 768, (16,) * 20),
-    Shape("wide-1x128", 8192, 16384, (128,)),
+
+SIX, EIGHT, TWENTY = (16,) * 6, (16,) * 8, (16,) * 20
+TARGET = Shape("LLaMA-3-8B", "32768 rows", 32768, 4096, 4096, SIX, compiled=True)  # 268 MB of bfloat16
+PREFILL = Shape("LLaMA-3-8B", "prefill of 4096", 4096, 4096, 4096, SIX, compiled=True)
+GPU_SHAPES = [
+    TARGET,
+    PREFILL,
+    Shape("LLaMA-3-8B", "decode of 8", 8, 4096, 4096, SIX),
+    Shape("LLaVA-1.5-7B", "8 x (576 + 64)", 5120, 4096, 4096, SIX),
+    Shape("LLaMA-3-70B", "prefill of 4096", 4096, 8192, 8192, SIX),
+    Shape("LLaMA-3-70B", "decode of 8", 8, 8192, 8192, SIX),
+    Shape("ViT-B/16", "32 x 197", 6304, 768, 768, TWENTY, compiled=True),
+    Shape("CLIP ViT-L/14", "32 x 257", 8224, 1024, 1024, EIGHT),
 ]
-SHAPES = LARGE if torch.cuda.is_available() else SMALL
+CPU_SHAPES = [
+    Shape("ViT-B/16", "1 x 197", 197, 768, 768, TWENTY, compiled=True),
+    Shape("LLaMA-3-8B", "decode of 8", 8, 4096, 4096, SIX, compiled=True),
+]
+SHAPES = GPU_SHAPES if CUDA else CPU_SHAPES
 
 
-def ratio_inputs(shape: Shape, dtype: torch.dtype, device: str, *, gram: bool) -> tuple[Tensor | None, ...]:
-    """z, u, gram_inverse, adapter, offsets, weight: rows sorted by adapter, all of weight 1/n, A's rows orthonormal."""
-    torch.manual_seed(0)
-    z = torch.randn(shape.n, shape.d, device=device)
-    down = torch.cat([torch.linalg.qr(torch.randn(shape.d, r, device=device))[0].T for r in shape.ranks])
-    adapter = torch.arange(shape.n, device=device) * len(shape.ranks) // shape.n
-    offsets = torch.tensor([0, *shape.ranks], device=device).cumsum(0)
-    weight = torch.full((shape.n,), 1 / shape.n, device=device)
-    gram_inverse = torch.eye(shape.r, device=device) if gram else None
-    return z.to(dtype), (z @ down.T).to(dtype), gram_inverse, adapter, offsets, weight
-
-
-def ratio_bytes(shape: Shape, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of one pass, each tensor moved once: z, a row's own columns of u, and index, weight and results per row."""
-    wide, own = shape.n * shape.d * dtype.itemsize, shape.n * shape.r // len(shape.ranks) * dtype.itemsize
-    per_row = shape.n * (8 + 4 + 4 + 4)
-    return {"forward": wide + own + per_row, "backward": 2 * wide + own + shape.n * shape.r * dtype.itemsize + per_row}
+@lru_cache(maxsize=8)
+def orthonormal_adapters(d: int, ranks: tuple[int, ...]) -> Tensor:
+    """(R, d) float32 on the CPU: adapters whose rows are orthonormal each, as the merge runs them."""
+    return torch.cat([torch.linalg.qr(torch.randn(d, r))[0].T for r in ranks])

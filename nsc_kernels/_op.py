@@ -58,6 +58,7 @@ class Op:
         self.reference = without_autocast(reference)
         self.launch = launch
         self.function: Any = None
+        self.transformable: Any = None
         self.registered = custom_op(name, self.reference, mutates_args=())
         self.registered.register_fake(self.reference)
         if HAS_TRITON:
@@ -66,13 +67,24 @@ class Op:
     def differentiable(self, save: Callable, backward: Callable) -> None:
         """Give both doors a gradient: ``save(ctx, inputs, output)``, ``backward(ctx, *gradients)``, once."""
         self.registered.register_autograd(backward, setup_context=save)
-        rules = {"forward": self.direct, "setup_context": save, "backward": once_differentiable(backward)}
+        once = once_differentiable(backward)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self.direct(*args)
+            save(ctx, args, output)
+            return output
+
+        # torch.func needs a context set up apart, which makes torch look at the signature in every call
+        self.transformable = self._function(forward=self.direct, setup_context=save, backward=once)
+        self.function = self._function(forward=forward, backward=once)
+
+    def _function(self, **rules: Callable) -> Any:
         name = self.registered._qualname.replace("::", "_")
-        self.function = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in rules.items()})
+        return type(name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in rules.items()})
 
     def __call__(self, *args: Any) -> Any:
         if self.function is not None and torch._C._are_functorch_transforms_active():
-            return self.function.apply(*args)  # torch.func knows these, and no gradient of a registered operator
+            return self.transformable.apply(*args)  # torch.func does not know the gradient of a registered operator
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if is_traced(tensors):
             return self.registered(*args)

@@ -1,0 +1,180 @@
+"""The tables of README.md and docs/results.md, written from benchmarks/results between their markers.
+
+    python benchmarks/table.py            rewrites the marked sections of both documents (``make tables``)
+    python benchmarks/table.py targets    prints one
+
+    <!-- table:NAME -->  ...  <!-- /table -->        NAME: targets, targets-short, ops, layer, overhead
+
+Every figure stands under the device that it was measured on; what was not measured is an empty cell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from predict import GPUS
+from targets import Results, duration, targets
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/results.md")
+Entries = list[dict[str, Any]]
+Devices = dict[str, Entries]  # file stem -> entries
+EMPTY = ""
+PREDICTED = (
+    "Predicted: for each kernel the larger of its bytes over {bandwidth} and its FLOPs over 790 TFLOP/s, every tensor"
+    " moved once, added up; launches and waits are not in it. An empty cell was not measured yet: `make gpu` does it."
+)
+OPS = (
+    "GB/s are those of the bytes that the shape makes necessary, each tensor moved once; the last figure is their share"
+    " of a device copy's in the same run. `usual`: the ratio in the fewest lines of torch, under autograd. `linear`:"
+    " `F.linear` alone."
+)
+OVERHEAD = (
+    "`public`: the function in full. `op`: past its checks. `registered`: through torch's dispatcher. `launch`: its"
+    " kernels' launches alone, prepared beforehand. `graph`: device time in a CUDA graph. On a CPU, `public` and `op`"
+    " leave the kernels out, and `registered` and `reference` both run the reference: in the forward they differ by the"
+    " dispatcher. The least of all rounds: other work on the machine only adds."
+)
+
+
+def load(folder: Path = ROOT / "benchmarks" / "results") -> Devices:
+    """The numbers of every device that was measured."""
+    return {file.stem: json.loads(file.read_text())["benchmarks"] for file in sorted(folder.glob("*.json"))}
+
+
+def filled(text: str, devices: Devices) -> str:
+    """``text`` with every marked section written anew. Raises KeyError for a table that does not exist."""
+
+    def section(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]](devices)}\n<!-- /table -->"
+
+    return re.sub(r"(<!-- table:([\w-]+) -->)\n.*?<!-- /table -->", section, text, flags=re.DOTALL)
+
+
+def on_gpus(devices: Devices) -> dict[str, Results]:
+    """Name in ``GPUS`` -> what was measured on such a GPU; a CPU's figures are never among them."""
+    found: dict[str, Entries] = {name: [] for name in GPUS}
+    for entry in (entry for entries in devices.values() for entry in entries):
+        device = entry["made"]["device"]
+        for name in GPUS:
+            if name in device and not device.startswith("CPU"):
+                found[name].append(entry)
+    return {name: Results(entries) for name, entries in found.items()}
+
+
+def targets_table(devices: Devices, *, every: bool = True) -> str:
+    """Target, prediction and measurement on each GPU; unless ``every``, only GPUs that were measured, or the H200."""
+    measured = on_gpus(devices)
+    names = [name for name in GPUS if every or measured[name].entries] or ["H200"]
+    heads = ["in bfloat16", "target", *(f"{name}, {kind}" for name in names for kind in ("predicted", "measured"))]
+    rows = [
+        [t.what, t.goal, *(cell for name in names for cell in (t.predicted(GPUS[name]), t.measured(measured[name])))]
+        for t in targets()
+    ]
+    bandwidth = " or ".join(f"{GPUS[name].bandwidth / 1e12} TB/s ({name})" for name in names)
+    sources = [made_with(measured[name].entries) for name in names if measured[name].entries]
+    return "\n\n".join([PREDICTED.format(bandwidth=bandwidth), markdown(heads, rows), *sources])
+
+
+def ops_table(entries: Entries) -> str:
+    """Every pass of every op at every shape."""
+    rows: dict[str, dict[str, str]] = {}
+    for info, seconds in _timed(entries):
+        op = " ".join(filter(None, [f"`{info['op']}`", info["variant"], info["step"]]))
+        digits = ".0f" if info["gb_per_s"] >= 100 else ".3g"
+        cell = f"{duration(seconds)} ({info['gb_per_s']:{digits}} GB/s, {info['fraction_of_copy']:.2f})"
+        rows.setdefault(f"{op}, {info['shape']}", {})[info["provider"]] = cell
+    columns = [c for c in ("reference", "compiled", "triton") if any(c in row for row in rows.values())]
+    lines = []
+    for name, row in rows.items():
+        others = "; ".join(f"{provider} {cell}" for provider, cell in row.items() if provider not in columns)
+        lines.append([name, *(row.get(column, EMPTY) for column in columns), others])
+    return markdown(["op, pass, shape", *columns, "others"], lines)
+
+
+def layer_table(entries: Entries) -> str:
+    """Time and memory of the layers."""
+    bare = {info["shape"]: seconds for info, seconds in _timed(entries) if info["provider"] == "bare"}
+    rows = []
+    for info, seconds in _timed(entries):
+        relative = f"{seconds / bare[info['shape']]:.2f}" if info["shape"] in bare else EMPTY
+        size = f"{info['m']} x {info['d']}, {info['ranks']}"
+        saved = f"{info['saved_bytes'] / 1e6:.2f}"
+        rows.append([info["shape"], size, info["provider"], duration(seconds), relative, saved])
+    return markdown(["rows", "weight, adapters", "layer", "forward + backward", "over bare", "saved, MB"], rows)
+
+
+def overhead_table(entries: Entries) -> str:
+    """What a call takes the host, by each way into an op."""
+    results, measured = Results(entries), {info["way"] for info, _ in _timed(entries)}
+    ways = [way for way in ("public", "op", "registered", "reference", "launch", "graph") if way in measured]
+    rows = []
+    for op, step in dict.fromkeys((info["op"], info["step"]) for info, _ in _timed(entries)):
+        cells = (results.seconds("overhead", op=op, step=step, way=way) for way in ways)
+        rows.append([f"`{op}` {step}", *(EMPTY if cell is None else f"{cell * 1e6:.1f}" for cell in cells)])
+    return markdown(["µs a call", *ways], rows)
+
+
+def _timed(entries: Entries) -> list[tuple[dict[str, Any], float]]:
+    """What was measured, and the median in seconds."""
+    return [(entry["extra_info"], entry["stats"]["median"]) for entry in entries]
+
+
+def by_device(kind: str, table: Callable[[Entries], str], legend: str = "") -> Callable[[Devices], str]:
+    """A table for each device on which something of this kind was measured, below a legend."""
+
+    def run(devices: Devices) -> str:
+        parts = [legend] if legend else []
+        for entries in devices.values():
+            if chosen := Results(entries).of_kind(kind):
+                parts += [made_with(chosen), table(chosen)]
+        return "\n\n".join(parts)
+
+    return run
+
+
+def made_with(entries: Entries) -> str:
+    """The device, versions, dates and commits of these entries, in a line."""
+
+    def said(key: str) -> str:
+        return ", ".join(sorted({str(entry["made"].get(key))[: 10 if key == "date" else None] for entry in entries}))
+
+    dtypes = sorted({entry["extra_info"].get("dtype", "") for entry in entries} - {""})
+    copies = [entry["extra_info"]["copy_gb_per_s"] for entry in entries if "copy_gb_per_s" in entry["extra_info"]]
+    parts = [f"**{said('device')}**", f"threads: {said('threads')}" if "CPU" in said("device") else "", *dtypes]
+    parts += [f"copy {max(copies):.0f} GB/s"] if copies else []
+    parts += [f"torch {said('torch')}", f"triton {said('triton')}", f"commit {said('commit')}", said("date")]
+    return ", ".join(filter(None, parts)) + "."
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])
+
+
+TABLES: dict[str, Callable[[Devices], str]] = {
+    "targets": targets_table,
+    "targets-short": lambda devices: targets_table(devices, every=False),
+    "ops": by_device("op", ops_table, OPS),
+    "layer": by_device("layer", layer_table),
+    "overhead": by_device("overhead", overhead_table, OVERHEAD),
+}
+
+
+def main(names: list[str]) -> None:
+    """Print these tables, or with none write the documents."""
+    for name in names:
+        print(TABLES[name](load()))
+    for name in () if names else DOCUMENTS:
+        document = ROOT / name
+        document.write_text(filled(document.read_text(), load()))
+        print(f"tables written in {name}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
