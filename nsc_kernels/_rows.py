@@ -24,6 +24,11 @@ def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
+def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x`` in this shape; itself where it has it, which spares autograd a step."""
+    return x if x.shape == torch.Size(shape) else x.reshape(shape)
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """``x`` if its last dimension is contiguous, as the kernels need it, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

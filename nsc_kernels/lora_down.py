@@ -9,6 +9,7 @@ in one pass: dz = dz_base + du A + 2 ds z. With ds = g q / (2 om s^2) that is th
 Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6 (u = A z is all that the null-space ratio needs of A).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsc_kernels._op import Op, is_traced
-from nsc_kernels._rows import accumulator_dtype, autocast_to, expect
+from nsc_kernels._rows import accumulator_dtype, autocast_to, expect, shaped
 from nsc_kernels._skinny import plan_expand, plan_shrink
 
 
@@ -126,8 +127,9 @@ def lora_down(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     Source: https://arxiv.org/abs/2603.26317, Eq. 3.
     """
     z, lora_A = _checked(z, lora_A)
-    u, energy = _forward_op(z.reshape(-1, z.shape[-1]), lora_A, True)
-    return u.view(*z.shape[:-1], lora_A.shape[0]), energy.view(z.shape[:-1])
+    n, r = math.prod(z.shape[:-1]), lora_A.shape[0]
+    u, energy = _forward_op(shaped(z, (n, z.shape[-1])), lora_A, True)
+    return shaped(u, (*z.shape[:-1], r)), shaped(energy, z.shape[:-1])
 
 
 def lora_fork(z: Tensor, lora_A: Tensor, *, energy: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -147,13 +149,13 @@ def lora_fork(z: Tensor, lora_A: Tensor, *, energy: bool = True) -> tuple[Tensor
         ValueError: as ``lora_down``.
     """
     z, lora_A = _checked(z, lora_A)
-    rows = z.reshape(-1, z.shape[-1])
+    rows, shape = shaped(z, (math.prod(z.shape[:-1]), z.shape[-1])), z.shape
     if is_traced((z, lora_A)) or not (torch.is_grad_enabled() and z.requires_grad):
         u, row_energy = _forward_op(rows, lora_A, energy)
     else:
         rows, u, row_energy = _Fork.apply(rows, lora_A, energy)
-        z = rows.view(z.shape)
-    return z, u.view(*z.shape[:-1], lora_A.shape[0]), row_energy.view(z.shape[:-1]) if energy else None
+        z = shaped(rows, shape)
+    return z, shaped(u, (*shape[:-1], lora_A.shape[0])), shaped(row_energy, shape[:-1]) if energy else None
 
 
 def _checked(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:

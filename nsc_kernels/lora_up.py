@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsc_kernels._op import Op
-from nsc_kernels._rows import accumulator_dtype, autocast_to, expect
+from nsc_kernels._rows import accumulator_dtype, autocast_to, expect, shaped
 from nsc_kernels._skinny import plan_expand, shrink_columns
 
 
@@ -92,5 +92,5 @@ def lora_up(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
     if not y.dtype == u.dtype == lora_B.dtype:
         raise ValueError(f"y is {y.dtype}, u {u.dtype}, lora_B {lora_B.dtype}; convert with .to(), or use autocast")
     n = math.prod(y.shape[:-1])
-    out = _forward_op(y.reshape(n, m), u.reshape(n, r), c.to(accumulator_dtype(y)), lora_B)
-    return out.view(y.shape)
+    out = _forward_op(shaped(y, (n, m)), shaped(u, (n, r)), c.to(accumulator_dtype(y)), lora_B)
+    return shaped(out, y.shape)

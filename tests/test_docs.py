@@ -27,7 +27,7 @@ def test_training_page():
 
 
 def test_readme_snippet_of_the_op():
-    (block,) = [code for code in snippets("README.md") if "null_space_ratio" in code]
+    (block,) = [code for code in snippets("README.md") if "null_space_ratio(" in code]
     lora_A = torch.nn.Parameter(torch.randn(4, 16))
     names = {"z": torch.randn(5, 16), "lora_A": lora_A, "loss": torch.zeros(())}
     exec(block, names)
