@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
 from nsc.adapters import read_adapter
+from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data import collate
 from nsc.families import choose_targets, linear_shapes, load_body
 from nsc.learn import _start, _step
 from nsc.merging import match_adapters
-from nsc.objective import Batch, NullSpaceObjective
+from nsc.objective import NullSpaceObjective
+from nsc.packing import collate
+from nsc.passes import Passes
 from nsc.stack import Stack, stack_adapters, whitened
-from nsc.surgery import merged_layers, set_coefficients
+from nsc.surgery import merged_layers
 
 TASKS, RANK, MODULES = 6, 16, ["q_proj", "v_proj"]
 SAMPLES, LENGTH = 2, 64  # of each task, in tokens
@@ -87,12 +89,10 @@ def nsc_step(model: nn.Module, stack: Stack, targets: list[str], batch: Batch) -
     with merged_layers(model, stack, lam.detach()) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
 
-        def forward(_: int) -> Tensor:
-            set_coefficients(layers, lam)
-            return objective.loss(batch)
+        passes = Passes(objective, lam)
 
         def step() -> Tensor:
-            _step(run, forward)
+            _step(run, lambda _: passes.gradient([batch]))
             return run.losses[-1]
 
         yield step

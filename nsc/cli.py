@@ -33,6 +33,9 @@ def merge(
     start: Annotated[float, typer.Option(help="Every coefficient at step 0.")] = 0.4,
     batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
     max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
+    tokens_per_pass: Annotated[
+        str, typer.Option(help="Cut a step of more tokens into passes; auto: only where memory runs out.")
+    ] = "auto",
     max_drift: Annotated[float, typer.Option(help="How far a coefficient may move; below 0: no bound.")] = 0.15,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
@@ -65,6 +68,7 @@ def merge(
             start=start,
             batch_size=batch_size,
             max_length=max_length,
+            tokens_per_pass=None if tokens_per_pass == "auto" else _whole(tokens_per_pass, "--tokens-per-pass"),
             max_drift=None if max_drift < 0 else max_drift,
             weight_decay=weight_decay,
             seed=seed,
@@ -119,6 +123,14 @@ def inspect(
 
 def _finish(proof: Any, out: Path) -> None:
     typer.echo(f"proof: {proof}\nwritten to {out}")
+
+
+def _whole(text: str, option: str) -> int:
+    from nsc.errors import NSCError
+
+    if not text.isdigit():
+        raise NSCError(f"{option} must be a whole number or auto, not {text!r}")
+    return int(text)
 
 
 def _pairs(values: Sequence[str], option: str) -> dict[str, str]:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from nsc.batch import Batch
 from nsc.errors import DataError
-from nsc.objective import Batch
+from nsc.packing import pack
 
 TEXT_FIELDS = (
     ("text",),
@@ -60,8 +58,7 @@ class TextBatches:
     """Batches as a pure function of the step, the same in every process and after every resume.
 
     tokens: task -> token ids of each sample.  Task k takes ``batch_size`` samples a step from a permutation of its own,
-    reshuffled each time round from (seed, task). Samples are padded on the right; each weighs the same within its task,
-    each token the same within its sample, padding nothing.
+    reshuffled each time round from (seed, task).  causal, shares_rows: what ``pack`` may do with them.
     """
 
     tokens: dict[str, list[list[int]]]
@@ -69,12 +66,14 @@ class TextBatches:
     pad_id: int
     seed: int = 0
     causal: bool = True  # right padding cannot reach a real token, so the model needs no mask
+    shares_rows: bool = False  # the model keeps samples in one row apart
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of one step, on the CPU."""
+    def __call__(self, step: int) -> list[Batch]:
+        """The batches of one step, on the CPU; their losses add up to the step's."""
         picks = [self._pick(task, step) for task in self.tokens]
-        return collate([self.tokens[task][i] for task, row in zip(self.tokens, picks, strict=True) for i in row],
-                       [k for k, row in enumerate(picks) for _ in row], self.pad_id, self.causal)  # fmt: skip
+        samples = [self.tokens[task][i] for task, row in zip(self.tokens, picks, strict=True) for i in row]
+        tasks = [k for k, row in enumerate(picks) for _ in row]
+        return pack(samples, tasks, self.pad_id, causal=self.causal, shares_rows=self.shares_rows)
 
     def _pick(self, task: str, step: int) -> list[int]:
         count = len(self.tokens[task])
@@ -94,28 +93,6 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
         if empty:
             raise DataError(f"sample {empty[0] + 1} of task {task} has no token; remove empty texts from its data")
     return tokens
-
-
-def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
-    """Samples (token ids) and the task of each -> one right-padded batch, weighted by ``sample_weights``."""
-    length = max(len(ids) for ids in samples)
-    ids = torch.full((len(samples), length), pad_id)
-    mask = torch.zeros(len(samples), length, dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        ids[row, : len(sample)] = torch.tensor(sample)
-        mask[row, : len(sample)] = 1
-    task = torch.tensor(tasks)
-    inputs = {"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": mask}
-    return Batch(inputs, task[:, None].expand(-1, length).contiguous(), sample_weights(mask, task))
-
-
-def sample_weights(mask: Tensor, task: Tensor) -> Tensor:
-    """mask: (b, L), one where a token counts.  task: (b,).  -> (b, L) float32, one in sum over each task's rows.
-
-    Every sample weighs the same within its task, and every counted token the same within its sample.
-    """
-    per_sample = mask / mask.sum(1, keepdim=True).clamp_min(1)
-    return per_sample / torch.bincount(task)[task][:, None]
 
 
 def _permutation(key: str, count: int) -> list[int]:

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.errors import NonFiniteError, ResumeError
-from nsc.objective import Batch, NullSpaceObjective
+from nsc.objective import NullSpaceObjective
+from nsc.passes import Passes
 from nsc.stack import Stack
 from nsc.surgery import merged_layers, set_coefficients
 
@@ -64,7 +66,7 @@ def learn(
     model: nn.Module,
     stack: Stack,  # whitened or not: the objective follows
     targets: Sequence[str],
-    batches: Callable[[int], Batch],
+    batches: Callable[[int], Sequence[Batch]],  # of a step: their losses add up
     config: MergeConfig,
     *,
     checkpoint: Path | None = None,
@@ -84,17 +86,14 @@ def learn(
     with merged_layers(model, stack, lam.detach()) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
 
-        def forward(step: int) -> Tensor:
-            set_coefficients(layers, lam)
-            return objective.loss(batches(step).to(device))
-
-        frozen = ~_reachable(objective, batches(0).to(device), lam) | ~stack.present.to(device)
+        passes = Passes(objective, lam, config.tokens_per_pass)
+        frozen = ~_reachable(objective, batches(0)[0].within(1)[0].to(device), lam) | ~stack.present.to(device)
         run = _start(lam, frozen, config, identity)
         if resume:
             _load(run, checkpoint, config.steps)
         started, first = time.perf_counter(), run.step
         try:
-            _optimise(run, forward, config.steps, checkpoint, progress)
+            _optimise(run, lambda step: passes.gradient(batches(step)), config.steps, checkpoint, progress)
         except NonFiniteError as error:
             start = torch.full_like(lam, config.start)  # a NaN coefficient would spread to tasks that are sound
             set_coefficients(layers, torch.where(lam.isfinite().all(), lam, start).detach())
@@ -145,12 +144,14 @@ def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tens
     return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
 
 
-def _optimise(run: _Run, forward: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool) -> None:
+def _optimise(
+    run: _Run, gradient: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool
+) -> None:
     bar = tqdm(total=steps, initial=run.step, desc="learning coefficients", unit="step", disable=not progress)
     saved = shown = time.perf_counter()
     with bar, _deferred_interrupts() as interrupted:
         while run.step < steps:
-            _step(run, forward)
+            _step(run, gradient)
             bar.update()
             now = time.perf_counter()
             if now - shown > REFRESH_SECONDS or run.step == steps:
@@ -163,14 +164,13 @@ def _optimise(run: _Run, forward: Callable[[int], Tensor], steps: int, checkpoin
                 raise KeyboardInterrupt
 
 
-def _step(run: _Run, forward: Callable[[int], Tensor]) -> None:
+def _step(run: _Run, gradient: Callable[[int], Tensor]) -> None:
     run.optimizer.zero_grad(set_to_none=False)
-    loss = forward(run.step)
-    loss.backward()
+    loss = gradient(run.step)
     run.optimizer.step()
     with torch.no_grad():
         run.lam.clamp_(run.lower, run.upper)
-    run.losses.append(loss.detach())
+    run.losses.append(loss)
     run.step += 1
 
 
@@ -189,13 +189,15 @@ def _require_finite(run: _Run) -> None:
 
 
 def _blame(
-    objective: NullSpaceObjective, batches: Callable[[int], Batch], run: _Run, error: NonFiniteError
+    objective: NullSpaceObjective, batches: Callable[[int], Sequence[Batch]], run: _Run, error: NonFiniteError
 ) -> NonFiniteError:
     """The same error with the target and tasks at which the ratio is not finite."""
     bad = [i for i, loss in enumerate(run.losses) if not torch.isfinite(loss)]
-    batch = batches(bad[0] if bad else run.step - 1).to(run.lam.device)
+    table = torch.zeros_like(objective.share)
+    for batch in batches(bad[0] if bad else run.step - 1):
+        table = table + objective.ratios(batch.to(run.lam.device))
     try:
-        require_finite_ratios(objective, objective.ratios(batch))
+        require_finite_ratios(objective, table)
     except NonFiniteError as found:
         return NonFiniteError(f"{error}: {found}")
     return NonFiniteError(f"{error}; a smaller lr or max_drift may keep it finite")

@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from nsc import families
 from nsc.adapters import Adapter, read_adapter
+from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data import TextBatches, collate, read_texts, tokenize
+from nsc.data import TextBatches, read_texts, tokenize
 from nsc.errors import DataError, NameMismatch, NSCError
 from nsc.learn import learn, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
-from nsc.objective import Batch, NullSpaceObjective
+from nsc.objective import NullSpaceObjective
+from nsc.packing import can_share_rows, pack
 from nsc.record import Record
 from nsc.report import describe_merge, describe_stack
 from nsc.result import MergeResult
@@ -75,7 +77,7 @@ def merge(
     report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
     say(report.summary())
-    sample = batches(0).to(next(model.parameters()).device)
+    sample = batches(0)[0].to(next(model.parameters()).device)
     return MergeResult(learned.coefficients, report, record, read, stack, model, sample)
 
 
@@ -158,10 +160,12 @@ def _batches(
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     causal = families.is_causal(model)
-    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal)
+    shares_rows = can_share_rows(model)
+    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows)
     some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
-    evaluation = collate([ids for ids, _ in some], [k for _, k in some], pad_id, causal)
-    return batches, evaluation.split(config.batch_size * len(texts))  # no more memory than a step
+    evaluation = pack([ids for ids, _ in some], [k for _, k in some], pad_id, causal=causal, shares_rows=shares_rows)
+    step = config.tokens_per_pass or sum(batch.tokens for batch in batches(0))  # no more memory than a step
+    return batches, [part for batch in evaluation for part in batch.within(step)]
 
 
 def _ratios(model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor) -> Tensor:
@@ -213,7 +217,9 @@ def _identity(
     base: str, adapters: Mapping[str, Adapter], texts: Mapping[str, list[str]], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("steps", "evaluation_samples")}
+    settings = {
+        k: v for k, v in config.to_dict().items() if k not in ("steps", "evaluation_samples", "tokens_per_pass")
+    }
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, texts, targets, settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -11,40 +11,16 @@ Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nsc.batch import Batch
 from nsc.errors import TargetError
 from nsc.stack import Stack
 from nsc_kernels import MergedLoRALinear, ratio_from_energy
-
-
-@dataclass(frozen=True)
-class Batch:
-    """All tasks' samples of one step.
-
-    inputs: what the model's forward takes.  task: (b, L) int64, whose each row is.  weight: (b, L) float, zero on
-    padding, one in sum over each task's rows.
-    """
-
-    inputs: dict[str, Any]
-    task: Tensor
-    weight: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; copies do not block."""
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
-        return Batch({k: move(v) for k, v in self.inputs.items()}, move(self.task), move(self.weight))
-
-    def split(self, samples: int) -> list[Batch]:
-        """Parts of at most ``samples`` samples each; their losses and ratios add up to the whole batch's."""
-        starts = range(0, self.task.shape[0], samples)
-        cuts = [slice(start, start + samples) for start in starts]
-        return [Batch({k: v[cut] for k, v in self.inputs.items()}, self.task[cut], self.weight[cut]) for cut in cuts]
 
 
 class _Stop(Exception):
@@ -68,6 +44,7 @@ class NullSpaceObjective:
         present = torch.tensor([stack.modules[name].present for name in targets])
         self.share = _shares(present, stack.tasks).to(device)  # (T, K)
         self.tasks = stack.tasks
+        self._dtype = next(model.parameters()).dtype
         self._grams = {n: g.to(device) if (g := stack.modules[n].gram_inverse) is not None else None for n in targets}
 
     def loss(self, batch: Batch) -> Tensor:
@@ -106,7 +83,7 @@ class NullSpaceObjective:
         for name in self.targets:
             self.layers[name].watch = partial(watch, name)
         try:
-            self.model(**batch.inputs)
+            self.model(**batch.arguments(self._dtype))
         except _Stop:
             return [seen[name] for name in self.targets]
         finally:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from nsc.adapters import read_adapter
+from nsc.batch import Batch
 from nsc.errors import AdapterError, ProofError
 from nsc.export import MergedFactors, as_stack, checkpoint_folder, merged_places
 from nsc.families import DTYPE, quiet_loading
-from nsc.objective import Batch
 from nsc.stack import Stack
 from nsc.surgery import merged_layers
 
@@ -50,7 +50,7 @@ class Proof:
 @torch.no_grad()
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """(rows, d) last hidden states of the rows that count, float64 on the CPU."""
-    states = model(**batch.inputs)[0]
+    states = model(**batch.arguments(next(model.parameters()).dtype))[0]
     return states[batch.weight > 0].double().cpu()
 
 

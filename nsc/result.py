@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from nsc import families
 from nsc.adapters import Adapter
-from nsc.data import collate
+from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.export import merged_factors, refuse_unstreamable, write_adapter, write_full_model
-from nsc.objective import Batch
+from nsc.packing import collate
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.record import Record
 from nsc.report import Report, draw_heat_map, vllm_rank

@@ -12,10 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.baseline import PerTaskLoop, split_by_task
 from nsc.adapters import read_adapter
-from nsc.data import collate
 from nsc.families import choose_targets, linear_shapes
 from nsc.learn import initial_gradient
 from nsc.merging import match_adapters
+from nsc.packing import collate
 from nsc.stack import stack_adapters, whitened
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}

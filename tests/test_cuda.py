@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 def test_goldens_on_the_gpu(golden):  # noqa: F811
     case, expected, model, stack, batch = golden
     config = MergeConfig(steps=20, lr=1e-3, weight_decay=0.01)
-    learned = learn(model.cuda(), whitened(stack), case["targets"], lambda step: batch, config, progress=False)
+    learned = learn(model.cuda(), whitened(stack), case["targets"], lambda step: [batch], config, progress=False)
     assert learned.coefficients.numpy() == pytest.approx(expected["lam"][19], abs=2e-6)
 
 

@@ -11,8 +11,9 @@ import torch
 from tiny import WORDS, save_tokenizer
 from transformers import AutoTokenizer
 
-from nsc.data import TextBatches, collate, read_texts, sample_weights, tokenize
+from nsc.data import TextBatches, read_texts, tokenize
 from nsc.errors import DataError
+from nsc.packing import collate
 
 
 def jsonl(path: Path, *rows: object) -> Path:
@@ -147,7 +148,14 @@ TOKENS = {"a": numbered(1, 5), "b": numbered(2, 3)}
 
 
 def firsts(batches: TextBatches, step: int) -> list[int]:
-    return batches(step).inputs["input_ids"][:, 0].tolist()
+    """The first token of every sample of a step, in the order in which they are drawn."""
+    drawn = [ids[i][0] for task, ids in batches.tokens.items() for i in batches._pick(task, step)]
+    assert sorted(drawn) == sorted(t for batch in batches(step) for t in first_tokens(batch))
+    return drawn
+
+
+def first_tokens(batch) -> list[int]:
+    return batch.inputs["input_ids"][:, 0].tolist()
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -186,11 +194,6 @@ def test_weights_sum_to_one_and_padding_weighs_nothing(causal):
     assert ("attention_mask" in batch.inputs) != causal
     if not causal:
         assert torch.equal(batch.inputs["attention_mask"] > 0, expected > 0)
-
-
-def test_an_unseen_sample_has_weight_zero_not_nan():
-    weight = sample_weights(torch.tensor([[1, 1], [0, 0]]), torch.tensor([0, 0]))
-    assert weight.tolist() == [[0.25, 0.25], [0, 0]]
 
 
 def test_tokenize_cuts_and_refuses_a_sample_without_tokens(tmp_path):

@@ -93,7 +93,7 @@ def test_coefficients_after_1_and_20_steps(golden, prepare):
     tolerance, optimiser = tolerances(batch.weight.dtype), MANIFEST["optimiser"]
     for steps in (1, 20):
         config = MergeConfig(steps=steps, lr=optimiser["lr"], weight_decay=optimiser["weight_decay"])
-        learned = learn(model, prepare(stack), case["targets"], lambda step: batch, config, progress=False)
+        learned = learn(model, prepare(stack), case["targets"], lambda step: [batch], config, progress=False)
         bound = tolerance[f"lam_after_{steps}"]
         assert learned.coefficients.numpy() == pytest.approx(expected["lam"][steps - 1], abs=bound)
         assert learned.losses == pytest.approx(list(expected["loss"][:steps]), abs=tolerance["loss"])

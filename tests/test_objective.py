@@ -7,11 +7,12 @@ import torch
 from tiny import linears, random_factors, tiny_llama, write_adapter
 
 from nsc.adapters import read_adapter
-from nsc.data import collate, sample_weights
+from nsc.batch import Batch
 from nsc.errors import TargetError
 from nsc.families import choose_targets
 from nsc.learn import initial_gradient
-from nsc.objective import Batch, NullSpaceObjective
+from nsc.objective import NullSpaceObjective
+from nsc.packing import collate
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.surgery import merged_layers
 
@@ -177,10 +178,9 @@ def test_surgery_is_reversible_also_after_an_error(model, stack):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_sample_weights_make_samples_equal_within_a_task():
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
-    weight = sample_weights(mask, torch.tensor([0, 0, 1]))
-    assert weight.tolist() == [[0.125] * 4, [0.5, 0, 0, 0], [0.5, 0.5, 0, 0]]
+def test_samples_weigh_the_same_within_a_task():
+    batch = collate([[5, 6, 7, 8], [9], [4, 3]], [0, 0, 1], pad_id=0, causal=True)
+    assert batch.weight.tolist() == [[0.125] * 4, [0.5, 0, 0, 0], [0.5, 0.5, 0, 0]]
 
 
 def test_default_targets_follow_the_depth(model, stack):

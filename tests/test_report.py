@@ -11,9 +11,10 @@ from PIL import Image
 from tiny import random_factors, write_adapter
 
 import nsc
-from nsc.data import collate, tokenize
+from nsc.data import tokenize
 from nsc.families import load_tokenizer
 from nsc.objective import NullSpaceObjective
+from nsc.packing import collate
 from nsc.report import draw_heat_map, vllm_rank
 from nsc.surgery import merged_layers
 

@@ -1,0 +1,141 @@
+"""Samples of different lengths -> rectangles of tokens with little padding, in which no sample sees another.
+
+Rows hold one sample each where that pads little. Otherwise several share a row, told apart by positions that start anew
+and a block-diagonal attention mask; where a model cannot do that, samples of like lengths go together instead. Every
+token keeps its task and its weight, so the loss and its gradient are those of one sample at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsc.batch import Batch
+from nsc.families import is_causal
+
+MOST_PADDING = 0.1  # of the tokens that are computed
+WIDER = 1.2  # how much wider rows are tried next
+NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a packed sample's hidden states, relative; else 0.1
+
+
+def pack(
+    samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, *, causal: bool, shares_rows: bool
+) -> list[Batch]:
+    """Token ids of each sample and its task -> batches whose losses and ratios add up to those of all samples.
+
+    Every sample weighs the same within its task, every token the same within its sample, padding nothing.
+    """
+    lengths = [len(ids) for ids in samples]
+    alone = [[i] for i in range(len(samples))]
+    if padding(lengths, alone) <= MOST_PADDING:
+        groups = [alone]
+    elif shares_rows:
+        groups = [shared_rows(lengths)]
+    else:
+        groups = [[[i] for i in bucket] for bucket in buckets(lengths)]
+    weights = _sample_weights(lengths, tasks)
+    return [_rectangle(samples, tasks, weights, rows, pad_id, causal) for rows in groups]
+
+
+def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
+    """One sample in each row, padded on the right; weighted as by ``pack``."""
+    weights = _sample_weights([len(ids) for ids in samples], tasks)
+    return _rectangle(samples, tasks, weights, [[i] for i in range(len(samples))], pad_id, causal)
+
+
+def padding(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> float:
+    """The share of a rectangle that is padding; rows: the samples in each."""
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    return 1 - sum(sums) / (len(rows) * max(sums))
+
+
+def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Samples of each row: the narrowest rows, not below the longest sample, that pad no more than ``MOST_PADDING``."""
+    width, rows = max(lengths), _first_fit(lengths, max(lengths))
+    while padding(lengths, rows) > MOST_PADDING:
+        width = int(width * WIDER) + 1
+        rows = _first_fit(lengths, width)
+    return rows
+
+
+def buckets(lengths: Sequence[int]) -> list[list[int]]:
+    """Samples by length, longest first, cut wherever one more would pad its bucket beyond ``MOST_PADDING``."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if found and padding(lengths, [[j] for j in [*found[-1], i]]) <= MOST_PADDING:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def can_share_rows(model: nn.Module) -> bool:
+    """Whether this model keeps samples in one row apart, given positions and a mask: tried out on random tokens.
+
+    Only for causal models with one kind of attention, in an implementation that takes a mask of its own.
+    """
+    config: Any = model.config
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    local = window or getattr(config, "attention_chunk_size", None)
+    takes_mask = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    if not takes_positions or local or not takes_mask or not is_causal(model):
+        return False
+    ids = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    together = _rectangle([ids[:5], ids[5:]], [0, 0], [1.0, 1.0], [[0, 1]], 0, True).to(device)
+    try:
+        with torch.no_grad():
+            packed = model(**together.arguments(dtype))[0][:, 5:]
+            alone = model(input_ids=torch.tensor([ids[5:]], device=device))[0]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return bool((packed - alone).norm() <= NEAR.get(dtype, 0.1) * alone.norm())
+
+
+def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Rows of at most ``width`` tokens: longest first, each into the first row with room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
+        if place is None:
+            rows.append([i])
+            room.append(width - lengths[i])
+        else:
+            rows[place].append(i)
+            room[place] -= lengths[i]
+    return rows
+
+
+def _sample_weights(lengths: Sequence[int], tasks: Sequence[int]) -> list[float]:
+    """The weight of one token of each sample."""
+    return [1 / (length * list(tasks).count(task)) for length, task in zip(lengths, tasks, strict=True)]
+
+
+def _rectangle(
+    samples: Sequence[Sequence[int]], tasks: Sequence[int], weights: Sequence[float], rows: Sequence[Sequence[int]],
+    pad_id: int, causal: bool,
+) -> Batch:  # fmt: skip
+    """One batch with these samples in each row, from the left."""
+    width = max(sum(len(samples[i]) for i in row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    task, position = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    segment = torch.full((len(rows), width), -1)
+    weight = torch.zeros(len(rows), width)
+    for r, row in enumerate(rows):
+        start = 0
+        task[r] = tasks[row[-1]]
+        for i in row:
+            here = slice(start, start + len(samples[i]))
+            ids[r, here], position[r, here] = torch.tensor(samples[i]), torch.arange(len(samples[i]))
+            task[r, here], weight[r, here], segment[r, here] = tasks[i], weights[i], i
+            start = here.stop
+    if max(map(len, rows)) > 1:
+        return Batch({"input_ids": ids, "position_ids": position}, task, weight, segment)
+    inputs = {"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": (segment >= 0).long()}
+    return Batch(inputs, task, weight)

@@ -1,0 +1,54 @@
+"""A step's gradient in as few forwards and backwards as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nsc.batch import Batch
+from nsc.errors import NSCError
+from nsc.objective import NullSpaceObjective
+from nsc.surgery import set_coefficients
+
+
+class Passes:
+    """The gradient of a step in as few passes as memory allows; the same gradient whatever their number.
+
+    tokens: the most that one pass may hold, None for a whole batch. Where memory runs out it is halved, for good.
+    """
+
+    def __init__(self, objective: NullSpaceObjective, lam: Tensor, tokens: int | None = None) -> None:
+        self.objective = objective
+        self.lam = lam
+        self.tokens = tokens
+
+    def gradient(self, batches: Sequence[Batch]) -> Tensor:
+        """() the loss of these batches; its gradient is added to that of ``lam``, which must be zero or None.
+
+        Raises NSCError where not even one row of tokens fits.
+        """
+        while True:
+            try:
+                return self._gradient([p for b in batches for p in (b.within(self.tokens) if self.tokens else [b])])
+            except torch.OutOfMemoryError as error:
+                largest = max(min(b.tokens, self.tokens or b.tokens) for b in batches)
+                narrowest = max(b.task.shape[1] for b in batches)
+                if largest <= narrowest:
+                    raise NSCError(
+                        f"memory does not even hold one pass of {narrowest} tokens; give a smaller max_length or dtype"
+                    ) from error
+            self.lam.grad = None
+            self.tokens = max(largest // 2, narrowest)
+            if self.lam.is_cuda:
+                torch.cuda.empty_cache()
+
+    def _gradient(self, passes: Sequence[Batch]) -> Tensor:
+        total = torch.zeros((), dtype=self.lam.dtype, device=self.lam.device)
+        for batch in passes:
+            set_coefficients(self.objective.layers, self.lam)
+            loss = self.objective.loss(batch.to(self.lam.device))
+            loss.backward()
+            total += loss.detach()
+        return total
