@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 from baseline import PerTaskLoop, split_by_task
+from floor import Floor
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
@@ -56,24 +57,29 @@ def test_step(benchmark: BenchmarkFixture, dtype: str, pytestconfig: pytest.Conf
     stack = read_stack(tmp_path, model)
     targets = choose_targets(model, stack.names)
     batch = random_batch(model).to(torch.device(DEVICE))
-    loop, parts = PerTaskLoop(carrier, targets), split_by_task(batch)
-    seconds: dict[str, list[tuple[float, float]]] = {"nsc": [], "loop": []}
-    losses: dict[str, list[Tensor]] = {"nsc": [], "loop": []}
+    loop, parts, floor = PerTaskLoop(carrier, targets), split_by_task(batch), Floor(sharing_weights(model), targets[-1])
+    seconds: dict[str, list[tuple[float, float]]] = {"nsc": [], "loop": [], "floor": []}
+    made: dict[str, list[Tensor]] = {name: [] for name in seconds}
 
     def timed(name: str, step: Callable[[], Tensor]) -> None:
         start, cpu_start = time.perf_counter(), time.process_time()
-        losses[name].append(step())
+        made[name].append(step())
         wait()
         seconds[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
 
+    def others() -> None:
+        timed("loop", lambda: loop.step(parts))
+        timed("floor", lambda: floor(batch).sum())
+
     with nsc_step(model, stack, targets, batch) as step:
-        one, other = partial(timed, "nsc", step), partial(timed, "loop", lambda: loop.step(parts))
-        benchmark.pedantic(one, setup=other, rounds=ROUNDS, warmup_rounds=WARMUP)
-    first = [losses[name][0].float() for name in losses]
+        benchmark.pedantic(partial(timed, "nsc", step), setup=others, rounds=ROUNDS, warmup_rounds=WARMUP)
+    first = [made[name][0].float() for name in ("nsc", "loop")]
     torch.testing.assert_close(*first, rtol=0, atol=LOSS_TOLERANCE[dtype])  # it is the same work
     for clock, unit in enumerate(["seconds", "cpu_seconds"]):
-        ours, usual = (median(pair[clock] for pair in seconds[name][WARMUP:]) for name in ("nsc", "loop"))
-        benchmark.extra_info[unit] = {"nsc": ours, "loop": usual, "ratio": usual / ours}
+        ours, usual, least = (median(pair[clock] for pair in taken[WARMUP:]) for taken in seconds.values())
+        benchmark.extra_info[unit] = {
+            "nsc": ours, "loop": usual, "floor": least, "ratio": usual / ours, "over_floor": ours / least,
+        }  # fmt: skip
     benchmark.extra_info |= {
         "load_average": os.getloadavg()[0], "device": DEVICE,
         "dtype": dtype, "tokens": batch.task.numel(), "adapters": TASKS, "rank": RANK, "modules": MODULES,

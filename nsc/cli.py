@@ -33,6 +33,7 @@ def merge(
     start: Annotated[float, typer.Option(help="Every coefficient at step 0.")] = 0.4,
     batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
     max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
+    layers: Annotated[str, typer.Option(help="How they carry adapters: auto, factors or weights.")] = "auto",
     tokens_per_pass: Annotated[
         str, typer.Option(help="Cut a step of more tokens into passes; auto: only where memory runs out.")
     ] = "auto",
@@ -68,6 +69,7 @@ def merge(
             start=start,
             batch_size=batch_size,
             max_length=max_length,
+            layers=layers,
             tokens_per_pass=None if tokens_per_pass == "auto" else _whole(tokens_per_pass, "--tokens-per-pass"),
             max_drift=None if max_drift < 0 else max_drift,
             weight_decay=weight_decay,
@@ -119,6 +121,53 @@ def inspect(
             json.dumps([asdict(r) for r in reports], default=str, indent=1) if as_json else format_inspection(reports)
         )
         typer.echo(text)
+
+
+@app.command()
+def plan(
+    base: Annotated[str, typer.Option(help="Base model: folder or Hub id; only its config is read.")],
+    adapter: Annotated[list[str] | None, typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id.")] = None,
+    rank: Annotated[int, typer.Option(help="Without --adapter: of each adapter.")] = 16,
+    tasks: Annotated[int, typer.Option(help="Without --adapter: how many.")] = 2,
+    lora_module: Annotated[list[str] | None, typer.Option(help="Without --adapter: carries LoRA; repeat.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
+    max_length: Annotated[int, typer.Option(help="Tokens of every sample.")] = 512,
+    steps: Annotated[int, typer.Option(help="AdamW steps.")] = 500,
+    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
+    target_module: Annotated[list[str] | None, typer.Option(help="Measure these modules; repeat.")] = None,
+    target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
+    hardware: Annotated[str, typer.Option(help="A100-80, H100, H200, B200, MI300X, cpu.")] = "H100",
+    flops: Annotated[float | None, typer.Option(help="FLOP/s in this dtype, instead of the hardware's.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Bytes/s, instead of the hardware's.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Bytes of one device, instead of the hardware's.")] = None,
+    gpus: Annotated[int, typer.Option(help="Devices of a node.")] = 1,
+    nodes: Annotated[int, typer.Option(help="How many such nodes.")] = 1,
+    layers: Annotated[str, typer.Option(help="How adapters are carried: auto, factors, weights.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Predict time, memory and launch of a merge from shapes alone, before anything is downloaded or run."""
+    with _plain_errors():
+        from nsc.devices import get_hardware
+        from nsc.plan import format_plan, plan_merge
+
+        predicted = plan_merge(
+            base,
+            _pairs(adapter or [], "--adapter"),
+            rank=rank,
+            tasks=tasks,
+            lora_modules=tuple(lora_module or ("q_proj", "v_proj")),
+            batch_size=batch_size,
+            max_length=max_length,
+            steps=steps,
+            dtype=dtype,
+            target_modules=tuple(target_module) if target_module else None,
+            target_blocks=tuple(target_block) if target_block else None,
+            hardware=get_hardware(hardware, flops, bandwidth, memory),
+            gpus=gpus,
+            nodes=nodes,
+            layers=layers,
+        )
+        typer.echo(json.dumps(predicted.to_dict(), indent=1) if as_json else format_plan(predicted))
 
 
 def _finish(proof: Any, out: Path) -> None:

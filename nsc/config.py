@@ -17,7 +17,8 @@ class MergeConfig:
 
     steps, lr, weight_decay, betas, eps: AdamW.  start: every coefficient at step 0.  batch_size: samples of each task
     in a step.  max_length: tokens a sample.  tokens_per_pass: a step of more is cut into passes; None for as many as
-    memory holds.  max_drift: how far a coefficient may move from ``start``; None for no
+    memory holds.  layers: how they carry their adapters, by "factors" or by "weights"; "auto" takes the cheaper for
+    each.  max_drift: how far a coefficient may move from ``start``; None for no
     bound. target_modules: suffixes of the module names whose inputs are measured (default: v_proj, or else o_proj, or
     else all that carry LoRA).  target_blocks: block numbers (default: the last quarter).  evaluation_samples: of each
     task, for the ratios reported before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's,
@@ -30,6 +31,7 @@ class MergeConfig:
     batch_size: int = 2
     max_length: int = 512
     tokens_per_pass: int | None = None
+    layers: str = "auto"
     max_drift: float | None = PAPER_REACH
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,6 +52,9 @@ class MergeConfig:
         _require(self.lr > 0, f"lr must be positive, not {self.lr}")
         _require(self.max_drift is None or self.max_drift >= 0, f"max_drift must be 0 or more, not {self.max_drift}")
         _require(self.tokens_per_pass is None or self.tokens_per_pass >= 1, "tokens_per_pass must be 1 or more")
+        _require(
+            self.layers in ("auto", "factors", "weights"), f"layers must be auto, factors or weights, not {self.layers}"
+        )
         for name in ("batch_size", "max_length", "evaluation_samples"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
 

@@ -27,7 +27,7 @@ from nsc.errors import NonFiniteError, ResumeError
 from nsc.objective import NullSpaceObjective
 from nsc.passes import Passes
 from nsc.stack import Stack
-from nsc.surgery import merged_layers, set_coefficients
+from nsc.surgery import choose_plans, merged_layers, set_coefficients
 
 CHECKPOINT_SECONDS = 10.0
 REFRESH_SECONDS = 0.5
@@ -83,11 +83,12 @@ def learn(
     device = next(model.parameters()).device
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
-    with merged_layers(model, stack, lam.detach()) as layers:
+    first_step = batches(0)
+    plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
+    with merged_layers(model, stack, lam.detach(), plans) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
-
         passes = Passes(objective, lam, config.tokens_per_pass)
-        frozen = ~_reachable(objective, batches(0)[0].within(1)[0].to(device), lam) | ~stack.present.to(device)
+        frozen = ~_reachable(objective, first_step[0].within(1)[0].to(device), lam) | ~stack.present.to(device)
         run = _start(lam, frozen, config, identity)
         if resume:
             _load(run, checkpoint, config.steps)

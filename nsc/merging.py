@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from nsc.record import Record
 from nsc.report import describe_merge, describe_stack
 from nsc.result import MergeResult
 from nsc.stack import Stack, stack_adapters, whitened
-from nsc.surgery import merged_layers
+from nsc.surgery import choose_plans, merged_layers
 
 Source = str | Path | Sequence[str]
 
@@ -65,6 +66,9 @@ def merge(
     for task, adapter in read.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(texts[task])} unlabeled samples")
     batches, evaluation = _batches(base, model, texts, config)
+    plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in batches(0)))
+    counted = ", ".join(f"{n} by {plan}" for plan, n in Counter(plans.values()).items())
+    say(f"layers: {counted}; {'samples share rows' if batches.shares_rows else 'one sample a row'}")
     lean = whitened(stack)
     start = torch.full((len(stack.names), len(stack.tasks)), config.start)
     before = _ratios(model, lean, targets, evaluation, start)
@@ -217,9 +221,8 @@ def _identity(
     base: str, adapters: Mapping[str, Adapter], texts: Mapping[str, list[str]], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
-    settings = {
-        k: v for k, v in config.to_dict().items() if k not in ("steps", "evaluation_samples", "tokens_per_pass")
-    }
+    free = ("steps", "evaluation_samples", "tokens_per_pass", "layers")
+    settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, texts, targets, settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from nsc.costs import layer_plan
 from nsc.stack import ModuleStack, Stack
 from nsc_kernels import MergedLoRALinear
 
 
 @contextmanager
-def merged_layers(model: nn.Module, stack: Stack, lam: Tensor) -> Iterator[dict[str, MergedLoRALinear]]:
+def merged_layers(
+    model: nn.Module, stack: Stack, lam: Tensor, plans: Mapping[str, str] | None = None
+) -> Iterator[dict[str, MergedLoRALinear]]:
     """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, K).
 
+    plans: of modules that are not to run by their factors, as ``choose_plans`` finds them.
     The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to
     the dtype and device of the layer that they join.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
     layers = {
-        name: _merged_layer(originals[name], stack.modules[name], row)
+        name: _merged_layer(originals[name], stack.modules[name], row, (plans or {}).get(name, "factors"))
         for name, row in zip(stack.names, lam.unbind(0), strict=True)
     }
     try:
@@ -45,8 +49,22 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _merged_layer(linear: nn.Module, module: ModuleStack, row: Tensor) -> MergedLoRALinear:
+def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict[str, str]:
+    """Module -> "factors" or "weights": ``plan`` itself, or with "auto" what takes fewer FLOPs for so many tokens.
+
+    What is not a plain ``nn.Linear``, such as a quantised layer, has no weight to fold into and runs by its factors.
+    """
+    plans = {}
+    for name, module in stack.modules.items():
+        linear = model.get_submodule(name)
+        (m, R), d = module.B.shape, module.A.shape[1]
+        best = layer_plan(tokens, d, m, R) if plan == "auto" else plan
+        plans[name] = best if type(linear) is nn.Linear else "factors"
+    return plans
+
+
+def _merged_layer(linear: nn.Module, module: ModuleStack, row: Tensor, plan: str) -> MergedLoRALinear:
     weight = next(linear.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     A, B = (t.to(device=weight.device, dtype=dtype) for t in (module.A, module.B))
-    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach())
+    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach(), plan=plan)

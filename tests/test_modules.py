@@ -21,13 +21,14 @@ def dense(base, A, B, lam):
     return base.weight + sum(value * scale * b @ a for a, b, scale, value in segments)
 
 
+@pytest.mark.parametrize("plan", ["factors", "weights"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (0, 7)])
-def test_forward_and_gradients_equal_the_dense_layer(shape, bias):
+def test_forward_and_gradients_equal_the_dense_layer(shape, bias, plan):
     base, A, B = make(bias=bias)
     lam = torch.tensor([0.3, 0.7, -0.4], dtype=torch.float64, requires_grad=True)
     z = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam)
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam, plan=plan)
     expected = nn.functional.linear(z, dense(base, A, B, lam), base.bias)
     torch.testing.assert_close(layer(z), expected, rtol=0, atol=1e-12)
     grad = torch.randn_like(expected)
@@ -83,22 +84,34 @@ def test_autocast_keeps_the_coefficients_in_float32():
         ({"ranks": (2, 2)}, "add up to 4"),
         ({"scales": (1.0,)}, "one length K"),
         ({"lam": torch.ones(2)}, "one length K"),
+        ({"plan": "dense"}, "factors or weights"),
+        ({"plan": "weights", "base": nn.Sequential()}, "not Sequential; use plan factors"),
     ],
 )
 def test_shapes_that_do_not_follow_are_refused(change, says):
     base, A, B = make()
-    arguments = {"lora_A": A, "lora_B": B, "ranks": RANKS, "scales": SCALES, "lam": torch.ones(3)} | change
+    arguments = {
+        "base": base,
+        "lora_A": A,
+        "lora_B": B,
+        "ranks": RANKS,
+        "scales": SCALES,
+        "lam": torch.ones(3),
+    } | change
     with pytest.raises(ValueError, match=says):
-        MergedLoRALinear(base, **arguments)
+        MergedLoRALinear(**arguments)
 
 
-def test_watch_is_given_what_the_ratio_needs():
+@pytest.mark.parametrize("plan", ["factors", "weights"])
+def test_watch_is_given_what_the_ratio_needs(plan):
     """u and |z|^2 in the layer's own shape, with a gradient that joins that of the layer."""
     base, A, B = make()
     lam = torch.tensor([0.3, 0.7, -0.4], dtype=torch.float64)
     z = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     seen = []
-    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam, watch=lambda u, energy: seen.append((u, energy)))
+    layer = MergedLoRALinear(
+        base, A, B, RANKS, SCALES, lam, watch=lambda u, energy: seen.append((u, energy)), plan=plan
+    )
     y = layer(z)
     ((u, energy),) = seen
     torch.testing.assert_close(u, z @ A.T)

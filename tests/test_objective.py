@@ -8,13 +8,14 @@ from tiny import linears, random_factors, tiny_llama, write_adapter
 
 from nsc.adapters import read_adapter
 from nsc.batch import Batch
+from nsc.costs import layer_plan
 from nsc.errors import TargetError
 from nsc.families import choose_targets
 from nsc.learn import initial_gradient
 from nsc.objective import NullSpaceObjective
 from nsc.packing import collate
 from nsc.stack import Stack, stack_adapters, whitened
-from nsc.surgery import merged_layers
+from nsc.surgery import choose_plans, merged_layers, set_coefficients
 
 TASKS = ("a", "b", "c")
 TARGETS = ["layers.2.self_attn.v_proj", "layers.3.self_attn.v_proj", "layers.3.mlp.down_proj"]
@@ -181,6 +182,35 @@ def test_surgery_is_reversible_also_after_an_error(model, stack):
 def test_samples_weigh_the_same_within_a_task():
     batch = collate([[5, 6, 7, 8], [9], [4, 3]], [0, 0, 1], pad_id=0, causal=True)
     assert batch.weight.tolist() == [[0.125] * 4, [0.5, 0, 0, 0], [0.5, 0.5, 0, 0]]
+
+
+@pytest.mark.parametrize("targets", [TARGETS, TARGETS[1:2]])
+def test_both_plans_are_the_same_step(model, stack, targets):
+    """By factors and by weights, watched layers and others, Gram and whitened."""
+    batch, results = make_batch(), []
+    for form in (stack, whitened(stack)):
+        for plan in ("factors", "weights"):
+            lam = make_lam(stack).requires_grad_()
+            with merged_layers(model, form, lam.detach(), choose_plans(model, form, plan, 1)) as layers:
+                assert {layer.plan for layer in layers.values()} == {plan}
+                set_coefficients(layers, lam)
+                loss = NullSpaceObjective(model, layers, form, targets).loss(batch)
+                results.append((loss.detach(), *torch.autograd.grad(loss, lam)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], **EXACT)
+
+
+def test_the_cheaper_plan_is_chosen_for_each_layer(model, stack):
+    """Few ranks on a wide layer run by factors, many on a narrow one by weights; what has no weight by factors."""
+    few = choose_plans(model, stack, "auto", 1000)
+    assert set(few.values()) == {"factors", "weights"}
+    for name, plan in few.items():
+        R, d = stack.modules[name].A.shape
+        assert plan == layer_plan(1000, d, stack.modules[name].B.shape[0], R)
+    replaced = copy.deepcopy(model)
+    name = stack.names[0]
+    replaced.get_submodule(name).__class__ = type("Quantised", (torch.nn.Linear,), {})
+    assert choose_plans(replaced, stack, "weights", 1000)[name] == "factors"
 
 
 def test_default_targets_follow_the_depth(model, stack):
