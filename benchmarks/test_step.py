@@ -27,6 +27,7 @@ from transformers import AutoModel, LlamaConfig
 from nsc.adapters import read_adapter
 from nsc.batch import Batch
 from nsc.config import MergeConfig
+from nsc.distributed import ALONE
 from nsc.families import choose_targets, linear_shapes, load_body
 from nsc.learn import _start, _step
 from nsc.merging import match_adapters
@@ -98,7 +99,7 @@ def nsc_step(model: nn.Module, stack: Stack, targets: list[str], batch: Batch) -
         passes = Passes(objective, lam)
 
         def step() -> Tensor:
-            _step(run, lambda _: passes.gradient([batch]))
+            _step(run, lambda _: passes.gradient([batch]), ALONE, [])
             return run.losses[-1]
 
         yield step

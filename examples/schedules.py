@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200, help="test rows of each task")
     parser.add_argument("--distance", type=float, default=DISTANCE, help="lr x steps")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of each schedule, the paper's first")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     adapters = {name: HERE / "adapters" / name for name in TASKS}
@@ -41,7 +42,7 @@ def main() -> None:
     )
     first = alone = None
     print("steps        lr  correlation  largest difference  of fine-tuned  seconds", flush=True)
-    for steps in STEPS:
+    for steps in args.steps:
         began = time.perf_counter()
         lr = args.distance / steps
         result = nsc.merge(args.base, adapters, data, steps=steps, lr=lr, batch_size=4, max_length=32, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ def merge(
     adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
     data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="JSONL, text or hub:NAME; repeat per task.")],
     out: Annotated[Path, typer.Option(help="New folder for the result.")],
-    steps: Annotated[int, typer.Option(help="AdamW steps.")] = 500,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    preset: Annotated[str, typer.Option(help="Schedule: paper (500 x 3e-4) or fast (50 x 3e-3).")] = "paper",
+    steps: Annotated[int | None, typer.Option(help="AdamW steps, instead of the preset's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, instead of the preset's.")] = None,
     start: Annotated[float, typer.Option(help="Every coefficient at step 0.")] = 0.4,
     batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
     max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
@@ -50,6 +52,8 @@ def merge(
 ) -> None:
     """Learn coefficients from unlabeled data, write the merge to OUT, and prove it by reloading."""
     with _plain_errors(out):
+        from nsc.config import MergeConfig
+        from nsc.distributed import join
         from nsc.errors import NSCError
         from nsc.merging import merge as run
         from nsc.result import CHECKPOINT, partial_folder, refuse_output
@@ -62,10 +66,9 @@ def merge(
             base,
             _pairs(adapter, "--adapter"),
             _pairs(data, "--data"),
+            MergeConfig.preset(preset, **{k: v for k, v in {"steps": steps, "lr": lr}.items() if v is not None}),
             checkpoint=checkpoint,
             resume=resume,
-            steps=steps,
-            lr=lr,
             start=start,
             batch_size=batch_size,
             max_length=max_length,
@@ -79,7 +82,8 @@ def merge(
             dtype=dtype,
             device=device,
         )
-        _finish(result.save(out, rank=rank, full=full), out)
+        if join(device).first:
+            _finish(result.save(out, rank=rank, full=full), out)
 
 
 @app.command()
@@ -204,12 +208,17 @@ def _plain_errors(out: Path | None = None) -> Iterator[None]:
     try:
         yield
     except NSCError as error:
-        typer.echo(f"nsc: {error}", err=True)
+        typer.echo(f"nsc{_rank()}: {error}", err=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         from nsc.result import CHECKPOINT, partial_folder
 
         saved = out is not None and (partial_folder(out) / CHECKPOINT).exists()
         remedy = "the coefficients so far are saved, go on with --resume" if saved else "nothing was saved"
-        typer.echo(f"nsc: interrupted; {remedy}", err=True)
+        typer.echo(f"nsc{_rank()}: interrupted; {remedy}", err=True)
         sys.exit(130)
+
+
+def _rank() -> str:
+    """Which process speaks, where torchrun or accelerate started several."""
+    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""

@@ -9,6 +9,8 @@ from typing import Any
 from nsc.errors import NSCError
 
 PAPER_REACH = 0.15  # lr x steps of the paper's longest schedule: 3e-4 x 500
+# Schedules that travel equally far: AdamW moves a coefficient about lr x steps (docs/results.md, "Fewer steps").
+PRESETS: dict[str, dict[str, Any]] = {"paper": {"steps": 500, "lr": 3e-4}, "fast": {"steps": 50, "lr": 3e-3}}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class MergeConfig:
         )
         for name in ("batch_size", "max_length", "evaluation_samples"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> MergeConfig:
+        """One of PRESETS, with ``settings`` that go before it. Raises NSCError for a name that is none of them."""
+        _require(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for YAML."""

@@ -7,12 +7,9 @@ is interrupted anywhere and resumed ends where the uninterrupted one would, bit 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,11 @@ from tqdm import tqdm
 
 from nsc.batch import Batch
 from nsc.config import MergeConfig
+from nsc.distributed import ALONE, RankError, Team
 from nsc.errors import NonFiniteError, ResumeError
+from nsc.interrupts import deferred_interrupts
 from nsc.objective import NullSpaceObjective
-from nsc.passes import Passes
+from nsc.passes import Passes, share_out
 from nsc.stack import Stack
 from nsc.surgery import choose_plans, merged_layers, set_coefficients
 
@@ -73,12 +72,15 @@ def learn(
     resume: bool = False,
     identity: str = "",
     progress: bool = True,
+    team: Team = ALONE,
 ) -> Learned:
     """Learn (M, K) coefficients by AdamW on the null-space objective; the model is left as it was.
 
     checkpoint: where the state is kept while running, atomically.  identity: what a resumed checkpoint must match.
+    team: the processes that share each step; all of them find the same, and only the first one prints and writes.
     Raises NonFiniteError naming the module where NaN or infinity appears, ResumeError when the checkpoint is missing or
-    of another merge, and KeyboardInterrupt after SIGINT or SIGTERM, once the state is on disk.
+    of another merge, and KeyboardInterrupt after SIGINT or SIGTERM to any rank, once the state is on disk; RankError
+    when a rank is lost, then too with the state on disk.
     """
     device = next(model.parameters()).device
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
@@ -91,10 +93,14 @@ def learn(
         frozen = ~_reachable(objective, first_step[0].within(1)[0].to(device), lam) | ~stack.present.to(device)
         run = _start(lam, frozen, config, identity)
         if resume:
-            _load(run, checkpoint, config.steps)
+            _restore(run, team.from_first(lambda: _read(checkpoint, identity, config.steps)))
         started, first = time.perf_counter(), run.step
         try:
-            _optimise(run, lambda step: passes.gradient(batches(step)), config.steps, checkpoint, progress)
+            _optimise(
+                run, lambda step: passes.gradient(share_out(batches(step), team.size)[team.rank]), config.steps,
+                checkpoint if team.first else None, progress and team.first, team,
+            )  # fmt: skip
+            team.require_same(lam.tolist(), "coefficients")
         except NonFiniteError as error:
             start = torch.full_like(lam, config.start)  # a NaN coefficient would spread to tasks that are sound
             set_coefficients(layers, torch.where(lam.isfinite().all(), lam, start).detach())
@@ -146,13 +152,20 @@ def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tens
 
 
 def _optimise(
-    run: _Run, gradient: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool
+    run: _Run, gradient: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool, team: Team
 ) -> None:
     bar = tqdm(total=steps, initial=run.step, desc="learning coefficients", unit="step", disable=not progress)
     saved = shown = time.perf_counter()
-    with bar, _deferred_interrupts() as interrupted:
+    with bar, deferred_interrupts() as noted:
         while run.step < steps:
-            _step(run, gradient)
+            try:
+                interrupted = _step(run, gradient, team, noted)
+            except RankError:  # the state is still that of the last whole step
+                if checkpoint:
+                    _save(run, checkpoint)
+                raise
+            if team.size > 1:  # at the same step on all ranks, whatever their clocks say
+                _require_finite(run)
             bar.update()
             now = time.perf_counter()
             if now - shown > REFRESH_SECONDS or run.step == steps:
@@ -162,17 +175,22 @@ def _optimise(
                 saved = now
                 _save(run, checkpoint)
             if interrupted:
+                team.wait()  # an exit before the state is on disk would have the others ended
                 raise KeyboardInterrupt
 
 
-def _step(run: _Run, gradient: Callable[[int], Tensor]) -> None:
+def _step(run: _Run, gradient: Callable[[int], Tensor], team: Team, noted: list[int]) -> bool:
+    """One step by the gradient of all ranks; whether one of them noted an interrupt."""
     run.optimizer.zero_grad(set_to_none=False)
     loss = gradient(run.step)
+    assert run.lam.grad is not None
+    interrupted = team.add_up(run.lam.grad, loss, flag=bool(noted))
     run.optimizer.step()
     with torch.no_grad():
         run.lam.clamp_(run.lower, run.upper)
     run.losses.append(loss)
     run.step += 1
+    return interrupted
 
 
 def _status(run: _Run) -> str:
@@ -204,27 +222,6 @@ def _blame(
     return NonFiniteError(f"{error}; a smaller lr or max_drift may keep it finite")
 
 
-@contextmanager
-def _deferred_interrupts() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted and acted on between steps; a second one acts at once."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-
-    def note(number: int, _frame: Any) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _save(run: _Run, path: Path) -> None:
     """Atomic: the file is either the old state or the new one, and never one that holds NaN."""
     _require_finite(run)
@@ -244,25 +241,29 @@ def _save(run: _Run, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _load(run: _Run, path: Path | None, steps: int) -> None:
+def _read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
     if path is None or not path.is_file():
         raise ResumeError(f"nothing to resume: there is no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location=run.lam.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for one thing: the file is no checkpoint
         raise ResumeError(f"checkpoint {path} cannot be read ({error}); remove it to start again") from error
-    if state["identity"] != run.identity:
+    if state["identity"] != identity:
         raise ResumeError(
             f"checkpoint {path} was made with other adapters, data or settings; resume with the same ones, or remove it"
         )
     if state["step"] > steps:
         past = f"is at step {state['step']}, past the {steps} that were asked for"
         raise ResumeError(f"checkpoint {path} {past}; ask for at least as many, or remove it")
+    return state
+
+
+def _restore(run: _Run, state: dict[str, Any]) -> None:
     with torch.no_grad():
         run.lam.copy_(state["lam"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.step = state["step"]
-    run.losses = list(state["losses"].unbind(0))
+    run.losses = list(state["losses"].to(run.lam.device).unbind(0))
 
 
 def _learned(run: _Run, config: MergeConfig, seconds: float) -> Learned:

@@ -20,11 +20,13 @@ from nsc.adapters import Adapter, read_adapter
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data import TextBatches, read_texts, tokenize
+from nsc.distributed import Team, join
 from nsc.errors import DataError, NameMismatch, NSCError
 from nsc.learn import learn, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
 from nsc.objective import NullSpaceObjective
 from nsc.packing import can_share_rows, pack
+from nsc.passes import share_out
 from nsc.record import Record
 from nsc.report import describe_merge, describe_stack
 from nsc.result import MergeResult
@@ -49,19 +51,21 @@ def merge(
 
     base: folder or Hub id.  adapters: task -> PEFT folder or Hub id.  data: task -> JSONL or text file, ``hub:``
     dataset, or texts.  settings: fields of MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state
-    while learning; with ``resume`` the run goes on from it. Raises a subclass of NSCError that says what is wrong and
-    where.
+    while learning; with ``resume`` the run goes on from it. Under torchrun or accelerate launch the processes share
+    each step and all return the same; the first one alone prints, keeps the checkpoint and should save. Raises a
+    subclass of NSCError that says what is wrong and where.
     """
     config = replace(config or MergeConfig(), **settings) if settings else config or MergeConfig()
     read = read_adapters(adapters)
     texts = _read_data(data, read)
+    team = join(config.device)
     base = _absolute(base)
     model = families.load_body(base, config.dtype, config.device)
     shapes = families.linear_shapes(model)
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
     stack = stack_adapters(read, matches, list(shapes))
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
-    say = _printer(progress)
+    say = _printer(progress and team.first)
     say(f"base {base}: {len(stack.names)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(texts[task])} unlabeled samples")
@@ -69,14 +73,18 @@ def merge(
     plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in batches(0)))
     counted = ", ".join(f"{n} by {plan}" for plan, n in Counter(plans.values()).items())
     say(f"layers: {counted}; {'samples share rows' if batches.shares_rows else 'one sample a row'}")
+    identity = _identity(base, read, texts, targets, config)
+    shapes_seen = [tuple(batch.task.shape) for batch in (*batches(0), *evaluation)]
+    team.require_same((identity, config.to_dict(), shapes_seen), "base, adapters, data or settings")
     lean = whitened(stack)
     start = torch.full((len(stack.names), len(stack.tasks)), config.start)
-    before = _ratios(model, lean, targets, evaluation, start)
+    evaluation = share_out(evaluation, team.size)[team.rank]
+    before = _ratios(model, lean, targets, evaluation, start, team)
     learned = learn(
         model, lean, targets, batches, config, checkpoint=Path(checkpoint) if checkpoint else None, resume=resume,
-        identity=_identity(base, read, texts, targets, config), progress=progress,
+        identity=identity, progress=progress, team=team,
     )  # fmt: skip
-    after = _ratios(model, lean, targets, evaluation, learned.coefficients)
+    after = _ratios(model, lean, targets, evaluation, learned.coefficients, team)
     report = describe_merge(base, stack, targets, learned, before, after, config)
     report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
@@ -172,11 +180,17 @@ def _batches(
     return batches, [part for batch in evaluation for part in batch.within(step)]
 
 
-def _ratios(model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor) -> Tensor:
+def _ratios(
+    model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor, team: Team
+) -> Tensor:
+    """(T, K) over the batches of all ranks."""
     device = next(model.parameters()).device
     with merged_layers(model, stack, lam.to(device)) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
-        table = torch.stack([objective.ratios(batch.to(device)) for batch in batches]).sum(0)
+        table = torch.zeros_like(objective.share)
+        for batch in batches:
+            table += objective.ratios(batch.to(device))
+        team.add_up(table)
         require_finite_ratios(objective, table)
         return table.cpu()
 

@@ -1,7 +1,8 @@
-"""A step's gradient in as few forwards and backwards as memory allows."""
+"""A step's gradient in as few forwards and backwards as memory allows, and each rank's share of a step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,18 @@ from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.objective import NullSpaceObjective
 from nsc.surgery import set_coefficients
+
+
+def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
+    """The rows of these batches, each once, as a share for each rank of about as many tokens.
+
+    The same in every process. Where there are fewer rows than ranks, some shares are empty.
+    """
+    parts = [part for batch in batches for part in batch.split(math.ceil(len(batch.task) / ranks))]
+    shares: list[list[Batch]] = [[] for _ in range(ranks)]
+    for part in sorted(parts, key=lambda part: -part.tokens):
+        min(shares, key=lambda share: sum(batch.tokens for batch in share)).append(part)
+    return shares
 
 
 class Passes:
@@ -25,7 +38,7 @@ class Passes:
         self.tokens = tokens
 
     def gradient(self, batches: Sequence[Batch]) -> Tensor:
-        """() the loss of these batches; its gradient is added to that of ``lam``, which must be zero or None.
+        """() the loss of these batches, 0 of none; its gradient is added to that of ``lam``, zero or None before.
 
         Raises NSCError where not even one row of tokens fits.
         """
@@ -46,6 +59,8 @@ class Passes:
 
     def _gradient(self, passes: Sequence[Batch]) -> Tensor:
         total = torch.zeros((), dtype=self.lam.dtype, device=self.lam.device)
+        if self.lam.grad is None:
+            self.lam.grad = torch.zeros_like(self.lam)
         for batch in passes:
             set_coefficients(self.objective.layers, self.lam)
             loss = self.objective.loss(batch.to(self.lam.device))

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from nsc import learn
 from nsc.cli import app
+from nsc.config import MergeConfig
 
 STEPS = 200
 ROOT = Path(__file__).parent.parent
@@ -171,11 +172,13 @@ def test_options_reach_the_merge(arguments, tmp_path):
         7,
     ]
     more += ["--target-module", "v_proj", "--target-block", 1, "--target-block", 2, "--dtype", "bfloat16"]
-    assert run(*arguments(tmp_path / "out", *more, "--weight-decay", 0.1)).exit_code == 0
+    more += ["--weight-decay", 0.1, "--tokens-per-pass", 9, "--layers", "weights"]
+    assert run(*arguments(tmp_path / "out", *more)).exit_code == 0
     record = yaml.safe_load((tmp_path / "out/merge.yaml").read_text())
     assert record["targets"] == ["layers.1.self_attn.v_proj", "layers.2.self_attn.v_proj"]
     expected = dict(steps=1, lr=0.01, start=0.5, batch_size=1, max_length=3, max_drift=None, seed=7, weight_decay=0.1)
-    expected |= dict(target_modules=["v_proj"], target_blocks=[1, 2], dtype="bfloat16")
+    expected |= dict(target_modules=["v_proj"], target_blocks=[1, 2], dtype="bfloat16", tokens_per_pass=9)
+    expected |= dict(layers="weights")
     assert expected.items() <= record["settings"].items()
 
 
@@ -196,6 +199,28 @@ def test_options_reach_the_merge(arguments, tmp_path):
 def test_errors_are_one_line_and_nothing_is_left(arguments, tmp_path, change, said):
     text = refused(run(*arguments(tmp_path / "out", **change)))
     assert said in text and "\n" not in text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--preset", "slow"), "unknown preset 'slow'; there are paper, fast"),
+        (("--tokens-per-pass", "many"), "--tokens-per-pass must be a whole number or auto, not 'many'"),
+        (("--layers", "dense"), "layers must be auto, factors or weights, not dense"),
+    ],
+)
+def test_options_that_cannot_be(arguments, tmp_path, options, said):
+    assert said in refused(run(*arguments(tmp_path / "out", *options)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_gives_what_is_not_given(arguments, tmp_path):
+    """The presets travel equally far; an option goes before its preset."""
+    paper, fast = (MergeConfig.preset(name) for name in ("paper", "fast"))
+    assert paper == MergeConfig() and paper.steps * paper.lr == pytest.approx(fast.steps * fast.lr)
+    assert run(*arguments(tmp_path / "out", "--preset", "fast", "--steps", 1)).exit_code == 0
+    settings = yaml.safe_load((tmp_path / "out/merge.yaml").read_text())["settings"]
+    assert settings["steps"] == 1 and settings["lr"] == fast.lr
 
 
 def test_existing_out_contradictions_and_nothing_to_resume(arguments, tmp_path):
