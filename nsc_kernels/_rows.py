@@ -100,6 +100,26 @@ def weight_gradient(grad: Tensor, weight: Tensor, captured: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, grad * (1 - captured).sqrt())
 
 
+def side_gradients(
+    needed: Sequence[bool],  # of gram_inverse and of weight
+    grad: Tensor,
+    u: Tensor,
+    inverse_norm: Tensor,
+    adapter: Tensor | None,
+    offsets: Tensor | None,
+    weight: Tensor | None,
+    captured: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a ratio to gram_inverse (R, R) and to weight (n,), those that are needed."""
+    dgram = dweight = None
+    if needed[0]:
+        v, _, _ = row_vectors(u, inverse_norm, adapter, offsets, weight)
+        dgram = gram_gradient(ratio_slope(grad, weight, captured), v)
+    if needed[1] and weight is not None:
+        dweight = weight_gradient(grad, weight, captured)
+    return dgram, dweight
+
+
 def expect(name: str, x: Tensor, shape: Sequence[int], meaning: str, like: Tensor, *, integer: bool = False) -> None:
     """Refuse an argument, naming it, unless it has this shape, the device of ``like`` and the right kind of dtype.
 

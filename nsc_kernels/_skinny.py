@@ -10,6 +10,7 @@ parts in a fixed order, so results do not change from run to run.
 
 # mypy: disable-error-code="no-untyped-def"
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,8 +154,7 @@ def plan_shrink(
 def shrink_columns(x: Tensor, w: Tensor, u: Tensor, c: Tensor, values: bool) -> tuple[Tensor, Tensor]:
     """c * v (n, R), empty unless ``values``, and the sum over rows of u * v (R,): the backward of weighted columns."""
     launches, (out, _, dc) = plan_shrink(x, w, u, c.contiguous(), values=values)
-    for launch in launches:
-        launch.run()
+    run_all(launches)
     return out, dc.sum(0)  # type: ignore[union-attr]  # u is given
 
 
@@ -195,3 +195,16 @@ def plan_expand(
     args |= {"out_stride": out.stride(0)}
     grid = (-(-n // blocks.BLOCK_N), -(-m // blocks.BLOCK_M))
     return [Launch(expand_kernel, grid, args, blocks._asdict())], out
+
+
+def expand(*args: Any, **kwargs: Any) -> Tensor:
+    """Run what ``plan_expand`` plans for these arguments, and return what it fills."""
+    launches, out = plan_expand(*args, **kwargs)
+    run_all(launches)
+    return out
+
+
+def run_all(launches: Sequence[Launch]) -> None:
+    """One after the other, on the current stream."""
+    for launch in launches:
+        launch.run()

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from nsc_kernels._op import Op, is_traced
 from nsc_kernels._rows import accumulator_dtype, autocast_to, expect, shaped
-from nsc_kernels._skinny import plan_expand, plan_shrink
+from nsc_kernels._skinny import expand, plan_shrink, run_all
 
 
 def lora_down_reference(z: Tensor, lora_A: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,7 @@ def lora_down_backward_reference(
 
 def _launch_forward(z: Tensor, lora_A: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
     launches, (u, row_energy, _) = plan_shrink(z, lora_A, energy=energy)
-    for launch in launches:
-        launch.run()
+    run_all(launches)
     return u, row_energy
 
 
@@ -64,10 +63,7 @@ def _launch_backward(
     rows = next(x for x in (du, de, dz_base) if x is not None)
     u = lora_A.new_empty(rows.shape[0], 0) if du is None else du
     e = None if de is None else de.contiguous()
-    launches, dz = plan_expand(dz_base, u, lora_A[: u.shape[1]], e=e, z=None if de is None else z)
-    for launch in launches:
-        launch.run()
-    return dz
+    return expand(dz_base, u, lora_A[: u.shape[1]], e=e, z=None if de is None else z)
 
 
 _forward_op = Op("nsc::lora_down", lora_down_reference, _launch_forward)

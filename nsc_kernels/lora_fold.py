@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsc_kernels._op import Op, is_traced, runs_triton
 from nsc_kernels._rows import accumulator_dtype, expect
-from nsc_kernels._skinny import plan_expand, shrink_columns
+from nsc_kernels._skinny import expand, shrink_columns
 
 
 def lora_fold_reference(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor) -> Tensor:
@@ -32,10 +32,7 @@ def lora_fold_backward_reference(
 
 
 def _launch_forward(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, out: Tensor | None = None) -> Tensor:
-    launches, out = plan_expand(weight, lora_B, lora_A, c.contiguous(), out=out)
-    for launch in launches:
-        launch.run()
-    return out
+    return expand(weight, lora_B, lora_A, c.contiguous(), out=out)
 
 
 def _launch_backward(dout: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, to_B: bool) -> tuple[Tensor, Tensor]:

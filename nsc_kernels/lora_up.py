@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsc_kernels._op import Op
 from nsc_kernels._rows import accumulator_dtype, autocast_to, expect, shaped
-from nsc_kernels._skinny import plan_expand, shrink_columns
+from nsc_kernels._skinny import expand, shrink_columns
 
 
 def lora_up_reference(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
@@ -32,10 +32,7 @@ def lora_up_backward_reference(dout: Tensor, u: Tensor, c: Tensor, lora_B: Tenso
 
 
 def _launch_forward(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
-    launches, out = plan_expand(y, u, lora_B.T, c.contiguous())
-    for launch in launches:
-        launch.run()
-    return out
+    return expand(y, u, lora_B.T, c.contiguous())
 
 
 def _launch_backward(dout: Tensor, u: Tensor, c: Tensor, lora_B: Tensor, to_u: bool) -> tuple[Tensor, Tensor]:

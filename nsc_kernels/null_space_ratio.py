@@ -202,12 +202,8 @@ def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | No
     _, u, _, adapter, offsets, weight, captured, inverse_norm = saved
     wanted = ctx.needs_input_grad[:2]
     dz, du = _backward_op(grad, *saved, *wanted)
-    dgram = dweight = None
-    if ctx.needs_input_grad[2]:
-        v, _, _ = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
-        dgram = _rows.gram_gradient(_rows.ratio_slope(grad, weight, captured), v)
-    if ctx.needs_input_grad[5]:
-        dweight = _rows.weight_gradient(grad, weight, captured)
+    needed = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
+    dgram, dweight = _rows.side_gradients(needed, grad, u, inverse_norm, adapter, offsets, weight, captured)
     return dz if wanted[0] else None, du if wanted[1] else None, dgram, None, None, dweight
 
 

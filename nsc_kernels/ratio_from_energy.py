@@ -168,11 +168,10 @@ def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | No
     energy, u, _, adapter, offsets, weight, captured = saved
     de, du = _backward_op(grad, *saved)
     dgram = dweight = None
-    if ctx.needs_input_grad[2]:
-        v, _, _ = _rows.row_vectors(u, _inverse_norm(energy, weight), adapter, offsets, weight)
-        dgram = _rows.gram_gradient(_rows.ratio_slope(grad, weight, captured), v)
-    if ctx.needs_input_grad[5]:
-        dweight = _rows.weight_gradient(grad, weight, captured)
+    needed = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
+    if any(needed):
+        inverse_norm = _inverse_norm(energy, weight)
+        dgram, dweight = _rows.side_gradients(needed, grad, u, inverse_norm, adapter, offsets, weight, captured)
     return de, du, dgram, None, None, dweight
 
 
