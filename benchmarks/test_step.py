@@ -35,7 +35,7 @@ from nsc.objective import NullSpaceObjective
 from nsc.packing import collate
 from nsc.passes import Passes
 from nsc.stack import Stack, stack_adapters, whitened
-from nsc.surgery import merged_layers
+from nsc.surgery import merged_layers, share_inputs
 
 TASKS, RANK, MODULES = 6, 16, ["q_proj", "v_proj"]
 SAMPLES, LENGTH = 2, 64  # of each task, in tokens
@@ -94,8 +94,8 @@ def nsc_step(model: nn.Module, stack: Stack, targets: list[str], batch: Batch) -
     lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), 0.4, device=DEVICE))
     run = _start(lam, torch.zeros_like(lam, dtype=torch.bool), MergeConfig(), "")
     with merged_layers(model, stack, lam.detach()) as layers:
+        share_inputs(model, layers, targets, batch.within(1)[0])
         objective = NullSpaceObjective(model, layers, stack, targets)
-
         passes = Passes(objective, lam)
 
         def step() -> Tensor:

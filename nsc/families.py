@@ -78,10 +78,22 @@ def is_causal(model: nn.Module) -> bool:
 
 def block_of(model: nn.Module, name: str) -> tuple[int, int] | None:
     """(index, depth) of the block that a module lies in: the first numbered child of a ModuleList on its path."""
+    place = _place(model, name)
+    return (place[1], len(place[0])) if place else None
+
+
+def blocks_before(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks ahead of all that these modules lie in, in the ModuleList of the last one."""
+    places = [place for name in names if (place := _place(model, name))]
+    blocks = places[-1][0] if places else nn.ModuleList()
+    return list(blocks)[: min((index for home, index in places if home is blocks), default=0)]
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.ModuleList, int] | None:
     parent, parts = model, name.split(".")
     for part in parts:
         if isinstance(parent, nn.ModuleList):
-            return int(part), len(parent)
+            return parent, int(part)
         parent = getattr(parent, part)
     return None
 

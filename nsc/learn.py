@@ -26,7 +26,7 @@ from nsc.interrupts import deferred_interrupts
 from nsc.objective import NullSpaceObjective
 from nsc.passes import Passes, share_out
 from nsc.stack import Stack
-from nsc.surgery import choose_plans, merged_layers, set_coefficients
+from nsc.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
 
 CHECKPOINT_SECONDS = 10.0
 REFRESH_SECONDS = 0.5
@@ -88,9 +88,11 @@ def learn(
     first_step = batches(0)
     plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
     with merged_layers(model, stack, lam.detach(), plans) as layers:
-        objective = NullSpaceObjective(model, layers, stack, targets)
+        row = first_step[0].within(1)[0].to(device)
+        share_inputs(model, layers, targets, row)
+        objective = NullSpaceObjective(model, layers, stack, targets, config.gradient_checkpointing)
         passes = Passes(objective, lam, config.tokens_per_pass)
-        frozen = ~_reachable(objective, first_step[0].within(1)[0].to(device), lam) | ~stack.present.to(device)
+        frozen = ~_reachable(objective, row, lam) | ~stack.present.to(device)
         run = _start(lam, frozen, config, identity)
         if resume:
             _restore(run, team.from_first(lambda: _read(checkpoint, identity, config.steps)))
@@ -145,8 +147,7 @@ def _start(lam: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str
 def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tensor:
     """(M, 1) bool: modules whose coefficients the objective depends on, read off the autograd graph."""
     rows = [row.clone().requires_grad_() for row in lam.detach().unbind(0)]
-    for layer, row in zip(objective.layers.values(), rows, strict=True):
-        layer.lam = row
+    set_coefficients(objective.layers, rows)
     gradients = torch.autograd.grad(objective.loss(batch), rows, allow_unused=True)
     return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
 

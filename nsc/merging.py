@@ -235,7 +235,7 @@ def _identity(
     base: str, adapters: Mapping[str, Adapter], texts: Mapping[str, list[str]], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
-    free = ("steps", "evaluation_samples", "tokens_per_pass", "layers")
+    free = ("steps", "evaluation_samples", "tokens_per_pass", "layers", "gradient_checkpointing")
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, texts, targets, settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from nsc.batch import Batch
 from nsc.costs import layer_plan
 from nsc.stack import ModuleStack, Stack
-from nsc_kernels import MergedLoRALinear
+from nsc_kernels import MergedLoRALinear, Siblings
 
 
 @contextmanager
@@ -31,16 +35,33 @@ def merged_layers(
     try:
         for name, layer in layers.items():
             replace_module(model, name, layer)
+        set_coefficients(layers, lam.detach())
         yield layers
     finally:
+        for layer in layers.values():
+            layer.siblings = None  # a circle of references would keep the factors in memory
         for name, original in originals.items():
             replace_module(model, name, original)
 
 
-def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor) -> None:
-    """Point every layer at its row of ``lam`` (M, K), so that the next forward is differentiable in it."""
-    for layer, row in zip(layers.values(), lam.unbind(0), strict=True):
-        layer.lam = row
+def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
+    """Point every layer at its row of ``lam`` (M, K), on its own device; the next forward is differentiable in it."""
+    for layer, row in zip(layers.values(), lam, strict=True):
+        layer.lam = row.to(layer.lora_A.device)
+
+
+def share_inputs(
+    model: nn.Module, layers: Mapping[str, MergedLoRALinear], targets: Sequence[str], batch: Batch
+) -> None:
+    """Let layers that read the very same tensor share one pass over it, as ``Siblings``, until ``layers`` are undone.
+
+    Which they are is seen in a forward of ``batch``; one row is enough. A layer that runs by its weights takes part
+    only where it is one of ``targets``, which need u.
+    """
+    for names in _readers(model, layers, batch):
+        members = [layers[name] for name in names if layers[name].plan == "factors" or name in targets]
+        if len(members) > 1:
+            Siblings(members)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -61,6 +82,30 @@ def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict
         best = layer_plan(tokens, d, m, R) if plan == "auto" else plan
         plans[name] = best if type(linear) is nn.Linear else "factors"
     return plans
+
+
+@torch.no_grad()
+def _readers(model: nn.Module, layers: Mapping[str, MergedLoRALinear], batch: Batch) -> list[list[str]]:
+    """The layers by the tensor that they read, in the order in which they run; without those that run twice."""
+    groups: list[list[str]] = []
+    seen = WeakTensorKeyDictionary()  # a tensor that is gone must not be mistaken for a new one in its place
+    runs: Counter[str] = Counter()
+
+    def note(name: str, layer: MergedLoRALinear, args: tuple[Tensor]) -> None:
+        runs[name] += 1
+        alike = seen.setdefault(args[0], {})
+        kind = (layer.lora_A.dtype, layer.lora_A.device)
+        if kind not in alike:
+            groups.append(alike.setdefault(kind, []))
+        alike[kind].append(name)
+
+    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    try:
+        model(**batch.arguments(next(model.parameters()).dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [[name for name in group if runs[name] == 1] for group in groups]
 
 
 def _merged_layer(linear: nn.Module, module: ModuleStack, row: Tensor, plan: str) -> MergedLoRALinear:

@@ -11,7 +11,7 @@ from nsc_kernels.gram import GramCache, GramFactor, gram_inverse
 from nsc_kernels.lora_down import lora_down, lora_fork
 from nsc_kernels.lora_fold import lora_fold
 from nsc_kernels.lora_up import lora_up
-from nsc_kernels.modules import MergedLoRALinear
+from nsc_kernels.modules import MergedLoRALinear, Siblings
 from nsc_kernels.null_space_ratio import null_space_ratio
 from nsc_kernels.ratio_from_energy import ratio_from_energy
 
@@ -20,6 +20,7 @@ __all__ = [
     "GramCache",
     "GramFactor",
     "MergedLoRALinear",
+    "Siblings",
     "gram_inverse",
     "lora_down",
     "lora_fold",

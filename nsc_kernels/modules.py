@@ -6,6 +6,8 @@ Only ``lam`` trains. With frozen factors autograd keeps ``u`` and the frozen mat
 
     v = dy B        dlam_k = s_k sum over rows and segment k of (u * v)        dz = base'(dy) + (c * v + dL/du) A
 
+Layers that read the same tensor, such as q, k and v, can share the pass over it, forward and backward: ``Siblings``.
+
 That is plan "factors". Plan "weights" makes W = W0 + B diag(c) A in every forward instead, and dc from dW = dy' z:
 fewer FLOPs where the ranks add up to more than about a quarter of the width. Both compute the same.
 
@@ -61,6 +63,7 @@ class MergedLoRALinear(nn.Module):
         self.plan = plan
         self.base = base
         self.watch = watch
+        self.siblings: Siblings | None = None
         self.lam = lam
         offsets = [0, *accumulate(ranks)]
         spread = torch.zeros(len(ranks), offsets[-1], dtype=lam.dtype)
@@ -73,17 +76,85 @@ class MergedLoRALinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., d) -> (..., m)."""
-        lora_A, lora_B = self.lora_A.to(z.dtype), self.lora_B.to(z.dtype)
+        lora_B = self.lora_B.to(z.dtype)
         with torch.autocast(z.device.type, enabled=False):  # it would round the coefficients
             c = self.lam @ self.spread  # (R,)
-        if self.watch is not None:
-            z, u, energy = lora_fork(z, lora_A)
-            self.watch(u, energy)  # type: ignore[arg-type]  # it was asked for
-        elif self.plan == "factors":
-            z, u, _ = lora_fork(z, lora_A, energy=False)
+        z, u = self._down(z)
         if self.plan == "factors":
-            return lora_up(self.base(z), u, c, lora_B)
-        return F.linear(z, lora_fold(self.base.weight, lora_B, c, lora_A), self.base.bias)  # type: ignore[arg-type]
+            return lora_up(self.base(z), u, c, lora_B)  # type: ignore[arg-type]  # this plan makes it
+        weight = lora_fold(self.base.weight, lora_B, c, self.lora_A.to(z.dtype))  # type: ignore[arg-type]
+        return F.linear(z, weight, self.base.bias)  # type: ignore[arg-type]  # it is an nn.Linear
+
+    def _down(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z for the base layer, and u where anybody wants it. The watch has been called."""
+        if self.siblings is not None and (shared := self.siblings.down(self, z)) is not None:
+            return shared
+        if self.watch is None and self.plan == "weights":
+            return z, None
+        z, u, energy = lora_fork(z, self.lora_A.to(z.dtype), energy=self.watch is not None)
+        if self.watch is not None:
+            self.watch(u, energy)  # type: ignore[arg-type]  # it was asked for
+        return z, u
+
+
+class Siblings:
+    """Layers that read the very same tensor: one pass over it makes u of them all, and one the gradient that returns.
+
+    members: in the order in which they run; their ``lora_A`` become views of one buffer. When the first is entered, u
+    of all is made and every watch called. Each of the others checks that it is given that same tensor, and else works
+    alone. ``ends``: set by a watcher that will end the forward here; then only u of watched members is made. Nothing is
+    kept once all members have run; ``clear`` is for a forward that did not get so far. Raises ValueError when the
+    members do not agree in width, dtype and device.
+    """
+
+    def __init__(self, members: Sequence[MergedLoRALinear]) -> None:
+        if len({(x.lora_A.shape[1], x.lora_A.dtype, x.lora_A.device) for x in members}) != 1:
+            raise ValueError("siblings read one tensor: their lora_A must agree in width, dtype and device")
+        self.members = list(members)
+        self.lora_A = torch.cat([x.lora_A for x in members])  # (sum of R, d)
+        for member, lora_A in zip(members, self.lora_A.split(_widths(members)), strict=True):
+            member.lora_A = lora_A
+            member.siblings = self
+        self.ends = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the tensor that was read."""
+        self._read: tuple[Tensor, int] | None = None
+        self._handed: Tensor | None = None
+        self._u: dict[MergedLoRALinear, Tensor] = {}
+
+    def down(self, member: MergedLoRALinear, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """z for the base layer of ``member`` and its u, or None where it must make its own."""
+        if member is self.members[0]:
+            self._fork(z)
+        handed, read = self._handed, self._read
+        if handed is None or read is None or read[0] is not z or read[1] != _version(z) or member not in self._u:
+            return None
+        u = self._u.pop(member)
+        if not self._u:
+            self.clear()
+        return handed, u
+
+    def _fork(self, z: Tensor) -> None:
+        self.clear()
+        watched = [x for x in self.members if x.watch is not None]
+        wanted = watched if self.ends else self.members
+        lora_A = self.lora_A if wanted is self.members else torch.cat([x.lora_A for x in wanted])
+        handed, u, energy = lora_fork(z, lora_A.to(z.dtype), energy=bool(watched))
+        parts = dict(zip(wanted, u.split(_widths(wanted), dim=-1), strict=True))
+        for x in watched:
+            x.watch(parts[x], energy)  # type: ignore[misc, arg-type]  # both are there
+        self._read, self._handed, self._u = (z, _version(z)), handed, parts
+
+
+def _widths(layers: Sequence[MergedLoRALinear]) -> list[int]:
+    return [layer.lora_A.shape[0] for layer in layers]
+
+
+def _version(z: Tensor) -> int:
+    """Counts writes into z; inference tensors do not count them."""
+    return 0 if z.is_inference() else z._version
 
 
 def _check_shapes(lora_A: Tensor, lora_B: Tensor, ranks: Sequence[int], scales: Sequence[float], lam: Tensor) -> None:
