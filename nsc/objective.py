@@ -3,8 +3,7 @@
     Omega_k = mean over target layers of sum_rows w om_k        loss = (1/K) sum_k Omega_k
 
 Rows of all tasks go through one forward; ``task`` says whose a row is and ``weight`` sums to one over each task's rows.
-The forward ends at the last target's input: nothing behind it can change the loss, nor anything beside it that reads the
-same tensor.
+The forward ends at the last target's input: nothing behind it can change the loss, nor can what reads the same tensor.
 
 Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6.
 """
