@@ -15,7 +15,7 @@ def snippets(name: str) -> list[str]:
 def test_kernels_page():
     torch.manual_seed(0)
     blocks = snippets("docs/kernels.md")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     exec("\n".join(blocks), {})
 
 
