@@ -1,5 +1,6 @@
 """The loop: resume bit for bit, interrupts, the bound on drift, NaN, what a step allocates and writes."""
 
+import os
 import signal
 from dataclasses import replace
 from itertools import count
@@ -76,14 +77,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(setting, tmp_path, stop, n
 
 def test_killed_between_or_during_checkpoints_equals_uninterrupted(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "CHECKPOINT_SECONDS", -1)  # one after every step
-    whole, checkpoint, replace_file, saves = run(setting), tmp_path / "state.pt", learning.os.replace, count()
+    whole, checkpoint, replace_file, saves = run(setting), tmp_path / "state.pt", os.replace, count()
 
     def die(*paths):
         if next(saves) == 7:
             raise Killed
         replace_file(*paths)
 
-    monkeypatch.setattr(learning.os, "replace", die)
+    monkeypatch.setattr(os, "replace", die)
     with pytest.raises(Killed):
         run(setting, checkpoint=checkpoint)
     assert torch.load(checkpoint)["step"] == 7
