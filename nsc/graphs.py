@@ -1,4 +1,4 @@
-"""CUDA graphs: work that recurs is launched by one call, whatever the host is busy with; the same kernels, the same bits.
+"""CUDA graphs: work that recurs is launched by one call of the host; the same kernels, the same bits.
 
 The first call with arguments of one shape runs as usual, since kernels are compiled and caches filled on first sight.
 The second runs on a side stream, as a graph's warm-up must, and is recorded behind that. From the third on, the batch
@@ -137,7 +137,7 @@ def make_graphs(model: nn.Module, wanted: bool, say: Callable[[str], Any]) -> Gr
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why steps of ``model`` cannot be recorded, as far as it shows before one is; None where nothing speaks against it."""
+    """Why steps of ``model`` cannot be recorded, as far as that shows beforehand; None where it does not."""
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         return f"the base's weights lie on {', '.join(devices)}"

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.distributed import ALONE, RankError, Team
 from nsc.devices import metric
+from nsc.distributed import ALONE, RankError, Team
 from nsc.errors import NonFiniteError
 from nsc.graphs import make_graphs
 from nsc.interrupts import deferred_interrupts
@@ -146,9 +146,7 @@ def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tens
     return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
 
 
-def _measure(
-    objective: NullSpaceObjective, lam: Tensor, batch: Batch, say: Callable[[str], Any]
-) -> int | None:
+def _measure(objective: NullSpaceObjective, lam: Tensor, batch: Batch, say: Callable[[str], Any]) -> int | None:
     """The most tokens that a pass may hold, None where the system does not tell what is free."""
     free = free_memory(lam.device)
     if free is None:

@@ -20,6 +20,7 @@ from nsc.config import MergeConfig
 from nsc.data import TextBatches, read_texts, tokenize
 from nsc.distributed import Team, join
 from nsc.errors import DataError, NameMismatch, NSCError
+from nsc.graphs import obstacle
 from nsc.learn import learn, printer, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
 from nsc.objective import NullSpaceObjective
@@ -171,7 +172,8 @@ def _batches(
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     causal = families.is_causal(model)
     shares_rows = can_share_rows(model)
-    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows)
+    few_shapes = config.graphs and obstacle(model) is None
+    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
     some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
     evaluation = pack([ids for ids, _ in some], [k for _, k in some], pad_id, causal=causal, shares_rows=shares_rows)
     step = config.tokens_per_pass or sum(batch.tokens for batch in batches(0))  # no more memory than a step
