@@ -29,12 +29,13 @@ from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.distributed import ALONE
 from nsc.families import choose_targets, linear_shapes, load_body
-from nsc.learn import _start, _step
+from nsc.learn import _step
 from nsc.merging import match_adapters
 from nsc.objective import NullSpaceObjective
 from nsc.packing import collate
 from nsc.passes import Passes
 from nsc.stack import Stack, stack_adapters, whitened
+from nsc.state import begin
 from nsc.surgery import merged_layers, share_inputs
 
 TASKS, RANK, MODULES = 6, 16, ["q_proj", "v_proj"]
@@ -92,15 +93,15 @@ def test_step(benchmark: BenchmarkFixture, dtype: str, pytestconfig: pytest.Conf
 def nsc_step(model: nn.Module, stack: Stack, targets: list[str], batch: Batch) -> Iterator[Callable[[], Tensor]]:
     """The step of ``nsc.learn``, on one batch; returns its loss."""
     lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), 0.4, device=DEVICE))
-    run = _start(lam, torch.zeros_like(lam, dtype=torch.bool), MergeConfig(), "")
+    run = begin(lam, torch.zeros_like(lam, dtype=torch.bool), MergeConfig(), "")
     with merged_layers(model, stack, lam.detach()) as layers:
         share_inputs(model, layers, targets, batch.within(1)[0])
         objective = NullSpaceObjective(model, layers, stack, targets)
-        passes = Passes(objective, lam)
+        passes = Passes(objective, lam, loss=run.loss)
 
         def step() -> Tensor:
             _step(run, lambda _: passes.gradient([batch]), ALONE, [])
-            return run.losses[-1]
+            return run.losses[run.step - 1]
 
         yield step
 

@@ -33,6 +33,10 @@ class Batch:
         """The same batch on a device; copies do not block."""
         return self._map(partial(torch.Tensor.to, device=device, non_blocking=True))
 
+    def pinned(self) -> Batch:
+        """The same batch, where it is on the CPU in memory that a GPU copies from while the host goes on."""
+        return self._map(lambda x: x.pin_memory() if x.device.type == "cpu" else x)
+
     def split(self, rows: int) -> list[Batch]:
         """Parts of at most ``rows`` rows each; their losses and ratios add up to the whole batch's."""
         cuts = [slice(start, start + rows) for start in range(0, self.task.shape[0], rows)]

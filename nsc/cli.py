@@ -37,11 +37,12 @@ def merge(
     max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
     layers: Annotated[str, typer.Option(help="How they carry adapters: auto, factors or weights.")] = "auto",
     tokens_per_pass: Annotated[
-        str, typer.Option(help="Cut a step of more tokens into passes; auto: only where memory runs out.")
+        str, typer.Option(help="Cut a step of more tokens into passes; auto: by what memory is free.")
     ] = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, for one more forward a step.")
     ] = False,
+    graphs: Annotated[bool, typer.Option("--graphs/--no-graphs", help="Replay recorded steps, on CUDA.")] = True,
     max_drift: Annotated[float, typer.Option(help="How far a coefficient may move; below 0: no bound.")] = 0.15,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
@@ -78,6 +79,7 @@ def merge(
             layers=layers,
             tokens_per_pass=None if tokens_per_pass == "auto" else _whole(tokens_per_pass, "--tokens-per-pass"),
             gradient_checkpointing=gradient_checkpointing,
+            graphs=graphs,
             max_drift=None if max_drift < 0 else max_drift,
             weight_decay=weight_decay,
             seed=seed,

@@ -19,13 +19,13 @@ class MergeConfig:
 
     steps, lr, weight_decay, betas, eps: AdamW.  start: every coefficient at step 0.  batch_size: samples of each task
     in a step.  max_length: tokens a sample.  tokens_per_pass: a step of more is cut into passes; None for as many as
-    memory holds.  layers: how they carry their adapters, by "factors" or by "weights"; "auto" takes the cheaper for
-    each.  gradient_checkpointing: keep only the blocks' inputs for the backward, and run them again in it: less memory,
-    a forward more.  max_drift: how far a coefficient may move from ``start``; None for no bound.
-    target_modules: suffixes of the module names whose inputs are measured (default: v_proj, or else o_proj, or else all
-    that carry LoRA).  target_blocks: block numbers (default: the last quarter).  evaluation_samples: of each task, for
-    the ratios reported before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's, and CUDA if
-    there is one.
+    memory holds, measured before the first step.  layers: how they carry their adapters, by "factors" or by "weights";
+    "auto" takes the cheaper for each.  gradient_checkpointing: keep only the blocks' inputs for the backward, and run
+    them again in it: less memory, a forward more.  graphs: on CUDA, record steps and replay them where their shapes
+    recur.  max_drift: how far a coefficient may move from ``start``; None for no bound.  target_modules: suffixes of
+    the module names whose inputs are measured (default: v_proj, or else o_proj, or else all that carry LoRA).
+    target_blocks: block numbers (default: the last quarter).  evaluation_samples: of each task, for the ratios reported
+    before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's, and CUDA if there is one.
     """
 
     steps: int = 500
@@ -36,6 +36,7 @@ class MergeConfig:
     tokens_per_pass: int | None = None
     layers: str = "auto"
     gradient_checkpointing: bool = False
+    graphs: bool = True
     max_drift: float | None = PAPER_REACH
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)

@@ -58,7 +58,7 @@ class TextBatches:
     """Batches as a pure function of the step, the same in every process and after every resume.
 
     tokens: task -> token ids of each sample.  Task k takes ``batch_size`` samples a step from a permutation of its own,
-    reshuffled each time round from (seed, task).  causal, shares_rows: what ``pack`` may do with them.
+    reshuffled each time round from (seed, task).  causal, shares_rows, few_shapes: what ``pack`` may do with them.
     """
 
     tokens: dict[str, list[list[int]]]
@@ -67,13 +67,15 @@ class TextBatches:
     seed: int = 0
     causal: bool = True  # right padding cannot reach a real token, so the model needs no mask
     shares_rows: bool = False  # the model keeps samples in one row apart
+    few_shapes: bool = False  # steps are replayed where their shapes recur
 
     def __call__(self, step: int) -> list[Batch]:
         """The batches of one step, on the CPU; their losses add up to the step's."""
         picks = [self._pick(task, step) for task in self.tokens]
         samples = [self.tokens[task][i] for task, row in zip(self.tokens, picks, strict=True) for i in row]
         tasks = [k for k, row in enumerate(picks) for _ in row]
-        return pack(samples, tasks, self.pad_id, causal=self.causal, shares_rows=self.shares_rows)
+        how = {"causal": self.causal, "shares_rows": self.shares_rows, "few_shapes": self.few_shapes}
+        return pack(samples, tasks, self.pad_id, **how)
 
     def _pick(self, task: str, step: int) -> list[int]:
         count = len(self.tokens[task])

@@ -6,11 +6,11 @@ is interrupted anywhere and resumed ends where the uninterrupted one would, bit 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ from tqdm import tqdm
 
 from nsc.batch import Batch
 from nsc.config import MergeConfig
+from nsc.devices import metric
 from nsc.distributed import ALONE, RankError, Team
-from nsc.errors import NonFiniteError, ResumeError
+from nsc.errors import NonFiniteError
+from nsc.graphs import make_graphs
 from nsc.interrupts import deferred_interrupts
+from nsc.memory import free_memory, tokens_that_fit
 from nsc.objective import NullSpaceObjective
 from nsc.passes import Passes, share_out
 from nsc.stack import Stack
+from nsc.state import State, begin, read, restore, save
 from nsc.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
 
 CHECKPOINT_SECONDS = 10.0
@@ -46,19 +50,6 @@ class Learned:
     losses: list[float]
     seconds: float
     peak_memory: int
-
-
-@dataclass
-class _Run:
-    lam: nn.Parameter
-    optimizer: torch.optim.AdamW
-    start: float
-    lower: Tensor
-    upper: Tensor
-    frozen: Tensor
-    identity: str
-    step: int = 0
-    losses: list[Tensor] = field(default_factory=list)
 
 
 def learn(
@@ -87,28 +78,41 @@ def learn(
     lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
     first_step = batches(0)
     plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
+    say = printer(progress and team.first)
+    graphs = make_graphs(model, config.graphs, say)
     with merged_layers(model, stack, lam.detach(), plans) as layers:
         row = first_step[0].within(1)[0].to(device)
         share_inputs(model, layers, targets, row)
         objective = NullSpaceObjective(model, layers, stack, targets, config.gradient_checkpointing)
-        passes = Passes(objective, lam, config.tokens_per_pass)
         frozen = ~_reachable(objective, row, lam) | ~stack.present.to(device)
-        run = _start(lam, frozen, config, identity)
+        state = begin(lam, frozen, config, identity, graphs)
+        tokens = config.tokens_per_pass or _measure(objective, lam, first_step[0], say)
         if resume:
-            _restore(run, team.from_first(lambda: _read(checkpoint, identity, config.steps)))
-        started, first = time.perf_counter(), run.step
+            stored = team.from_first(lambda: read(checkpoint, identity, config.steps))
+            restore(state, stored)
+            tokens = config.tokens_per_pass or stored["tokens"]
+        passes = Passes(objective, lam, tokens, state.loss, graphs)
+        keep = partial(_keep, state, checkpoint, passes) if checkpoint and team.first else None
+        started, first = time.perf_counter(), state.step
         try:
             _optimise(
-                run, lambda step: passes.gradient(share_out(batches(step), team.size)[team.rank]), config.steps,
-                checkpoint if team.first else None, progress and team.first, team,
+                state, lambda step: passes.gradient(share_out(batches(step), team.size)[team.rank]), config.steps,
+                keep, progress and team.first, team,
             )  # fmt: skip
             team.require_same(lam.tolist(), "coefficients")
         except NonFiniteError as error:
             start = torch.full_like(lam, config.start)  # a NaN coefficient would spread to tasks that are sound
             set_coefficients(layers, torch.where(lam.isfinite().all(), lam, start).detach())
-            raise _blame(objective, batches, run, error) from error
+            raise _blame(objective, batches, state, error) from error
+        finally:
+            graphs.clear()
         seconds = (time.perf_counter() - started) / max(1, config.steps - first)
-    return _learned(run, config, seconds)
+    return _learned(state, config, seconds)
+
+
+def printer(wanted: bool) -> Callable[[str], Any]:
+    """Says a line beside the progress bar, or nothing."""
+    return partial(tqdm.write, file=sys.stderr) if wanted else lambda text: None
 
 
 def initial_gradient(
@@ -135,15 +139,6 @@ def require_finite_ratios(objective: NullSpaceObjective, table: Tensor) -> None:
         )
 
 
-def _start(lam: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str) -> _Run:
-    reach = torch.full_like(lam, float("inf") if config.max_drift is None else config.max_drift)
-    reach = torch.where(frozen, 0.0, reach.detach())
-    optimizer = torch.optim.AdamW(
-        [lam], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
-    return _Run(lam, optimizer, config.start, config.start - reach, config.start + reach, frozen, identity)
-
-
 def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tensor:
     """(M, 1) bool: modules whose coefficients the objective depends on, read off the autograd graph."""
     rows = [row.clone().requires_grad_() for row in lam.detach().unbind(0)]
@@ -152,70 +147,73 @@ def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tens
     return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
 
 
+def _measure(objective: NullSpaceObjective, lam: Tensor, batch: Batch, say: Callable[[str], Any]) -> int | None:
+    """The most tokens that a pass may hold, None where the system does not tell what is free."""
+    free = free_memory(lam.device)
+    if free is None:
+        return None
+    tokens = tokens_that_fit(objective, lam, batch, free)
+    say(f"memory: {metric(free, 'B')} free, so a pass holds {metric(tokens)} tokens at most")
+    return tokens
+
+
+def _keep(state: State, checkpoint: Path, passes: Passes) -> None:
+    save(state, checkpoint, passes.tokens)
+
+
 def _optimise(
-    run: _Run, gradient: Callable[[int], Tensor], steps: int, checkpoint: Path | None, progress: bool, team: Team
-) -> None:
-    bar = tqdm(total=steps, initial=run.step, desc="learning coefficients", unit="step", disable=not progress)
+    state: State, gradient: Callable[[int], Tensor], steps: int, keep: Callable[[], None] | None, progress: bool,
+    team: Team,
+) -> None:  # fmt: skip
+    bar = tqdm(total=steps, initial=state.step, desc="learning coefficients", unit="step", disable=not progress)
     saved = shown = time.perf_counter()
     with bar, deferred_interrupts() as noted:
-        while run.step < steps:
+        while state.step < steps:
             try:
-                interrupted = _step(run, gradient, team, noted)
+                interrupted = _step(state, gradient, team, noted)
             except RankError:  # the state is still that of the last whole step
-                if checkpoint:
-                    _save(run, checkpoint)
+                if keep:
+                    keep()
                 raise
             if team.size > 1:  # at the same step on all ranks, whatever their clocks say
-                _require_finite(run)
+                state.require_finite()
             bar.update()
             now = time.perf_counter()
-            if now - shown > REFRESH_SECONDS or run.step == steps:
+            if now - shown > REFRESH_SECONDS or state.step == steps:
                 shown = now
-                bar.set_postfix_str(_status(run))
-            if checkpoint and (now - saved > CHECKPOINT_SECONDS or interrupted or run.step == steps):
+                bar.set_postfix_str(_status(state))
+            if keep and (now - saved > CHECKPOINT_SECONDS or interrupted or state.step == steps):
                 saved = now
-                _save(run, checkpoint)
+                keep()
             if interrupted:
                 team.wait()  # an exit before the state is on disk would have the others ended
                 raise KeyboardInterrupt
 
 
-def _step(run: _Run, gradient: Callable[[int], Tensor], team: Team, noted: list[int]) -> bool:
+def _step(state: State, gradient: Callable[[int], Tensor], team: Team, noted: list[int]) -> bool:
     """One step by the gradient of all ranks; whether one of them noted an interrupt."""
-    run.optimizer.zero_grad(set_to_none=False)
-    loss = gradient(run.step)
-    assert run.lam.grad is not None
-    interrupted = team.add_up(run.lam.grad, loss, flag=bool(noted))
-    run.optimizer.step()
-    with torch.no_grad():
-        run.lam.clamp_(run.lower, run.upper)
-    run.losses.append(loss)
-    run.step += 1
+    loss = gradient(state.step)
+    assert state.lam.grad is not None
+    interrupted = team.add_up(state.lam.grad, loss, flag=bool(noted))
+    state.update()
     return interrupted
 
 
-def _status(run: _Run) -> str:
-    _require_finite(run)
-    drift = (run.lam.detach() - run.start).abs().max().item()
-    bound = (run.upper - run.start).max().item()
-    return f"loss {run.losses[-1].item():.4f}, drift {drift:.3f} of {bound:.3f}"
-
-
-def _require_finite(run: _Run) -> None:
-    if run.losses and not torch.isfinite(run.losses[-1]):
-        raise NonFiniteError(f"the objective became {run.losses[-1].item()} by step {run.step}")
-    if not torch.isfinite(run.lam).all():
-        raise NonFiniteError(f"a coefficient became NaN or infinite by step {run.step}")
+def _status(state: State) -> str:
+    state.require_finite()
+    drift = (state.lam.detach() - state.start).abs().max().item()
+    bound = (state.upper - state.start).max().item()
+    return f"loss {state.losses[state.step - 1].item():.4f}, drift {drift:.3f} of {bound:.3f}"
 
 
 def _blame(
-    objective: NullSpaceObjective, batches: Callable[[int], Sequence[Batch]], run: _Run, error: NonFiniteError
+    objective: NullSpaceObjective, batches: Callable[[int], Sequence[Batch]], state: State, error: NonFiniteError
 ) -> NonFiniteError:
     """The same error with the target and tasks at which the ratio is not finite."""
-    bad = [i for i, loss in enumerate(run.losses) if not torch.isfinite(loss)]
+    bad = [i for i, loss in enumerate(state.losses[: state.step]) if not torch.isfinite(loss)]
     table = torch.zeros_like(objective.share)
-    for batch in batches(bad[0] if bad else run.step - 1):
-        table = table + objective.ratios(batch.to(run.lam.device))
+    for batch in batches(bad[0] if bad else state.step - 1):
+        table = table + objective.ratios(batch.to(state.lam.device))
     try:
         require_finite_ratios(objective, table)
     except NonFiniteError as found:
@@ -223,56 +221,12 @@ def _blame(
     return NonFiniteError(f"{error}; a smaller lr or max_drift may keep it finite")
 
 
-def _save(run: _Run, path: Path) -> None:
-    """Atomic: the file is either the old state or the new one, and never one that holds NaN."""
-    _require_finite(run)
-    state = {
-        "identity": run.identity,
-        "step": run.step,
-        "lam": run.lam.detach(),
-        "optimizer": run.optimizer.state_dict(),
-        "losses": torch.stack(run.losses) if run.losses else torch.empty(0),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
-    if path is None or not path.is_file():
-        raise ResumeError(f"nothing to resume: there is no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for one thing: the file is no checkpoint
-        raise ResumeError(f"checkpoint {path} cannot be read ({error}); remove it to start again") from error
-    if state["identity"] != identity:
-        raise ResumeError(
-            f"checkpoint {path} was made with other adapters, data or settings; resume with the same ones, or remove it"
-        )
-    if state["step"] > steps:
-        past = f"is at step {state['step']}, past the {steps} that were asked for"
-        raise ResumeError(f"checkpoint {path} {past}; ask for at least as many, or remove it")
-    return state
-
-
-def _restore(run: _Run, state: dict[str, Any]) -> None:
-    with torch.no_grad():
-        run.lam.copy_(state["lam"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.step = state["step"]
-    run.losses = list(state["losses"].to(run.lam.device).unbind(0))
-
-
-def _learned(run: _Run, config: MergeConfig, seconds: float) -> Learned:
-    _require_finite(run)
-    lam = run.lam.detach()
-    bounded = ~run.frozen & ((lam <= run.lower) | (lam >= run.upper)) & (config.steps > 0)
-    losses = torch.stack(run.losses).tolist() if run.losses else []
-    return Learned(lam.cpu().clone(), run.frozen.cpu(), bounded.cpu(), losses, seconds, _peak_memory(lam.device))
+def _learned(state: State, config: MergeConfig, seconds: float) -> Learned:
+    state.require_finite()
+    lam = state.lam.detach()
+    bounded = ~state.frozen & ((lam <= state.lower) | (lam >= state.upper)) & (config.steps > 0)
+    losses, memory = state.losses.tolist(), _peak_memory(lam.device)
+    return Learned(lam.cpu().clone(), state.frozen.cpu(), bounded.cpu(), losses, seconds, memory)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nsc import families
 from nsc.adapters import Adapter, read_adapter
@@ -22,7 +20,8 @@ from nsc.config import MergeConfig
 from nsc.data import TextBatches, read_texts, tokenize
 from nsc.distributed import Team, join
 from nsc.errors import DataError, NameMismatch, NSCError
-from nsc.learn import learn, require_finite_ratios
+from nsc.graphs import obstacle
+from nsc.learn import learn, printer, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
 from nsc.objective import NullSpaceObjective
 from nsc.packing import can_share_rows, pack
@@ -65,7 +64,7 @@ def merge(
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
     stack = stack_adapters(read, matches, list(shapes))
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
-    say = _printer(progress and team.first)
+    say = printer(progress and team.first)
     say(f"base {base}: {len(stack.names)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(texts[task])} unlabeled samples")
@@ -173,7 +172,8 @@ def _batches(
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     causal = families.is_causal(model)
     shares_rows = can_share_rows(model)
-    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows)
+    few_shapes = config.graphs and obstacle(model) is None
+    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
     some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
     evaluation = pack([ids for ids, _ in some], [k for _, k in some], pad_id, causal=causal, shares_rows=shares_rows)
     step = config.tokens_per_pass or sum(batch.tokens for batch in batches(0))  # no more memory than a step
@@ -235,11 +235,7 @@ def _identity(
     base: str, adapters: Mapping[str, Adapter], texts: Mapping[str, list[str]], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
-    free = ("steps", "evaluation_samples", "tokens_per_pass", "layers", "gradient_checkpointing")
+    free = ("steps", "evaluation_samples", "tokens_per_pass", "layers", "gradient_checkpointing", "graphs")
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, texts, targets, settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _printer(progress: bool) -> Any:
-    return (lambda text: tqdm.write(text, file=sys.stderr)) if progress else (lambda text: None)

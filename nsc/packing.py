@@ -3,6 +3,9 @@
 Rows hold one sample each where that pads little. Otherwise several share a row, told apart by positions that start anew
 and a block-diagonal attention mask; where a model cannot do that, samples of like lengths go together instead. Every
 token keeps its task and its weight, so the loss and its gradient are those of one sample at a time.
+
+Where steps are to be replayed, few shapes are worth more than the least padding: rectangles are rounded up to sizes of
+few significant bits, as long as padding stays as little.
 """
 
 from __future__ import annotations
@@ -19,38 +22,46 @@ from nsc.families import is_causal
 
 MOST_PADDING = 0.1  # of the tokens that are computed
 WIDER = 1.2  # how much wider rows are tried next
+ROUND, ROWS, FINE = 2, 4, 5  # significant bits: of widths if possible, of how many rows, of widths elsewhere
 NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a packed sample's hidden states, relative; else 0.1
 
 
 def pack(
-    samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, *, causal: bool, shares_rows: bool
-) -> list[Batch]:
+    samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, *, causal: bool, shares_rows: bool,
+    few_shapes: bool = False,
+) -> list[Batch]:  # fmt: skip
     """Token ids of each sample and its task -> batches whose losses and ratios add up to those of all samples.
 
     Every sample weighs the same within its task, every token the same within its sample, padding nothing.
+    few_shapes: that of a step is to be that of other steps; up to ``MOST_PADDING``, and rows of padding alone.
     """
     lengths = [len(ids) for ids in samples]
     alone = [[i] for i in range(len(samples))]
-    if padding(lengths, alone) <= MOST_PADDING:
-        groups = [alone]
+    if padding(lengths, alone, _tight(lengths, alone, few_shapes)) <= MOST_PADDING:
+        groups = [(alone, _tight(lengths, alone, few_shapes))]
+    elif shares_rows and few_shapes:
+        groups = [rows_of_few_shapes(lengths)]
     elif shares_rows:
-        groups = [shared_rows(lengths)]
+        rows = shared_rows(lengths)
+        groups = [(rows, _tight(lengths, rows))]
     else:
-        groups = [[[i] for i in bucket] for bucket in buckets(lengths)]
+        rows_of = [[[i] for i in bucket] for bucket in buckets(lengths, few_shapes)]
+        groups = [(rows, _tight(lengths, rows, few_shapes)) for rows in rows_of]
     weights = _sample_weights(lengths, tasks)
-    return [_rectangle(samples, tasks, weights, rows, pad_id, causal) for rows in groups]
+    return [_rectangle(samples, tasks, weights, rows, shape, pad_id, causal) for rows, shape in groups]
 
 
 def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
     """One sample in each row, padded on the right; weighted as by ``pack``."""
-    weights = _sample_weights([len(ids) for ids in samples], tasks)
-    return _rectangle(samples, tasks, weights, [[i] for i in range(len(samples))], pad_id, causal)
+    lengths = [len(ids) for ids in samples]
+    rows = [[i] for i in range(len(samples))]
+    return _rectangle(samples, tasks, _sample_weights(lengths, tasks), rows, _tight(lengths, rows), pad_id, causal)
 
 
-def padding(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> float:
-    """The share of a rectangle that is padding; rows: the samples in each."""
-    sums = [sum(lengths[i] for i in row) for row in rows]
-    return 1 - sum(sums) / (len(rows) * max(sums))
+def padding(lengths: Sequence[int], rows: Sequence[Sequence[int]], shape: tuple[int, int] | None = None) -> float:
+    """The share of a rectangle that is padding; rows: the samples in each; shape: if larger than they need."""
+    height, width = shape or _tight(lengths, rows)
+    return 1 - sum(lengths[i] for row in rows for i in row) / (height * width)
 
 
 def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
@@ -62,11 +73,34 @@ def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-def buckets(lengths: Sequence[int]) -> list[list[int]]:
+def rows_of_few_shapes(lengths: Sequence[int]) -> tuple[list[list[int]], tuple[int, int]]:
+    """Samples of each row, and a shape that comes again: of the roundest width that pads no more than ``MOST_PADDING``.
+
+    Widths of two significant bits are tried from the longest sample up, then those of five, which fit in the end.
+    """
+    for bits in (ROUND, FINE):
+        width, rows = 0, [[0], [0]]
+        while len(rows) > 1:
+            width = round_up(max(*lengths, width + 1), bits)
+            rows = _first_fit(lengths, width)
+            shape = round_up(len(rows), ROWS), width
+            if padding(lengths, rows, shape) <= MOST_PADDING:
+                return rows, shape
+    return rows, shape
+
+
+def round_up(n: int, bits: int) -> int:
+    """The least number not below ``n`` of which only the first ``bits`` bits are not 0."""
+    step = 1 << max(0, n.bit_length() - bits)
+    return -(-n // step) * step
+
+
+def buckets(lengths: Sequence[int], few_shapes: bool = False) -> list[list[int]]:
     """Samples by length, longest first, cut wherever one more would pad its bucket beyond ``MOST_PADDING``."""
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if found and padding(lengths, [[j] for j in [*found[-1], i]]) <= MOST_PADDING:
+        rows = [[j] for j in [*found[-1], i]] if found else []
+        if found and padding(lengths, rows, _tight(lengths, rows, few_shapes)) <= MOST_PADDING:
             found[-1].append(i)
         else:
             found.append([i])
@@ -87,7 +121,7 @@ def can_share_rows(model: nn.Module) -> bool:
         return False
     ids = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    together = _rectangle([ids[:5], ids[5:]], [0, 0], [1.0, 1.0], [[0, 1]], 0, True).to(device)
+    together = _rectangle([ids[:5], ids[5:]], [0, 0], [1.0, 1.0], [[0, 1]], (1, 12), 0, True).to(device)
     try:
         with torch.no_grad():
             packed = model(**together.arguments(dtype))[0][:, 5:]
@@ -95,6 +129,12 @@ def can_share_rows(model: nn.Module) -> bool:
     except (TypeError, ValueError, RuntimeError):
         return False
     return bool((packed - alone).norm() <= NEAR.get(dtype, 0.1) * alone.norm())
+
+
+def _tight(lengths: Sequence[int], rows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[int, int]:
+    """The shape that these rows need; rounded: in width."""
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    return len(rows), round_up(width, FINE) if rounded else width
 
 
 def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -119,14 +159,13 @@ def _sample_weights(lengths: Sequence[int], tasks: Sequence[int]) -> list[float]
 
 def _rectangle(
     samples: Sequence[Sequence[int]], tasks: Sequence[int], weights: Sequence[float], rows: Sequence[Sequence[int]],
-    pad_id: int, causal: bool,
+    shape: tuple[int, int], pad_id: int, causal: bool,
 ) -> Batch:  # fmt: skip
-    """One batch with these samples in each row, from the left."""
-    width = max(sum(len(samples[i]) for i in row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    task, position = torch.zeros(2, len(rows), width, dtype=torch.int64)
-    segment = torch.full((len(rows), width), -1)
-    weight = torch.zeros(len(rows), width)
+    """One batch of this shape with these samples in each row, from the left, and rows of padding alone below."""
+    ids = torch.full(shape, pad_id)
+    task, position = torch.zeros(2, *shape, dtype=torch.int64)
+    segment = torch.full(shape, -1)
+    weight = torch.zeros(shape)
     for r, row in enumerate(rows):
         start = 0
         task[r] = tasks[row[-1]]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsc.batch import Batch
 from nsc.errors import NSCError
+from nsc.graphs import Graphs
 from nsc.objective import NullSpaceObjective
 from nsc.surgery import set_coefficients
 
@@ -30,15 +31,24 @@ class Passes:
     """The gradient of a step in as few passes as memory allows; the same gradient whatever their number.
 
     tokens: the most that one pass may hold, None for a whole batch. Where memory runs out it is halved, for good.
+    loss: () where the loss adds up, as the gradient does in ``lam.grad``; both stay where they are, since ``graphs``
+    write there.
     """
 
-    def __init__(self, objective: NullSpaceObjective, lam: Tensor, tokens: int | None = None) -> None:
+    def __init__(
+        self, objective: NullSpaceObjective, lam: Tensor, tokens: int | None = None, loss: Tensor | None = None,
+        graphs: Graphs | None = None,
+    ) -> None:  # fmt: skip
         self.objective = objective
         self.lam = lam
         self.tokens = tokens
+        self.loss = torch.zeros((), dtype=lam.dtype, device=lam.device) if loss is None else loss
+        self.graphs = graphs or Graphs()
+        if lam.grad is None:
+            lam.grad = torch.zeros_like(lam)
 
     def gradient(self, batches: Sequence[Batch]) -> Tensor:
-        """() the loss of these batches, 0 of none; its gradient is added to that of ``lam``, zero or None before.
+        """() the loss of these batches, added to ``loss``; its gradient is added to ``lam.grad``. Both are zero before.
 
         Raises NSCError where not even one row of tokens fits.
         """
@@ -52,18 +62,22 @@ class Passes:
                     raise NSCError(
                         f"memory does not even hold one pass of {narrowest} tokens; give a smaller max_length or dtype"
                     ) from error
-            self.lam.grad = None
             self.tokens = max(largest // 2, narrowest)
+            self.graphs.clear()
+            for total in (self.loss, self.lam.grad):
+                total.zero_()  # type: ignore[union-attr]
             if self.lam.is_cuda:
                 torch.cuda.empty_cache()
 
     def _gradient(self, passes: Sequence[Batch]) -> Tensor:
-        total = torch.zeros((), dtype=self.lam.dtype, device=self.lam.device)
-        if self.lam.grad is None:
-            self.lam.grad = torch.zeros_like(self.lam)
         for batch in passes:
-            set_coefficients(self.objective.layers, self.lam)
-            loss = self.objective.loss(batch.to(self.lam.device))
-            loss.backward()
-            total += loss.detach()
-        return total
+            self.graphs(self._pass, batch.pinned() if self.lam.is_cuda else batch)
+        return self.loss
+
+    def _pass(self, batch: Batch) -> None:
+        assert self.lam.grad is not None
+        set_coefficients(self.objective.layers, self.lam)
+        loss = self.objective.loss(batch.to(self.lam.device))
+        (gradient,) = torch.autograd.grad(loss, self.lam)
+        self.lam.grad += gradient
+        self.loss += loss.detach()

@@ -172,13 +172,14 @@ def test_options_reach_the_merge(arguments, tmp_path):
         7,
     ]
     more += ["--target-module", "v_proj", "--target-block", 1, "--target-block", 2, "--dtype", "bfloat16"]
-    more += ["--weight-decay", 0.1, "--tokens-per-pass", 9, "--layers", "weights", "--gradient-checkpointing"]
+    more += ["--weight-decay", 0.1, "--tokens-per-pass", 9, "--layers", "weights"]
+    more += ["--gradient-checkpointing", "--no-graphs"]
     assert run(*arguments(tmp_path / "out", *more)).exit_code == 0
     record = yaml.safe_load((tmp_path / "out/merge.yaml").read_text())
     assert record["targets"] == ["layers.1.self_attn.v_proj", "layers.2.self_attn.v_proj"]
     expected = dict(steps=1, lr=0.01, start=0.5, batch_size=1, max_length=3, max_drift=None, seed=7, weight_decay=0.1)
     expected |= dict(target_modules=["v_proj"], target_blocks=[1, 2], dtype="bfloat16", tokens_per_pass=9)
-    expected |= dict(layers="weights", gradient_checkpointing=True)
+    expected |= dict(layers="weights", gradient_checkpointing=True, graphs=False)
     assert expected.items() <= record["settings"].items()
 
 

@@ -1,13 +1,20 @@
-"""On a GPU: the goldens' coefficients, a step without host syncs, whitened and Gram factors. Skipped elsewhere."""
+"""On a GPU: the goldens' coefficients, steps without host syncs, graphs, the Gram factors. Skipped elsewhere."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from test_goldens import FORMS, golden  # noqa: F401
+from test_graphs import CONFIG, TARGETS, setting  # noqa: F401
 
 from nsc.config import MergeConfig
-from nsc.learn import learn
+from nsc.distributed import ALONE
+from nsc.graphs import make_graphs
+from nsc.learn import _step, learn
 from nsc.objective import NullSpaceObjective
+from nsc.passes import Passes
 from nsc.stack import whitened
+from nsc.state import begin
 from nsc.surgery import merged_layers, set_coefficients
 from nsc_kernels import GramCache
 
@@ -43,3 +50,37 @@ def test_factors_on_the_gpu_equal_those_on_the_cpu():
     As = [torch.randn(16, 512) for _ in range(12)]
     for here, there in zip(GramCache().factor(As), GramCache().factor([a.cuda() for a in As]), strict=True):
         torch.testing.assert_close(there.inverse.cpu(), here.inverse, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [None, 20])
+def test_graphs_learn_what_eager_steps_do(setting, tokens, monkeypatch, capsys):  # noqa: F811
+    model, stack, batches = setting
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(None), replay(graph)))
+    config = replace(CONFIG, steps=40, tokens_per_pass=tokens)
+    recorded = learn(model.cuda(), stack, TARGETS, batches, config)
+    assert len(replays) > 40 and "no CUDA graphs" not in capsys.readouterr().err
+    eager = learn(model.cuda(), stack, TARGETS, batches, replace(config, graphs=False), progress=False)
+    torch.testing.assert_close(recorded.coefficients, eager.coefficients, rtol=0, atol=1e-6)
+    torch.testing.assert_close(recorded.losses, eager.losses, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_whole_step_never_waits_for_the_device(setting, graphs):  # noqa: F811
+    """Of one shape: eager, recorded, and then replayed."""
+    model, stack, batches = setting
+    model, batch = model.cuda(), batches(0)
+    lam = torch.nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), 0.4, device="cuda"))
+    with merged_layers(model, stack, lam.detach()) as layers:
+        objective = NullSpaceObjective(model, layers, stack, TARGETS)
+        state = begin(
+            lam, torch.zeros_like(lam, dtype=torch.bool), CONFIG, "", made := make_graphs(model, graphs, print)
+        )
+        passes = Passes(objective, lam, None, state.loss, made)
+        for number in range(6):
+            torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
+            try:
+                _step(state, lambda _: passes.gradient(batch), ALONE, [])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert (made.replayed == 8) == graphs  # four steps of a pass and an update

@@ -1,8 +1,7 @@
-"""The loop: resume bit for bit, interrupts, the bound on drift, NaN, what a step allocates and writes."""
+"""The loop: the bound on drift, NaN, what is frozen, what a step reads, writes and leaves behind."""
 
-import signal
+import gc
 from dataclasses import replace
-from itertools import count
 
 import pytest
 import torch
@@ -13,11 +12,14 @@ import nsc.learn as learning
 from nsc.adapters import read_adapter
 from nsc.config import MergeConfig
 from nsc.data import TextBatches
-from nsc.errors import NonFiniteError, NSCError, ResumeError
-from nsc.learn import learn
+from nsc.distributed import ALONE
+from nsc.errors import NonFiniteError, NSCError
+from nsc.learn import _step, learn
 from nsc.objective import NullSpaceObjective
+from nsc.passes import Passes
 from nsc.stack import stack_adapters, whitened
-from nsc.surgery import merged_layers, set_coefficients
+from nsc.state import begin
+from nsc.surgery import merged_layers
 
 TARGETS = ["layers.3.self_attn.v_proj"]
 CONFIG = MergeConfig(steps=12, lr=1e-2)
@@ -48,65 +50,6 @@ def setting(tmp_path_factory):
 def run(setting, config=CONFIG, batches=None, **options):
     model, stack, own = setting
     return learn(model, stack, TARGETS, batches or own, config, progress=False, **options)
-
-
-class Killed(Exception):
-    """Stands for a power cut."""
-
-
-@pytest.mark.parametrize("stop", [1, 5, 11])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_equals_uninterrupted(setting, tmp_path, stop, number):
-    whole = run(setting)
-    calls = count()
-
-    def interrupting(step):
-        if next(calls) == stop + 1:  # one call is made before the loop
-            signal.raise_signal(number)
-        return setting[2](step)
-
-    checkpoint = tmp_path / "state.pt"
-    with pytest.raises(KeyboardInterrupt):
-        run(setting, batches=interrupting, checkpoint=checkpoint)
-    assert torch.load(checkpoint)["step"] == stop + 1
-    resumed = run(setting, checkpoint=checkpoint, resume=True)
-    assert torch.equal(resumed.coefficients, whole.coefficients)
-    assert resumed.losses == whole.losses
-
-
-def test_killed_between_or_during_checkpoints_equals_uninterrupted(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "CHECKPOINT_SECONDS", -1)  # one after every step
-    whole, checkpoint, replace_file, saves = run(setting), tmp_path / "state.pt", learning.os.replace, count()
-
-    def die(*paths):
-        if next(saves) == 7:
-            raise Killed
-        replace_file(*paths)
-
-    monkeypatch.setattr(learning.os, "replace", die)
-    with pytest.raises(Killed):
-        run(setting, checkpoint=checkpoint)
-    assert torch.load(checkpoint)["step"] == 7
-    assert torch.equal(run(setting, checkpoint=checkpoint, resume=True).coefficients, whole.coefficients)
-
-
-def test_a_finished_run_can_be_continued_further(setting, tmp_path):
-    checkpoint = tmp_path / "state.pt"
-    run(setting, replace(CONFIG, steps=5), checkpoint=checkpoint)
-    longer = run(setting, checkpoint=checkpoint, resume=True)
-    assert torch.equal(longer.coefficients, run(setting).coefficients)
-
-
-def test_resume_refuses_what_is_missing_broken_or_of_another_merge(setting, tmp_path):
-    checkpoint = tmp_path / "state.pt"
-    with pytest.raises(ResumeError, match="nothing to resume"):
-        run(setting, checkpoint=checkpoint, resume=True)
-    run(setting, checkpoint=checkpoint, identity="one")
-    with pytest.raises(ResumeError, match="other adapters, data or settings"):
-        run(setting, checkpoint=checkpoint, resume=True, identity="another")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    with pytest.raises(ResumeError, match="cannot be read"):
-        run(setting, checkpoint=checkpoint, resume=True)
 
 
 def test_drift_is_bounded_and_the_bound_reported(setting):
@@ -214,18 +157,41 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_never_reads_from_the_device(setting):
+@pytest.mark.parametrize("options", [{}, {"shares_rows": True}], ids=str)
+def test_a_step_never_reads_from_the_device(setting, options):
+    """Forward, backward, optimiser, bounds and the noting of the loss."""
     model, stack, batches = setting
-    lam = torch.full((len(stack.names), 2), 0.4, requires_grad=True)
-    batch = batches(0)[0]
+    batches = replace(batches, **options)
+    lam = torch.nn.Parameter(torch.full((len(stack.names), 2), 0.4))
     with merged_layers(model, stack, lam.detach()) as layers:
         objective = NullSpaceObjective(model, layers, stack, TARGETS)
-        objective.loss(batch)  # what a model caches on its first forward is not part of a step
+        state = begin(lam, torch.zeros_like(lam, dtype=torch.bool), CONFIG, "")
+        passes = Passes(objective, lam, loss=state.loss)
+
+        def step():
+            _step(state, lambda number: passes.gradient(batches(number)), ALONE, [])
+
+        step()  # what a model caches on its first forward is not part of a step
         with HostReads() as reads:
-            set_coefficients(layers, lam)
-            objective.loss(batch).backward()
-            with torch.no_grad():
-                lam.clamp_(lam - 1, lam + 1)
+            step()
             inside = list(reads.seen)
             lam.sum().item()
     assert inside == [] and reads.seen == ["_local_scalar_dense.default"]
+    assert (state.losses[:2] > 0).all() and (state.losses[2:] == 0).all()
+
+
+def test_a_step_leaves_nothing_behind(setting):
+    """As many tensors of as many bytes after 49 steps as after 4."""
+    batch, seen = setting[2](0), []
+
+    def counting(step):
+        if step not in (4, 20, 49):
+            return batch
+        gc.collect()
+        live = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in live}
+        seen.append((len(live), sum(storages.values())))
+        return batch
+
+    run(setting, replace(CONFIG, steps=50), batches=counting)
+    assert len(seen) == 3 and len(set(seen)) == 1 and seen[0][0] > 0

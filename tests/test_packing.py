@@ -13,7 +13,18 @@ from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.learn import learn
 from nsc.objective import NullSpaceObjective
-from nsc.packing import MOST_PADDING, buckets, can_share_rows, collate, pack, padding, shared_rows
+from nsc.packing import (
+    MOST_PADDING,
+    _rectangle,
+    buckets,
+    can_share_rows,
+    collate,
+    pack,
+    padding,
+    round_up,
+    rows_of_few_shapes,
+    shared_rows,
+)  # fmt: skip
 from nsc.passes import Passes
 from nsc.stack import stack_adapters, whitened
 from nsc.surgery import merged_layers
@@ -74,6 +85,44 @@ def test_rows_of_one_length_are_left_as_they_are(samples):
     assert batch.segment is None and list(batch.inputs) == ["input_ids"] and batch.task.shape == (8, 5)
 
 
+@pytest.mark.parametrize("shares_rows", [True, False])
+def test_rounding_up_changes_nothing(setting, samples, shares_rows):
+    """Rows of padding alone give no NaN and no gradient."""
+    want = gradient(setting, pack(samples, TASKS, 0, causal=True, shares_rows=shares_rows))
+    few = pack(samples, TASKS, 0, causal=True, shares_rows=shares_rows, few_shapes=True)
+    torch.testing.assert_close(gradient(setting, few), want, **EXACT)
+    taller = [
+        _rectangle(samples, TASKS, [0.1] * 8, rows, (height, 20), 0, True)
+        for rows, height in (([[1, 0], [2, 4], [3, 6, 7, 5]], h) for h in (3, 5))
+    ]
+    assert (taller[1].segment[3:] == -1).all() and taller[1].weight.sum() == taller[0].weight.sum()
+    low, high = (gradient(setting, [batch]) for batch in taller)
+    torch.testing.assert_close(high, low, **EXACT)
+    assert all(x.isfinite().all() and x.abs().max() > 0 for x in high)
+
+
+@pytest.mark.parametrize("shares_rows", [True, False])
+def test_few_shapes(shares_rows):
+    """Still below a tenth of padding, whatever the lengths; of samples alike, steps have far fewer shapes."""
+    draw, shapes = random.Random(0), {True: set(), False: set()}
+    for _ in range(200):
+        lengths = [min(500, int(draw.lognormvariate(3.5, 0.6)) + 1) for _ in range(20)]
+        samples = [[1] * n for n in lengths]
+        for few in (True, False):
+            batches = pack(samples, [0] * 20, 0, causal=True, shares_rows=shares_rows, few_shapes=few)
+            shapes[few] |= {tuple(batch.task.shape) for batch in batches}
+            assert all((b.weight == 0).float().mean() <= MOST_PADDING for b in batches)
+            assert sum((b.weight > 0).sum() for b in batches) == sum(lengths)
+    assert len(shapes[True]) < (0.4 if shares_rows else 0.7) * len(shapes[False])
+
+
+@pytest.mark.parametrize(
+    ("n", "bits", "rounded"), [(1, 2, 1), (5, 2, 6), (97, 2, 128), (96, 2, 96), (33, 5, 34), (9, 4, 9)]
+)
+def test_round_up(n, bits, rounded):
+    assert round_up(n, bits) == rounded
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_padding_stays_below_a_tenth(seed):
     """Whatever the lengths; every sample once; no row longer than it must be to get there."""
@@ -81,6 +130,9 @@ def test_padding_stays_below_a_tenth(seed):
     lengths = [draw.choice([draw.randint(1, 20), draw.randint(1, 500)]) for _ in range(draw.randint(1, 40))]
     rows = shared_rows(lengths)
     assert padding(lengths, rows) <= MOST_PADDING
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    rows, shape = rows_of_few_shapes(lengths)
+    assert padding(lengths, rows, shape) <= MOST_PADDING
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     groups = buckets(lengths)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))

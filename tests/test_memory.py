@@ -1,0 +1,68 @@
+"""Passes as large as the memory that is free allows: what a token keeps, measured, and the cut that follows."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_learn import CONFIG, TARGETS, setting  # noqa: F401
+
+import nsc.learn as learning
+from nsc import memory
+from nsc.learn import learn
+from nsc.memory import counting_kept, free_memory, tokens_that_fit
+from nsc.objective import NullSpaceObjective
+from nsc.packing import collate
+from nsc.passes import Passes
+from nsc.surgery import choose_plans, merged_layers, set_coefficients
+
+
+def test_passes_are_cut_by_the_memory_that_is_free(setting, monkeypatch, capsys):  # noqa: F811
+    """Ten times as much memory holds about ten times the tokens; what is learned is the same, and it is said."""
+    model, stack, batches = setting
+    batches = replace(batches, batch_size=6)
+    sizes, one_pass, results = [], Passes._pass, []
+
+    def noted(self, batch):
+        sizes[-1].append(batch.tokens)
+        one_pass(self, batch)
+
+    monkeypatch.setattr(Passes, "_pass", noted)
+    for free in (None, 10**9, 4 * 10**5, 1):
+        monkeypatch.setattr(learning, "free_memory", lambda device, free=free: free)
+        sizes.append([])
+        results.append(learn(model, stack, TARGETS, batches, CONFIG))
+        told = capsys.readouterr().err
+        assert ("so a pass holds" in told) == (free is not None)
+    whole, ample, some, none = sizes
+    widest = max(batch.task.shape[1] for step in range(CONFIG.steps) for batch in batches(step))
+    assert whole == ample and max(none) == widest < max(some) < max(whole)
+    for other in results[1:]:
+        torch.testing.assert_close(other.coefficients, results[0].coefficients, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ["factors", "weights"])
+def test_what_a_token_keeps_is_measured_exactly(setting, layers):  # noqa: F811
+    """The tokens that fit keep no more than their share of what is free, and a tenth more of them would keep more."""
+    model, stack, _ = setting
+    lam = torch.nn.Parameter(torch.full((len(stack.names), 2), 0.4))
+    batch = collate([[3 + i] * 20 for i in range(40)], [0, 1] * 20, pad_id=0, causal=True)
+    plans = choose_plans(model, stack, layers, batch.tokens)
+    free = 2_500_000
+    with merged_layers(model, stack, lam.detach(), plans) as layers:
+        objective = NullSpaceObjective(model, layers, stack, TARGETS)
+        rows = tokens_that_fit(objective, lam, batch, free) // 20
+        assert 2 < rows < 36
+        for taken, fits in ((rows, True), (math.ceil(1.1 * rows), False)):
+            set_coefficients(layers, lam)
+            with counting_kept(model) as kept:
+                loss = objective.loss(batch.split(taken)[0])
+            assert (sum(kept.values()) <= memory.SHARE * free) == fits
+            del loss
+
+
+def test_free_memory_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    assert free_memory(torch.device("cpu")) is None
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:   12 kB\n")
+    assert free_memory(torch.device("cpu")) == 12 * 1024
