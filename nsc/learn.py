@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from nsc.distributed import ALONE, RankError, Team
 from nsc.errors import NonFiniteError, ResumeError
 from nsc.interrupts import deferred_interrupts
 from nsc.objective import NullSpaceObjective
-from nsc.passes import Passes, share_out
+from nsc.passes import Passes, own_share
+from nsc.places import input_device
+from nsc.sharding import shards_of
 from nsc.stack import Stack
 from nsc.surgery import choose_plans, merged_layers, set_coefficients
 
@@ -82,7 +85,7 @@ def learn(
     of another merge, and KeyboardInterrupt after SIGINT or SIGTERM to any rank, once the state is on disk; RankError
     when a rank is lost, then too with the state on disk.
     """
-    device = next(model.parameters()).device
+    device, shards = input_device(model), shards_of(model)
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
     first_step = batches(0)
@@ -90,14 +93,16 @@ def learn(
     with merged_layers(model, stack, lam.detach(), plans) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
         passes = Passes(objective, lam, config.tokens_per_pass)
-        frozen = ~_reachable(objective, first_step[0].within(1)[0].to(device), lam) | ~stack.present.to(device)
+        with shards.one_pass() if shards else nullcontext():
+            reachable = _reachable(objective, first_step[0].within(1)[0].to(device), lam)
+        frozen = ~reachable | ~stack.present.to(device)
         run = _start(lam, frozen, config, identity)
         if resume:
             _restore(run, team.from_first(lambda: _read(checkpoint, identity, config.steps)))
         started, first = time.perf_counter(), run.step
         try:
             _optimise(
-                run, lambda step: passes.gradient(share_out(batches(step), team.size)[team.rank]), config.steps,
+                run, lambda step: passes.gradient(own_share(batches(step), team, shards)), config.steps,
                 checkpoint if team.first else None, progress and team.first, team,
             )  # fmt: skip
             team.require_same(lam.tolist(), "coefficients")
@@ -146,7 +151,7 @@ def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tens
     """(M, 1) bool: modules whose coefficients the objective depends on, read off the autograd graph."""
     rows = [row.clone().requires_grad_() for row in lam.detach().unbind(0)]
     for layer, row in zip(objective.layers.values(), rows, strict=True):
-        layer.lam = row
+        layer.lam = row.to(layer.spread.device)
     gradients = torch.autograd.grad(objective.loss(batch), rows, allow_unused=True)
     return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
 

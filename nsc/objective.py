@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nsc.batch import Batch
 from nsc.errors import TargetError
+from nsc.places import input_device
 from nsc.stack import Stack
 from nsc_kernels import MergedLoRALinear, ratio_from_energy
 
@@ -40,12 +41,13 @@ class NullSpaceObjective:
         self.model = model
         self.layers = layers
         self.targets = list(targets)
-        device = next(iter(layers.values())).lora_A.device
+        device = input_device(model)
         present = torch.tensor([stack.modules[name].present for name in targets])
         self.share = _shares(present, stack.tasks).to(device)  # (T, K)
         self.tasks = stack.tasks
         self._dtype = next(model.parameters()).dtype
         self._grams = {n: g.to(device) if (g := stack.modules[n].gram_inverse) is not None else None for n in targets}
+        self._offsets = {name: layers[name].offsets.to(device) for name in targets}
 
     def loss(self, batch: Batch) -> Tensor:
         """() the objective of one batch, in float32 at least, differentiable in the coefficients."""
@@ -72,10 +74,10 @@ class NullSpaceObjective:
         task = batch.task.flatten()
 
         def watch(name: str, u: Tensor, energy: Tensor) -> None:
-            u, energy = u.flatten(0, -2), energy.flatten()
+            u, energy = u.flatten(0, -2).to(task.device), energy.flatten().to(task.device)
             if len(energy) != task.numel():
                 raise TargetError(f"{name} saw {len(energy)} rows of a batch of {task.numel()}: it cannot be a target")
-            rows = {"gram_inverse": self._grams[name], "adapter": task, "offsets": self.layers[name].offsets}
+            rows = {"gram_inverse": self._grams[name], "adapter": task, "offsets": self._offsets[name]}
             seen[name] = measure(self.targets.index(name), task, energy=energy, u=u, **rows)
             if len(seen) == len(self.targets):
                 raise _Stop

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from nsc.batch import Batch
+from nsc.distributed import Team
 from nsc.errors import NSCError
 from nsc.objective import NullSpaceObjective
+from nsc.sharding import LostPass, Shards, shards_of, weightless
 from nsc.surgery import set_coefficients
 
 
@@ -26,6 +29,12 @@ def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
     return shares
 
 
+def own_share(batches: Sequence[Batch], team: Team, shards: Shards | None = None) -> list[Batch]:
+    """This rank's share of these batches; of a sharded base never empty, but of weight 0 if need be."""
+    share = share_out(batches, team.size)[team.rank]
+    return share if share or shards is None else [weightless(batches[0])]
+
+
 class Passes:
     """The gradient of a step in as few passes as memory allows; the same gradient whatever their number.
 
@@ -36,19 +45,23 @@ class Passes:
         self.objective = objective
         self.lam = lam
         self.tokens = tokens
+        self.shards = shards_of(objective.model)
 
     def gradient(self, batches: Sequence[Batch]) -> Tensor:
         """() the loss of these batches, 0 of none; its gradient is added to that of ``lam``, zero or None before.
+
+        With a sharded base all ranks run as many passes, so each must give a batch, of weight 0 if need be.
 
         Raises NSCError where not even one row of tokens fits.
         """
         while True:
             try:
-                return self._gradient([p for b in batches for p in (b.within(self.tokens) if self.tokens else [b])])
+                passes = [p for b in batches for p in (b.within(self.tokens) if self.tokens else [b])]
+                return self._gradient(self.shards.even(passes) if self.shards else passes)
             except torch.OutOfMemoryError as error:
                 largest = max(min(b.tokens, self.tokens or b.tokens) for b in batches)
                 narrowest = max(b.task.shape[1] for b in batches)
-                if largest <= narrowest:
+                if largest <= narrowest and not isinstance(error, LostPass):
                     raise NSCError(
                         f"memory does not even hold one pass of {narrowest} tokens; give a smaller max_length or dtype"
                     ) from error
@@ -62,8 +75,9 @@ class Passes:
         if self.lam.grad is None:
             self.lam.grad = torch.zeros_like(self.lam)
         for batch in passes:
-            set_coefficients(self.objective.layers, self.lam)
-            loss = self.objective.loss(batch.to(self.lam.device))
-            loss.backward()
-            total += loss.detach()
+            with self.shards.one_pass() if self.shards else nullcontext():
+                set_coefficients(self.objective.layers, self.lam)
+                loss = self.objective.loss(batch.to(self.lam.device))
+                loss.backward()
+                total += loss.detach()
         return total

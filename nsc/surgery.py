@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc.costs import layer_plan
+from nsc.places import is_plain, run_device
 from nsc.stack import ModuleStack, Stack
 from nsc_kernels import MergedLoRALinear
 
@@ -21,11 +22,12 @@ def merged_layers(
 
     plans: of modules that are not to run by their factors, as ``choose_plans`` finds them.
     The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to
-    the dtype and device of the layer that they join.
+    the dtype and device in which the layer that they join computes.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
+    dtype = next(model.parameters()).dtype
     layers = {
-        name: _merged_layer(originals[name], stack.modules[name], row, (plans or {}).get(name, "factors"))
+        name: _merged_layer(originals[name], stack.modules[name], row, (plans or {}).get(name, "factors"), dtype)
         for name, row in zip(stack.names, lam.unbind(0), strict=True)
     }
     try:
@@ -40,7 +42,7 @@ def merged_layers(
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor) -> None:
     """Point every layer at its row of ``lam`` (M, K), so that the next forward is differentiable in it."""
     for layer, row in zip(layers.values(), lam.unbind(0), strict=True):
-        layer.lam = row
+        layer.lam = row.to(layer.spread.device)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -52,19 +54,25 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict[str, str]:
     """Module -> "factors" or "weights": ``plan`` itself, or with "auto" what takes fewer FLOPs for so many tokens.
 
-    What is not a plain ``nn.Linear``, such as a quantised layer, has no weight to fold into and runs by its factors.
+    A layer that is quantised, offloaded or sharded has no weight to fold into and runs by its factors.
     """
     plans = {}
     for name, module in stack.modules.items():
         linear = model.get_submodule(name)
         (m, R), d = module.B.shape, module.A.shape[1]
         best = layer_plan(tokens, d, m, R) if plan == "auto" else plan
-        plans[name] = best if type(linear) is nn.Linear else "factors"
+        plans[name] = best if is_plain(linear) else "factors"
     return plans
 
 
-def _merged_layer(linear: nn.Module, module: ModuleStack, row: Tensor, plan: str) -> MergedLoRALinear:
-    weight = next(linear.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    A, B = (t.to(device=weight.device, dtype=dtype) for t in (module.A, module.B))
-    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach(), plan=plan)
+def _merged_layer(
+    linear: nn.Module,
+    module: ModuleStack,
+    row: Tensor,
+    plan: str,
+    dtype: torch.dtype,  # of the model, for a layer whose weight is stored in integers
+) -> MergedLoRALinear:
+    stored, device = next(linear.parameters()).dtype, run_device(linear)
+    dtype = stored if stored.is_floating_point else dtype
+    A, B = (t.to(device=device, dtype=dtype) for t in (module.A, module.B))
+    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach().to(device), plan=plan)
