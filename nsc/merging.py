@@ -67,6 +67,8 @@ def merge(
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
     stack = stack_adapters(read, matches, list(shapes))
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
+    if config.shard:
+        shard_linears(model, team, families.one_device(config.device))
     say = _printer(progress and team.first)
     say(f"base {base}: {len(stack.names)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
@@ -159,13 +161,11 @@ def fingerprint(adapter: Adapter) -> str:
 
 
 def _load(base: str, config: MergeConfig, team: Team) -> nn.Module:
-    """The base to learn on. Raises NSCError where it cannot be laid out as asked."""
+    """The base to learn on; one that is to be sharded is on the CPU. Raises NSCError where it cannot be as asked."""
     if config.device_map and team.size > 1:
         raise NSCError("device_map spreads one process over all devices; start it without torchrun, or give shard")
-    if not config.shard:
-        return families.load_body(base, config.dtype, config.device, config.weights, config.device_map)
-    model = families.load_body(base, config.dtype, "cpu")
-    return shard_linears(model, team, families.one_device(config.device))
+    device = "cpu" if config.shard else config.device
+    return families.load_body(base, config.dtype, device, config.weights, config.device_map)
 
 
 def _read_data(data: Mapping[str, Source], adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:

@@ -95,9 +95,9 @@ class ShardedLinear(nn.Module):
 
 
 def shard_linears(model: nn.Module, team: Team, device: str) -> nn.Module:
-    """The same frozen base, in place, with every linear cut to this rank's slice, one by one, and all on ``device``.
+    """The same frozen base, changed in place: every linear cut to this rank's slice, one by one, and all on ``device``.
 
-    The base lies on the CPU before, so that no GPU ever holds it whole.
+    It lies on the CPU before, so that no GPU ever holds it whole.
 
     Raises NSCError for a single process, and for experts, of which each rank would run others.
     """
