@@ -39,9 +39,14 @@ def load_body(
         options: dict[str, Any] = {"device_map": device_map} if device_map else {}
         if weights != "full":
             options |= {"quantization_config": quantization_config(weights)}
-            options.setdefault("device_map", {"": place})
+            if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
+                options.setdefault("device_map", {"": place})
         with quiet_loading():
             model, info = AutoModel.from_pretrained(base, **{DTYPE: precision}, output_loading_info=True, **options)
+    except TypeError as error:
+        raise NSCError(
+            f"transformers and the library of weights {weights} do not fit: update both ({error})"
+        ) from error
     except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
@@ -52,11 +57,13 @@ def load_body(
         )
     model.config.use_cache = False  # nothing is generated: a key-value cache would only hold memory
     model.requires_grad_(False).eval()
-    if options:
+    if device_map:
         reload_in_backward(model)
+    if weights != "full":
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise NSCError(f"weights {weights} do not go with offloading, as device_map {device_map} does: give one")
         dequantise_where_used(model)
-        return model
-    return model.to(place)
+    return model if options else model.to(place)
 
 
 def one_device(device: str) -> str:

@@ -34,11 +34,16 @@ def quantization_config(weights: str) -> Any:
 
 
 def dequantise_where_used(model: nn.Module) -> None:
-    """Make the quantised linears of a model run by their weights in the dtype of the input, in place."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter:
-            inner = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's hook runs around it
-            setattr(module, inner, partial(_forward, module))
+    """Make the quantised linears of a model run by their weights in the dtype of the input, in place.
+
+    Raises NSCError if there is none: transformers may leave the weights as they are without a word.
+    """
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and type(m.weight) is not nn.Parameter]
+    if not linears:
+        raise NSCError("no linear of the base was quantised; give weights full, or another version of transformers")
+    for linear in linears:
+        inner = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"  # accelerate's hook runs around it
+        setattr(linear, inner, partial(_forward, linear))
 
 
 def dequantised(linear: nn.Linear) -> Tensor:
