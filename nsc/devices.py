@@ -50,7 +50,7 @@ def get_hardware(
 class Launch:
     """way: single, replicas, 8-bit, sharded or none.  devices: that it takes.  passes: of a step, on each of them.
 
-    command: None where nsc merge has no option for this way.
+    command: None where there is no way.
     """
 
     way: str
@@ -66,7 +66,11 @@ def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: 
     """
     there, shards = gpus * nodes, memory.fewest_shards(room)
     too_large = f"{metric(memory.weights, 'B')} of weights and one sample do not fit a device"
-    split = f"sharding takes {shards} devices at least" if shards else "sharding does not help: two blocks do not fit"
+    split = (
+        f"sharding takes {shards} devices at least"
+        if shards
+        else "sharding does not help: what each device holds does not fit"
+    )
     if fit := memory.samples_within(room):
         if there == 1:
             return Launch("single", 1, _passes(memory, 1, fit), "nsc merge ...", "the base and a sample fit one device")
@@ -74,12 +78,16 @@ def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: 
         why = f"the base fits one device, so {used} of {there} share the {memory.samples} samples of a step"
         return Launch("replicas", used, _passes(memory, used, fit), _torchrun(gpus, nodes), why)
     if not (shards and shards <= there) and (fit := memory.in_8_bits(itemsize).samples_within(room)):
-        return Launch("8-bit", 1, _passes(memory, 1, fit), None, f"{too_large}; in 8 bits they do, or {split}")
+        why = f"{too_large}; in 8 bits they do, or {split}"
+        return Launch("8-bit", 1, _passes(memory, 1, fit), "nsc merge ... --weights int8", why)
     if not shards:
         return Launch("none", 1, 0, None, f"{too_large}, in 8 bits neither; {split}")
     devices = max(shards, there)
     fit = memory.sharded(devices).samples_within(room)
-    return Launch("sharded", devices, _passes(memory, devices, fit), None, f"{too_large}; {split}, there are {there}")
+    command = _torchrun(gpus, math.ceil(devices / gpus)) + " --shard"
+    return Launch(
+        "sharded", devices, _passes(memory, devices, fit), command, f"{too_large}; {split}, there are {there}"
+    )
 
 
 def choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """The processes that ``torchrun`` or ``accelerate launch`` started, learning one set of coefficients together.
 
-Every rank holds the base, the adapters and the same state. The rows of a step are shared out, one all-reduce adds up
-the gradients, and all ranks take the same optimiser step, so their coefficients are equal bit for bit.
+Every rank holds the base (or its slice of it, see ``nsc.sharding``), the adapters and the same state. The rows of a
+step are shared out, one all-reduce adds up the gradients, and all ranks take the same optimiser step, so their
+coefficients are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -55,6 +56,22 @@ class Team:
         for tensor, total in zip(tensors, flat[:-1].split([t.numel() for t in tensors]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
         return flag
+
+    def most(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        with self._in_touch():
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+            return int(box)
+
+    def join_slices(self, mine: Tensor) -> Tensor:
+        """(size * n,) the slices (n,) of all ranks, of one dtype, in the order of the ranks."""
+        whole = mine.new_empty(self.size * len(mine))
+        with self._in_touch():
+            dist.all_gather_into_tensor(whole.view(torch.uint8), mine.view(torch.uint8))
+        return whole
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What ``make`` returns on the first rank, on all of them; where it raises NSCError, all of them raise that."""

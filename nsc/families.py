@@ -18,19 +18,36 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from nsc.errors import NSCError, TargetError
+from nsc.places import reload_in_backward
+from nsc.quantized import dequantise_where_used, quantization_config
 
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 PREFERRED_TARGETS = ("v_proj", "o_proj")  # the paper's choice for LLMs and VLMs, then for ViT
 
 
-def load_body(base: str, dtype: str = "auto", device: str = "auto") -> nn.Module:
-    """The frozen transformer body of a local folder or Hub id, in eval mode. Raises NSCError if it cannot be loaded."""
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def load_body(
+    base: str, dtype: str = "auto", device: str = "auto", weights: str = "full", device_map: str | None = None
+) -> nn.Module:
+    """The frozen transformer body of a local folder or Hub id, in eval mode. Raises NSCError if it cannot be loaded.
+
+    weights: "full", or fewer bits for its linears (see ``nsc.quantized``).  device_map: as accelerate takes it, instead
+    of ``device``; what no device holds stays on the CPU or disk and is brought where it is used.
+    """
+    place = one_device(device)
     try:
         precision = dtype if dtype == "auto" else getattr(torch, dtype)
+        options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+        if weights != "full":
+            options |= {"quantization_config": quantization_config(weights)}
+            if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
+                options.setdefault("device_map", {"": place})
         with quiet_loading():
-            model, info = AutoModel.from_pretrained(base, **{DTYPE: precision}, output_loading_info=True)
-    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+            model, info = AutoModel.from_pretrained(base, **{DTYPE: precision}, output_loading_info=True, **options)
+    except TypeError as error:
+        raise NSCError(
+            f"transformers and the library of weights {weights} do not fit: update both ({error})"
+        ) from error
+    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
     if lost:
@@ -39,7 +56,19 @@ def load_body(base: str, dtype: str = "auto", device: str = "auto") -> nn.Module
             " fill them at random; fetch the base again, or give the model that its config describes"
         )
     model.config.use_cache = False  # nothing is generated: a key-value cache would only hold memory
-    return model.requires_grad_(False).eval().to(place)
+    model.requires_grad_(False).eval()
+    if device_map:
+        reload_in_backward(model)
+    if weights != "full":
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise NSCError(f"weights {weights} do not go with offloading, as device_map {device_map} does: give one")
+        dequantise_where_used(model)
+    return model if options else model.to(place)
+
+
+def one_device(device: str) -> str:
+    """ "auto" is CUDA where there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 @contextmanager

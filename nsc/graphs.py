@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc.batch import Batch
+from nsc.sharding import shards_of
 
 MOST_GRAPHS = 32  # that live at once, the first met twice; others run as usual
 
@@ -138,6 +139,8 @@ def make_graphs(model: nn.Module, wanted: bool, say: Callable[[str], Any]) -> Gr
 
 def obstacle(model: nn.Module) -> str | None:
     """Why steps of ``model`` cannot be recorded, as far as that shows beforehand; None where it does not."""
+    if shards_of(model):
+        return "the processes gather the base's weights within a step"
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         return f"the base's weights lie on {', '.join(devices)}"

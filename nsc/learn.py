@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,9 @@ from nsc.graphs import make_graphs
 from nsc.interrupts import deferred_interrupts
 from nsc.memory import free_memory, tokens_that_fit
 from nsc.objective import NullSpaceObjective
-from nsc.passes import Passes, share_out
+from nsc.passes import Passes, own_share
+from nsc.places import input_device
+from nsc.sharding import shards_of
 from nsc.stack import Stack
 from nsc.state import State, begin, read, restore, save
 from nsc.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
@@ -73,7 +76,7 @@ def learn(
     of another merge, and KeyboardInterrupt after SIGINT or SIGTERM to any rank, once the state is on disk; RankError
     when a rank is lost, then too with the state on disk.
     """
-    device = next(model.parameters()).device
+    device, shards = input_device(model), shards_of(model)
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
     first_step = batches(0)
@@ -84,9 +87,11 @@ def learn(
         row = first_step[0].within(1)[0].to(device)
         share_inputs(model, layers, targets, row)
         objective = NullSpaceObjective(model, layers, stack, targets, config.gradient_checkpointing)
-        frozen = ~_reachable(objective, row, lam) | ~stack.present.to(device)
+        with shards.one_pass() if shards else nullcontext():
+            reachable = _reachable(objective, row, lam)
+        frozen = ~reachable | ~stack.present.to(device)
         state = begin(lam, frozen, config, identity, graphs)
-        tokens = config.tokens_per_pass or _measure(objective, lam, first_step[0], say)
+        tokens = config.tokens_per_pass or (None if shards else _measure(objective, lam, first_step[0], say))
         if resume:
             stored = team.from_first(lambda: read(checkpoint, identity, config.steps))
             restore(state, stored)
@@ -96,8 +101,8 @@ def learn(
         started, first = time.perf_counter(), state.step
         try:
             _optimise(
-                state, lambda step: passes.gradient(share_out(batches(step), team.size)[team.rank]), config.steps,
-                keep, progress and team.first, team,
+                state, lambda step: passes.gradient(own_share(batches(step), team, shards)), config.steps, keep,
+                progress and team.first, team,
             )  # fmt: skip
             team.require_same(lam.tolist(), "coefficients")
         except NonFiniteError as error:

@@ -25,10 +25,12 @@ from nsc.learn import learn, printer, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
 from nsc.objective import NullSpaceObjective
 from nsc.packing import can_share_rows, pack
-from nsc.passes import share_out
+from nsc.passes import own_share
+from nsc.places import input_device
 from nsc.record import Record
 from nsc.report import describe_merge, describe_stack
 from nsc.result import MergeResult
+from nsc.sharding import shard_linears, shards_of
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers
 
@@ -59,11 +61,13 @@ def merge(
     texts = _read_data(data, read)
     team = join(config.device)
     base = _absolute(base)
-    model = families.load_body(base, config.dtype, config.device)
+    model = _load(base, config, team)
     shapes = families.linear_shapes(model)
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
     stack = stack_adapters(read, matches, list(shapes))
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
+    if config.shard:
+        shard_linears(model, team, families.one_device(config.device))
     say = printer(progress and team.first)
     say(f"base {base}: {len(stack.names)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
@@ -77,7 +81,9 @@ def merge(
     team.require_same((identity, config.to_dict(), shapes_seen), "base, adapters, data or settings")
     lean = whitened(stack)
     start = torch.full((len(stack.names), len(stack.tasks)), config.start)
-    evaluation = share_out(evaluation, team.size)[team.rank]
+    shards = shards_of(model)
+    evaluation = own_share(evaluation, team, shards)
+    evaluation = shards.even(evaluation) if shards else evaluation
     before = _ratios(model, lean, targets, evaluation, start, team)
     learned = learn(
         model, lean, targets, batches, config, checkpoint=Path(checkpoint) if checkpoint else None, resume=resume,
@@ -88,8 +94,8 @@ def merge(
     report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
     say(report.summary())
-    sample = batches(0)[0].to(next(model.parameters()).device)
-    return MergeResult(learned.coefficients, report, record, read, stack, model, sample)
+    sample, whole = batches(0)[0], model if config.whole_base else None
+    return MergeResult(learned.coefficients, report, record, read, stack, whole, sample)
 
 
 def apply(
@@ -153,6 +159,14 @@ def fingerprint(adapter: Adapter) -> str:
     return hashlib.sha256((adapter.sha256 + json.dumps(scales)).encode()).hexdigest()
 
 
+def _load(base: str, config: MergeConfig, team: Team) -> nn.Module:
+    """The base to learn on; one that is to be sharded is on the CPU. Raises NSCError where it cannot be as asked."""
+    if config.device_map and team.size > 1:
+        raise NSCError("device_map spreads one process over all devices; start it without torchrun, or give shard")
+    device = "cpu" if config.shard else config.device
+    return families.load_body(base, config.dtype, device, config.weights, config.device_map)
+
+
 def _read_data(data: Mapping[str, Source], adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
     missing, extra = sorted(set(adapters) - set(data)), sorted(set(data) - set(adapters))
     if missing or extra:
@@ -184,7 +198,7 @@ def _ratios(
     model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor, team: Team
 ) -> Tensor:
     """(T, K) over the batches of all ranks."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     with merged_layers(model, stack, lam.to(device)) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
         table = torch.zeros_like(objective.share)
@@ -235,7 +249,10 @@ def _identity(
     base: str, adapters: Mapping[str, Adapter], texts: Mapping[str, list[str]], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
-    free = ("steps", "evaluation_samples", "tokens_per_pass", "layers", "gradient_checkpointing", "graphs")
+    free = (
+        "steps", "evaluation_samples", "tokens_per_pass", "layers", "gradient_checkpointing", "graphs", "device_map",
+        "shard",
+    )  # fmt: skip
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, texts, targets, settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

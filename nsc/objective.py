@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from nsc.batch import Batch
 from nsc.errors import TargetError
 from nsc.families import blocks_before
+from nsc.places import input_device
 from nsc.stack import Stack
 from nsc_kernels import MergedLoRALinear, ratio_from_energy
 
@@ -50,14 +51,13 @@ class NullSpaceObjective:
         self.model = model
         self.layers = layers
         self.targets = list(targets)
+        device = input_device(model)
         present = torch.tensor([stack.modules[name].present for name in targets])
-        self.share = _shares(present, stack.tasks).to(next(iter(layers.values())).lora_A.device)  # (T, K)
+        self.share = _shares(present, stack.tasks).to(device)  # (T, K)
         self.tasks = stack.tasks
         self._dtype = next(model.parameters()).dtype
-        self._grams = {
-            name: None if (gram := stack.modules[name].gram_inverse) is None else gram.to(layers[name].lora_A.device)
-            for name in targets
-        }
+        self._grams = {n: g.to(device) if (g := stack.modules[n].gram_inverse) is not None else None for n in targets}
+        self._offsets = {name: layers[name].offsets.to(device) for name in targets}
         self._siblings = {x.siblings for x in layers.values() if x.siblings is not None}
         self._checkpointed = blocks_before(model, self._reading_last()) if checkpointing else []
 
@@ -67,7 +67,7 @@ class NullSpaceObjective:
         weights = (self.share.to(weight) / len(self.tasks))[:, batch.task.flatten()] * weight  # (T, n)
 
         def weighted(index: int, **rows: Any) -> Tensor:
-            return ratio_from_energy(**rows, weight=weights[index].to(rows["u"].device)).to(weight.device)
+            return ratio_from_energy(**rows, weight=weights[index])
 
         return torch.stack(self._watch(batch, weighted, self._checkpointed)).sum()
 
@@ -77,7 +77,7 @@ class NullSpaceObjective:
         task, weight = batch.task.flatten(), batch.weight.flatten()
 
         def per_task(index: int, **rows: Any) -> Tensor:
-            counted = torch.where(weight > 0, ratio_from_energy(**rows).to(weight.device) * weight, 0)
+            counted = torch.where(weight > 0, ratio_from_energy(**rows) * weight, 0)
             return counted.new_zeros(len(self.tasks)).index_add(0, task, counted)
 
         table = torch.stack(self._watch(batch, per_task))
@@ -91,11 +91,11 @@ class NullSpaceObjective:
         task, running = batch.task.flatten(), True
 
         def watch(name: str, u: Tensor, energy: Tensor) -> None:
-            u, energy = u.flatten(0, -2), energy.flatten()
+            u, energy = u.flatten(0, -2).to(task.device), energy.flatten().to(task.device)
             if len(energy) != task.numel():
                 raise TargetError(f"{name} saw {len(energy)} rows of a batch of {task.numel()}: it cannot be a target")
-            rows = {"gram_inverse": self._grams[name], "offsets": self.layers[name].offsets}
-            term = measure(self.targets.index(name), energy=energy, u=u, adapter=task.to(u.device), **rows)
+            rows = {"gram_inverse": self._grams[name], "adapter": task, "offsets": self._offsets[name]}
+            term = measure(self.targets.index(name), energy=energy, u=u, **rows)
             if running:  # else a block runs again for the backward, which needs what this saved and no more
                 seen[name] = term
                 if len(seen) == len(self.targets):

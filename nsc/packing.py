@@ -19,6 +19,7 @@ from torch import nn
 
 from nsc.batch import Batch
 from nsc.families import is_causal
+from nsc.places import input_device
 
 MOST_PADDING = 0.1  # of the tokens that are computed
 WIDER = 1.2  # how much wider rows are tried next
@@ -120,7 +121,7 @@ def can_share_rows(model: nn.Module) -> bool:
     if not takes_positions or local or not takes_mask or not is_causal(model):
         return False
     ids = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0)).tolist()
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    device, dtype = input_device(model), next(model.parameters()).dtype
     together = _rectangle([ids[:5], ids[5:]], [0, 0], [1.0, 1.0], [[0, 1]], (1, 12), 0, True).to(device)
     try:
         with torch.no_grad():

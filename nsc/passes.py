@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from nsc.batch import Batch
+from nsc.distributed import Team
 from nsc.errors import NSCError
 from nsc.graphs import Graphs
 from nsc.objective import NullSpaceObjective
+from nsc.sharding import LostPass, Shards, shards_of, weightless
 from nsc.surgery import set_coefficients
 
 
@@ -25,6 +28,12 @@ def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
     for part in sorted(parts, key=lambda part: -part.tokens):
         min(shares, key=lambda share: sum(batch.tokens for batch in share)).append(part)
     return shares
+
+
+def own_share(batches: Sequence[Batch], team: Team, shards: Shards | None = None) -> list[Batch]:
+    """This rank's share of these batches; of a sharded base never empty, but of weight 0 if need be."""
+    share = share_out(batches, team.size)[team.rank]
+    return share if share or shards is None else [weightless(batches[0])]
 
 
 class Passes:
@@ -46,19 +55,23 @@ class Passes:
         self.graphs = graphs or Graphs()
         if lam.grad is None:
             lam.grad = torch.zeros_like(lam)
+        self.shards = shards_of(objective.model)
 
     def gradient(self, batches: Sequence[Batch]) -> Tensor:
         """() the loss of these batches, added to ``loss``; its gradient is added to ``lam.grad``. Both are zero before.
+
+        With a sharded base all ranks run as many passes, so each must give a batch, of weight 0 if need be.
 
         Raises NSCError where not even one row of tokens fits.
         """
         while True:
             try:
-                return self._gradient([p for b in batches for p in (b.within(self.tokens) if self.tokens else [b])])
+                passes = [p for b in batches for p in (b.within(self.tokens) if self.tokens else [b])]
+                return self._gradient(self.shards.even(passes) if self.shards else passes)
             except torch.OutOfMemoryError as error:
                 largest = max(min(b.tokens, self.tokens or b.tokens) for b in batches)
                 narrowest = max(b.task.shape[1] for b in batches)
-                if largest <= narrowest:
+                if largest <= narrowest and not isinstance(error, LostPass):
                     raise NSCError(
                         f"memory does not even hold one pass of {narrowest} tokens; give a smaller max_length or dtype"
                     ) from error
@@ -71,7 +84,8 @@ class Passes:
 
     def _gradient(self, passes: Sequence[Batch]) -> Tensor:
         for batch in passes:
-            self.graphs(self._pass, batch.pinned() if self.lam.is_cuda else batch)
+            with self.shards.one_pass() if self.shards else nullcontext():
+                self.graphs(self._pass, batch.pinned() if self.lam.is_cuda else batch)
         return self.loss
 
     def _pass(self, batch: Batch) -> None:

@@ -164,7 +164,7 @@ def format_plan(plan: Plan) -> str:
             f" activations with checkpointing: {metric(memory.checkpointed, 'B')}",
             "",
             f"launch   {launch.way}, devices: {launch.devices}, passes a step: {launch.passes}; {launch.why}",
-            f"         {launch.command or 'nsc merge has no option for this'}",
+            f"         {launch.command or 'no way to run it on such devices'}",
             *(f"note     {note}" for note in plan.notes),
         ]
     )

@@ -102,12 +102,17 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     return _proof("adapter", len(merge.factors), weights, in_memory, outputs, bare, _dtype(model))
 
 
-def prove_full_model(folder: Path, merge: Merge, base: str, model: nn.Module, batch: Batch) -> Proof:
-    """Compare every tensor with the base's files, then load the folder with stock transformers and compare outputs.
+def prove_full_model(
+    folder: Path, merge: Merge, base: str, model: nn.Module | None = None, batch: Batch | None = None
+) -> Proof:
+    """Compare every tensor with the base's files, then load the folder with stock transformers and compare outputs,
+    where there is a model in memory to compare with.
 
     Merged layers must be source plus update, rounded once to the file's dtype; all others the source's own bits.
     """
     weights, coarsest = _worst_tensor(folder, checkpoint_folder(base), merge)
+    if model is None or batch is None:
+        return Proof("full model", len(merge.stack.names), weights)
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     try:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from nsc import families
 from nsc.adapters import Adapter
 from nsc.batch import Batch
 from nsc.errors import NSCError
-from nsc.export import merged_factors, refuse_unstreamable, write_adapter, write_full_model
+from nsc.export import checkpoint_folder, merged_factors, refuse_unstreamable, write_adapter, write_full_model
 from nsc.packing import collate
+from nsc.places import input_device
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.record import Record
 from nsc.report import Report, draw_heat_map, vllm_rank
@@ -32,7 +34,8 @@ class MergeResult:
     """A merge in memory.
 
     coefficients: (M, K), rows ``modules``, columns ``tasks``.  report: what was decided and seen.  record: what replays
-    it.  adapters, stack: what was merged.  model, batch: the base and rows to compare outputs with, where there is one.
+    it.  adapters, stack: what was merged.  model, batch: the base and rows to compare outputs with, where there is one;
+    without the model but with rows, ``save`` loads it in full precision, if memory holds it.
     """
 
     coefficients: Tensor
@@ -88,19 +91,25 @@ class MergeResult:
         return proof
 
     def _prove(self, folder: Path, merge: Merge, full: bool) -> Proof:
+        loaded = self._with_base(full)
         if full:
-            model, batch = self._with_base()
-            return prove_full_model(folder, merge, self.record.base, model, batch)
-        if self.model is None or self.batch is None:
-            return prove_files(folder, merge)
-        prove_files(folder, merge)
-        return prove_adapter(folder, merge, self.model, self.batch)
+            return prove_full_model(folder, merge, self.record.base, *(loaded or (None, None)))
+        files = prove_files(folder, merge)
+        return prove_adapter(folder, merge, *loaded) if loaded else files
 
-    def _with_base(self) -> tuple[nn.Module, Batch]:
+    def _with_base(self, full: bool) -> tuple[nn.Module, Batch] | None:
+        """The base in full precision and rows for it; None where none is at hand, or memory does not hold it.
+
+        One that was not learned on in that form is loaded anew, on the CPU.
+        """
         if self.model is not None and self.batch is not None:
-            return self.model, self.batch
-        model = families.load_body(self.record.base)
-        return model, _synthetic_batch(model)
+            return self.model, self.batch.to(input_device(self.model))
+        learned = self.batch is not None
+        if not (learned or full) or not _fits(self.record.base, copies=1 + full):
+            return None
+        dtype = self.record.settings.get("dtype", "auto") if learned else "auto"
+        model = families.load_body(self.record.base, dtype, "cpu" if learned else "auto")
+        return model, self.batch or _synthetic_batch(model)
 
     def _describe(self, folder: Path, report: Report) -> None:
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
@@ -139,11 +148,20 @@ def refuse_output(out: Path, base: str, rank: int | None, full: bool) -> None:
         refuse_unstreamable(base)
 
 
+def _fits(base: str, copies: int) -> bool:
+    """Whether the memory that is free holds so many of a base; of a checkpoint that cannot be measured, hoped."""
+    try:
+        size = sum(file.stat().st_size for file in checkpoint_folder(base).glob("*.safetensors"))
+    except (NSCError, OSError):
+        return True
+    return copies * size < psutil.virtual_memory().available
+
+
 def _synthetic_batch(model: nn.Module) -> Batch:
     """Seeded random tokens, for comparing outputs where no data is at hand."""
     vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    return collate(ids.tolist(), [0, 0], 0, causal=True).to(next(model.parameters()).device)
+    return collate(ids.tolist(), [0, 0], 0, causal=True).to(input_device(model))
 
 
 def _model_card(report: Report) -> str:

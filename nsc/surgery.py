@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsc.batch import Batch
 from nsc.costs import layer_plan
+from nsc.places import is_plain, run_device
 from nsc.stack import ModuleStack, Stack
 from nsc_kernels import MergedLoRALinear, Siblings
 
@@ -25,11 +26,12 @@ def merged_layers(
 
     plans: of modules that are not to run by their factors, as ``choose_plans`` finds them.
     The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to
-    the dtype and device of the layer that they join.
+    the dtype and device in which the layer that they join computes.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
+    dtype = next(model.parameters()).dtype
     layers = {
-        name: _merged_layer(originals[name], stack.modules[name], row, (plans or {}).get(name, "factors"))
+        name: _merged_layer(originals[name], stack.modules[name], row, (plans or {}).get(name, "factors"), dtype)
         for name, row in zip(stack.names, lam.unbind(0), strict=True)
     }
     try:
@@ -73,14 +75,14 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict[str, str]:
     """Module -> "factors" or "weights": ``plan`` itself, or with "auto" what takes fewer FLOPs for so many tokens.
 
-    What is not a plain ``nn.Linear``, such as a quantised layer, has no weight to fold into and runs by its factors.
+    A layer that is quantised, offloaded or sharded has no weight to fold into and runs by its factors.
     """
     plans = {}
     for name, module in stack.modules.items():
         linear = model.get_submodule(name)
         (m, R), d = module.B.shape, module.A.shape[1]
         best = layer_plan(tokens, d, m, R) if plan == "auto" else plan
-        plans[name] = best if type(linear) is nn.Linear else "factors"
+        plans[name] = best if is_plain(linear) else "factors"
     return plans
 
 
@@ -108,8 +110,14 @@ def _readers(model: nn.Module, layers: Mapping[str, MergedLoRALinear], batch: Ba
     return [[name for name in group if runs[name] == 1] for group in groups]
 
 
-def _merged_layer(linear: nn.Module, module: ModuleStack, row: Tensor, plan: str) -> MergedLoRALinear:
-    weight = next(linear.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    A, B = (t.to(device=weight.device, dtype=dtype) for t in (module.A, module.B))
-    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach(), plan=plan)
+def _merged_layer(
+    linear: nn.Module,
+    module: ModuleStack,
+    row: Tensor,
+    plan: str,
+    dtype: torch.dtype,  # of the model, for a layer whose weight is stored in integers
+) -> MergedLoRALinear:
+    stored, device = next(linear.parameters()).dtype, run_device(linear)
+    dtype = stored if stored.is_floating_point else dtype
+    A, B = (t.to(device=device, dtype=dtype) for t in (module.A, module.B))
+    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach().to(device), plan=plan)

@@ -10,7 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "nsc_kernels").rglob("*.py"))
 DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
-HEAVY = {"families", "surgery", "export", "proof", "tracking"}  # the rooms that may know transformers and peft
+HEAVY = {
+    "families",
+    "quantized",
+    "surgery",
+    "export",
+    "proof",
+    "tracking",
+}  # the rooms that may know transformers and peft
 
 
 def imported(path: Path) -> set[str]:

@@ -24,6 +24,7 @@ from nsc.surgery import merged_layers, set_coefficients
 TASKS, RANK, SAMPLES = ("a", "b"), 4, 3  # of each task
 QV = ("q_proj", "v_proj", "query", "value")  # as transformers 5 and 4 name them
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+LLAMA_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
 LLAMA_405B = dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128)
 
 
@@ -210,10 +211,10 @@ MEMORY = Memory(
         (122, 3, 1, "replicas", 2, 1),
         (111, 1, 1, "8-bit", 1, 1),
         (64, 1, 1, "8-bit", 1, 4),
-        (63, 1, 1, "sharded", 3, 2),
+        (63, 1, 1, "sharded", 3, 1),
         (72, 2, 1, "sharded", 2, 2),
-        (23, 1, 1, "sharded", 100, 1),
-        (22, 1, 1, "none", 1, 0),
+        (22, 1, 1, "sharded", 96, 1),
+        (21, 1, 1, "none", 1, 0),
     ],
 )
 def test_the_launch_at_its_edges(room, gpus, nodes, way, devices, passes):
@@ -221,9 +222,13 @@ def test_the_launch_at_its_edges(room, gpus, nodes, way, devices, passes):
     assert (launch.way, launch.devices, launch.passes) == (way, devices, passes)
     if way == "sharded" and devices > gpus * nodes:
         assert MEMORY.sharded(devices).samples_within(room) and not MEMORY.sharded(devices - 1).samples_within(room)
-    command = {"single": "nsc merge", "replicas": f"--nproc_per_node {gpus} -m nsc merge"}.get(way)
-    assert (command in launch.command) if command else launch.command is None
-    assert ("--nnodes" in (launch.command or "")) == (way == "replicas" and nodes > 1)
+    torchrun = f"--nproc_per_node {gpus} -m nsc merge ..."
+    one = {"single": "nsc merge ...", "8-bit": "nsc merge ... --weights int8", "none": None}
+    if way in one:
+        assert launch.command == one[way]
+    else:
+        assert launch.command.endswith(torchrun if way == "replicas" else f"{torchrun} --shard")
+        assert ("--nnodes" in launch.command) == (nodes > 1 or devices > gpus)
 
 
 def test_the_largest_model_on_many_nodes():
@@ -231,6 +236,17 @@ def test_the_largest_model_on_many_nodes():
     assert not plan.fits and (plan.launch.way, plan.launch.devices) == ("sharded", 64)
     fewer = plan_merge(llama(**LLAMA_405B), tasks=6, dtype="bfloat16", gpus=8, nodes=4)
     assert fewer.launch.devices > 32 and f"takes {fewer.launch.devices} devices at least" in fewer.launch.why
+
+
+@pytest.mark.parametrize("length", [96, 512])
+def test_a_70b_model_fits_one_gpu_of_141_gb_in_8_bits_only(length):
+    sizes = dict(tasks=6, rank=16, batch_size=2, max_length=length, dtype="bfloat16", hardware="H200")
+    plan = plan_merge(llama(**LLAMA_70B), **sizes)
+    assert plan.parameters == 70_553_706_496 - 128256 * 8192 and not plan.fits
+    assert (plan.launch.way, plan.launch.devices) == ("8-bit", 1) and plan.launch.passes == (1 if length == 96 else 3)
+    assert plan.launch.command == "nsc merge ... --weights int8"
+    eight = plan.memory.in_8_bits(2)
+    assert 69e9 < eight.weights < 72e9 and eight.samples_within(0.9 * 141e9) >= 12 // plan.launch.passes
 
 
 def test_devices_share_rows_but_each_reads_the_weights():
