@@ -23,7 +23,7 @@ from nsc.places import input_device
 
 MOST_PADDING = 0.1  # of the tokens that are computed
 WIDER = 1.2  # how much wider rows are tried next
-ROUND, ROWS, FINE = 2, 4, 5  # significant bits: of widths if possible, of how many rows, of widths elsewhere
+ROUND, ROWS, FINE = 2, 3, 5  # significant bits: of widths if possible, of how many rows, of widths at most
 NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a packed sample's hidden states, relative; else 0.1
 
 
@@ -77,9 +77,9 @@ def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
 def rows_of_few_shapes(lengths: Sequence[int]) -> tuple[list[list[int]], tuple[int, int]]:
     """Samples of each row, and a shape that comes again: of the roundest width that pads no more than ``MOST_PADDING``.
 
-    Widths of two significant bits are tried from the longest sample up, then those of five, which fit in the end.
+    Widths of two significant bits are tried from the longest sample up, then of three and so on; those of five fit.
     """
-    for bits in (ROUND, FINE):
+    for bits in range(ROUND, FINE + 1):
         width, rows = 0, [[0], [0]]
         while len(rows) > 1:
             width = round_up(max(*lengths, width + 1), bits)
