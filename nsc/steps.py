@@ -1,0 +1,154 @@
+"""A real step of a merge, the floor under it, and what can be read off either: seconds, FLOPs, bytes kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from nsc.batch import Batch
+from nsc.config import MergeConfig
+from nsc.distributed import ALONE
+from nsc.errors import NSCError
+from nsc.learn import _start, _step
+from nsc.objective import NullSpaceObjective
+from nsc.passes import Passes
+from nsc.stack import Stack
+from nsc.surgery import choose_plans, merged_layers
+
+
+@contextmanager
+def nsc_step(
+    model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], config: MergeConfig
+) -> Iterator[Callable[[], Tensor]]:
+    """The very step of ``nsc.learn``, again and again on the same batches; it returns its loss ()."""
+    weight = next(model.parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    lam = nn.Parameter(
+        torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=weight.device)
+    )
+    plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in batches))
+    run = _start(lam, torch.zeros_like(lam, dtype=torch.bool), config, "")
+    with merged_layers(model, stack, lam.detach(), plans) as layers:
+        passes = Passes(NullSpaceObjective(model, layers, stack, targets), lam, config.tokens_per_pass)
+
+        def step() -> Tensor:
+            _step(run, lambda _: passes.gradient(batches), ALONE, [])
+            return run.losses[-1]
+
+        yield step
+
+
+class _Reached(Exception):
+    """Raised inside the forward where the last target begins."""
+
+
+class Floor:
+    """Runs a bare body, as far as every step must. first: the first module with LoRA.  last: the last target."""
+
+    def __init__(self, body: nn.Module, first: str, last: str) -> None:
+        self.body = body
+        self._leaf = self._reached = torch.empty(0)
+        body.get_submodule(first).register_forward_hook(self._begin)
+        body.get_submodule(last).register_forward_pre_hook(self._end)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The gradient of the sum of the last target's input to the first module's output; that input if there is none.
+
+        Raises NSCError if the last target never runs.
+        """
+        try:
+            self.body(**batch.arguments(next(self.body.parameters()).dtype))
+        except _Reached:
+            z, leaf = self._reached, self._leaf
+            self._leaf = self._reached = torch.empty(0)
+            if not z.requires_grad:
+                return z
+            z.backward(torch.ones_like(z))
+            return leaf.grad  # type: ignore[return-value]
+        raise NSCError("the last target never ran in the forward of this model")
+
+    def _begin(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        self._leaf = output.detach().requires_grad_()
+        return self._leaf
+
+    def _end(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._reached = args[0]
+        raise _Reached
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A second model on the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def time_by_turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, device: torch.device
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds on the clock and CPU seconds of every call in each round, one after the other, once warm."""
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(warmup + rounds):
+        for name, call in calls.items():
+            started, cpu = time.perf_counter(), time.process_time()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= warmup:
+                took[name].append((time.perf_counter() - started, time.process_time() - cpu))
+    return took
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """FLOPs of every matrix product of one eager step, those of all pairs of tokens in fused attention included."""
+    with FlopCounterMode(display=False, custom_mapping=dict(_formulas())) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _product(rows: Sequence[int], matrix: Sequence[int]) -> int:
+    return 2 * math.prod(rows) * math.prod(matrix) // rows[-1]
+
+
+FLOPS: dict[str, Callable[..., int]] = {  # of the shapes of an op's arguments
+    "nsc::lora_down": lambda z, A, *_, **__: _product(z, A),
+    "nsc::lora_down_backward": lambda dz, du, de, z, A, **_: _product(du, A) if du else 0,
+    "nsc::lora_up": lambda y, u, c, B, **_: _product(u, B),
+    "nsc::lora_up_backward": lambda dy, u, c, B, *_, **__: _product(dy, B),
+    "nsc::lora_fold": lambda W, B, c, A, **_: _product(B, A),
+    "nsc::lora_fold_backward": lambda dW, B, c, A, *_, **__: _product(dW, A),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (
+        lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(dy, q, k, v)
+    ),
+}
+
+
+def _formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
+    """The operators that this torch has, and the FLOPs of the shapes of their arguments."""
+    for name, formula in FLOPS.items():
+        namespace, _, op = name.partition("::")
+        if hasattr(getattr(torch.ops, namespace), op):
+            yield getattr(getattr(torch.ops, namespace), op), formula
+
+
+def kept_bytes(step: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes of all that autograd keeps for the backward of one eager step, without the model's own tensors."""
+    known = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        step()
+    return sum(storage.nbytes() for storage in kept.values())
