@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.distributed import ALONE
+from nsc.distributed import ALONE, Team
 from nsc.errors import NSCError
 from nsc.learn import _start, _step
 from nsc.objective import NullSpaceObjective
@@ -26,9 +26,14 @@ from nsc.surgery import choose_plans, merged_layers
 
 @contextmanager
 def nsc_step(
-    model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], config: MergeConfig
+    model: nn.Module,
+    stack: Stack,
+    targets: Sequence[str],
+    batches: Sequence[Batch],
+    config: MergeConfig,
+    team: Team = ALONE,
 ) -> Iterator[Callable[[], Tensor]]:
-    """The very step of ``nsc.learn``, again and again on the same batches; it returns its loss ()."""
+    """The very step of ``nsc.learn``, again and again on the same batches, this rank's; it returns its loss ()."""
     weight = next(model.parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32)
     lam = nn.Parameter(
@@ -40,7 +45,7 @@ def nsc_step(
         passes = Passes(NullSpaceObjective(model, layers, stack, targets), lam, config.tokens_per_pass)
 
         def step() -> Tensor:
-            _step(run, lambda _: passes.gradient(batches), ALONE, [])
+            _step(run, lambda _: passes.gradient(batches), team, [])
             return run.losses[-1]
 
         yield step
