@@ -52,8 +52,11 @@ def with_random_adapters(model: nn.Module, tasks: int) -> peft.PeftModel:
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, init_lora_weights=False)
     carrier = peft.get_peft_model(model, config, adapter_name="task0", autocast_adapter_dtype=False)
     for k in range(1, tasks):
-        carrier.add_adapter(f"task{k}", config, autocast_adapter_dtype=False)
+        carrier.add_adapter(f"task{k}", config)
+    dtype = next(model.parameters()).dtype
     for name, parameter in carrier.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)  # PEFT keeps some in float32
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
     return carrier
