@@ -34,6 +34,7 @@ class PerTaskLoop:
         self.tasks = list(model.peft_config)
         model.base_model.set_adapter(self.tasks)
         self.body = model.get_base_model().requires_grad_(False).eval()
+        self.body.config.use_cache = False
         self.layers = {name: m for name, m in self.body.named_modules() if isinstance(m, LoraLayer)}
         self.scales = [dict(layer.scaling) for layer in self.layers.values()]
         self.inverses = {name: _gram_inverses(self.layers[name]) for name in targets}
@@ -64,7 +65,7 @@ class PerTaskLoop:
     def loss(self, task: str, batch: Batch) -> Tensor:
         """(): mean over the targets of the weighted ratio of one task's rows."""
         self._apply_coefficients()
-        self.body(**batch.inputs, use_cache=False)
+        self.body(**batch.inputs)
         means = []
         for name, inverses in self.inverses.items():
             if task in inverses:

@@ -3,7 +3,7 @@
     python benchmarks/table.py            rewrites the marked sections of both documents (``make tables``)
     python benchmarks/table.py targets    prints one
 
-    <!-- table:NAME -->  ...  <!-- /table -->        NAME: targets, targets-short, ops, layer, overhead
+    <!-- table:NAME -->  ...  <!-- /table -->        NAME: targets, targets-short, targets-cpu, step, ops, layer, ...
 
 Every figure stands under the device that it was measured on; what was not measured is an empty cell.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from predict import GPUS
+from step_targets import cpu_targets, step_targets
 from targets import Results, duration, targets
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,16 @@ Devices = dict[str, Entries]  # file stem -> entries
 EMPTY = ""
 PREDICTED = (
     "Predicted: for each kernel the larger of its bytes over {bandwidth} and its FLOPs over 790 TFLOP/s, every tensor"
-    " moved once, added up; launches and waits are not in it. An empty cell was not measured yet: `make gpu` does it."
+    " moved once, added up; launches and waits are not in it. Of a step: the base, attention, adapters and ratios as"
+    " `nsc plan` counts them; of the loop the same base once a task, PEFT's layers and the ratios as eager torch runs"
+    " them, the image tower in every step; norms, activations and sums between the linears are in neither. An empty"
+    " cell was not measured yet: `make gpu` does it."
+)
+STEPS = (
+    "Medians by turns in one run, seconds on the clock. `loop`: the method as it is usually written, a task at a time."
+    " `floor`: the frozen base alone, to the last target's input and back. The split is that of a profiled step: base"
+    " with what surrounds it, LoRA, ratios, optimiser, and host, in which the device, or on a CPU every operator, was"
+    " idle."
 )
 OPS = (
     "GB/s are those of the bytes that the shape makes necessary, each tensor moved once; the last figure is their share"
@@ -74,11 +84,50 @@ def targets_table(devices: Devices, *, every: bool = True) -> str:
     heads = ["in bfloat16", "target", *(f"{name}, {kind}" for name in names for kind in ("predicted", "measured"))]
     rows = [
         [t.what, t.goal, *(cell for name in names for cell in (t.predicted(GPUS[name]), t.measured(measured[name])))]
-        for t in targets()
+        for t in [*targets(), *step_targets()]
     ]
     bandwidth = " or ".join(f"{GPUS[name].bandwidth / 1e12} TB/s ({name})" for name in names)
     sources = [made_with(measured[name].entries) for name in names if measured[name].entries]
     return "\n\n".join([PREDICTED.format(bandwidth=bandwidth), markdown(heads, rows), *sources])
+
+
+def cpu_targets_table(devices: Devices) -> str:
+    """Targets of machines without a GPU, and what each of those measured."""
+    parts = []
+    for entries in devices.values():
+        results = Results([e for e in entries if e["made"]["device"].startswith("CPU")])
+        if chosen := [*results.of_kind("step"), *results.of_kind("ranks")]:
+            parts += [made_with(chosen), markdown(["on a CPU", "target", "measured"], cpu_targets(results))]
+    return "\n\n".join(parts) or markdown(["on a CPU", "target", "measured"], cpu_targets(Results([])))
+
+
+def step_table(entries: Entries) -> str:
+    """Whole steps."""
+    rows = []
+    for info, _ in _timed(entries):
+        took, split = info["seconds"], info["split"]
+        shares = ", ".join(f"{part} {seconds / info['split_of']:.1%}" for part, seconds in split.items())
+        mfu = EMPTY if info["mfu"] is None else f"{info['mfu']:.1%}"
+        peak = EMPTY if info["peak_beyond_weights"] is None else f"{info['peak_beyond_weights'] / 1e9:.2f} GB"
+        name = f"{info['model']}, {info['dtype']}, {info['tokens']} tokens" + (
+            f" ({info['cut']})" if info["cut"] else ""
+        )
+        times = [duration(took[key]) for key in ("nsc", "loop", "floor")]
+        ratios = [f"{took['ratio']:.2f}", f"{took['over_floor']:.3f}"]
+        rows.append([name, *times, *ratios, mfu, peak, info["launch"], shares])
+    heads = [
+        "step",
+        "nsc",
+        "loop",
+        "floor",
+        "loop over nsc",
+        "nsc over floor",
+        "MFU",
+        "beyond weights",
+        "launch",
+        "split",
+    ]
+    return markdown(heads, rows)
 
 
 def ops_table(entries: Entries) -> str:
@@ -160,6 +209,8 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 TABLES: dict[str, Callable[[Devices], str]] = {
     "targets": targets_table,
     "targets-short": lambda devices: targets_table(devices, every=False),
+    "targets-cpu": cpu_targets_table,
+    "step": by_device("step", step_table, STEPS),
     "ops": by_device("op", ops_table, OPS),
     "layer": by_device("layer", layer_table),
     "overhead": by_device("overhead", overhead_table, OVERHEAD),

@@ -188,6 +188,45 @@ def plan(
         typer.echo(json.dumps(predicted.to_dict(), indent=1) if as_json else format_plan(predicted))
 
 
+@app.command()
+def profile(
+    base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
+    adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
+    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="JSONL, text or hub:NAME; repeat per task.")],
+    steps_timed: Annotated[int, typer.Option(help="Steps, each with a run of its floor beside it.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
+    max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
+    layers: Annotated[str, typer.Option(help="How they carry adapters: auto, factors or weights.")] = "auto",
+    target_module: Annotated[list[str] | None, typer.Option(help="Measure these modules; repeat.")] = None,
+    target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
+    hardware: Annotated[str | None, typer.Option(help="Whose datasheet to predict with; default: this GPU's.")] = None,
+    flops: Annotated[float | None, typer.Option(help="FLOP/s in this dtype, instead of the datasheet's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Run a few real steps and say where their time goes, and how near they come to the frozen base alone."""
+    with _plain_errors():
+        from nsc.profiling import format_profile, profile_merge
+
+        found = profile_merge(
+            base,
+            _pairs(adapter, "--adapter"),
+            _pairs(data, "--data"),
+            steps=steps_timed,
+            hardware=hardware,
+            flops=flops,
+            batch_size=batch_size,
+            max_length=max_length,
+            layers=layers,
+            target_modules=tuple(target_module) if target_module else None,
+            target_blocks=tuple(target_block) if target_block else None,
+            dtype=dtype,
+            device=device,
+        )
+        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else format_profile(found))
+
+
 def _finish(proof: Any, out: Path) -> None:
     typer.echo(f"proof: {proof}\nwritten to {out}")
 

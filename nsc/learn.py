@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,12 +76,39 @@ def learn(
     of another merge, and KeyboardInterrupt after SIGINT or SIGTERM to any rank, once the state is on disk; RankError
     when a rank is lost, then too with the state on disk.
     """
-    device, shards = input_device(model), shards_of(model)
-    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
-    first_step = batches(0)
-    plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
     say = printer(progress and team.first)
+    with prepared(model, stack, targets, batches(0), config, identity, say) as (state, passes):
+        if resume:
+            stored = team.from_first(lambda: read(checkpoint, identity, config.steps))
+            restore(state, stored)
+            passes.tokens = config.tokens_per_pass or stored["tokens"]
+        keep = partial(_keep, state, checkpoint, passes) if checkpoint and team.first else None
+        started, first = time.perf_counter(), state.step
+        try:
+            _optimise(
+                state, lambda step: passes.gradient(own_share(batches(step), team, passes.shards)), config.steps, keep,
+                progress and team.first, team,
+            )  # fmt: skip
+            team.require_same(state.lam.tolist(), "coefficients")
+        except NonFiniteError as error:
+            lam, start = state.lam, torch.full_like(state.lam, config.start)
+            # a NaN coefficient would spread to tasks that are sound
+            set_coefficients(passes.objective.layers, torch.where(lam.isfinite().all(), lam, start).detach())
+            raise _blame(passes.objective, batches, state, error) from error
+        seconds = (time.perf_counter() - started) / max(1, config.steps - first)
+    return _learned(state, config, seconds)
+
+
+@contextmanager
+def prepared(
+    model: nn.Module, stack: Stack, targets: Sequence[str], first_step: Sequence[Batch], config: MergeConfig,
+    identity: str = "", say: Callable[[str], Any] = lambda text: None,
+) -> Iterator[tuple[State, Passes]]:  # fmt: skip
+    """The state before the first step, and what finds the gradient of a step, with the adapters in the model."""
+    device, shards = input_device(model), shards_of(model)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
+    plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
     graphs = make_graphs(model, config.graphs, say)
     with merged_layers(model, stack, lam.detach(), plans) as layers:
         row = first_step[0].within(1)[0].to(device)
@@ -89,30 +116,12 @@ def learn(
         objective = NullSpaceObjective(model, layers, stack, targets, config.gradient_checkpointing)
         with shards.one_pass() if shards else nullcontext():
             reachable = _reachable(objective, row, lam)
-        frozen = ~reachable | ~stack.present.to(device)
-        state = begin(lam, frozen, config, identity, graphs)
+        state = begin(lam, ~reachable | ~stack.present.to(device), config, identity, graphs)
         tokens = config.tokens_per_pass or (None if shards else _measure(objective, lam, first_step[0], say))
-        if resume:
-            stored = team.from_first(lambda: read(checkpoint, identity, config.steps))
-            restore(state, stored)
-            tokens = config.tokens_per_pass or stored["tokens"]
-        passes = Passes(objective, lam, tokens, state.loss, graphs)
-        keep = partial(_keep, state, checkpoint, passes) if checkpoint and team.first else None
-        started, first = time.perf_counter(), state.step
         try:
-            _optimise(
-                state, lambda step: passes.gradient(own_share(batches(step), team, shards)), config.steps, keep,
-                progress and team.first, team,
-            )  # fmt: skip
-            team.require_same(lam.tolist(), "coefficients")
-        except NonFiniteError as error:
-            start = torch.full_like(lam, config.start)  # a NaN coefficient would spread to tasks that are sound
-            set_coefficients(layers, torch.where(lam.isfinite().all(), lam, start).detach())
-            raise _blame(objective, batches, state, error) from error
+            yield state, Passes(objective, lam, tokens, state.loss, graphs)
         finally:
             graphs.clear()
-        seconds = (time.perf_counter() - started) / max(1, config.steps - first)
-    return _learned(state, config, seconds)
 
 
 def printer(wanted: bool) -> Callable[[str], Any]:
@@ -175,7 +184,7 @@ def _optimise(
     with bar, deferred_interrupts() as noted:
         while state.step < steps:
             try:
-                interrupted = _step(state, gradient, team, noted)
+                interrupted = take_step(state, gradient, team, noted)
             except RankError:  # the state is still that of the last whole step
                 if keep:
                     keep()
@@ -195,7 +204,7 @@ def _optimise(
                 raise KeyboardInterrupt
 
 
-def _step(state: State, gradient: Callable[[int], Tensor], team: Team, noted: list[int]) -> bool:
+def take_step(state: State, gradient: Callable[[int], Tensor], team: Team, noted: list[int]) -> bool:
     """One step by the gradient of all ranks; whether one of them noted an interrupt."""
     loss = gradient(state.step)
     assert state.lam.grad is not None

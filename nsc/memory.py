@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +14,6 @@ from nsc.objective import NullSpaceObjective
 from nsc.surgery import set_coefficients
 
 SHARE = 0.4  # of free memory; the rest is for what a pass holds only for a moment, and for the graphs' own pool
-MEMINFO = Path("/proc/meminfo")
 
 
 def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, free: int) -> int:
@@ -38,32 +37,26 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type != "cpu" or not MEMINFO.is_file():
-        return None
-    told = dict(line.split(":") for line in MEMINFO.read_text().splitlines() if ":" in line)
-    return 1024 * int(told["MemAvailable"].split()[0]) if "MemAvailable" in told else None
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-@contextmanager
-def counting_kept(model: nn.Module) -> Iterator[Mapping[int, int]]:
-    """Storage -> bytes of whatever autograd keeps for a backward, but for the model's own parameters and buffers."""
+def kept_bytes(work: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes of all that autograd keeps for a backward while ``work`` runs, without the model's own tensors."""
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    kept: dict[int, Any] = {}
 
-    def note(x: Tensor) -> Tensor:
+    def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        yield kept
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        work()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _kept(objective: NullSpaceObjective, lam: Tensor, batch: Batch) -> int:
     """Bytes kept for the backward of one pass."""
     set_coefficients(objective.layers, lam)
-    with counting_kept(objective.model) as kept:
-        loss = objective.loss(batch.to(lam.device))
-    del loss
-    return sum(kept.values())
+    return kept_bytes(lambda: objective.loss(batch.to(lam.device)), objective.model)

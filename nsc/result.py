@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from nsc.adapters import Adapter
 from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.export import checkpoint_folder, merged_factors, refuse_unstreamable, write_adapter, write_full_model
+from nsc.memory import free_memory
 from nsc.packing import collate
 from nsc.places import input_device
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
@@ -154,7 +154,7 @@ def _fits(base: str, copies: int) -> bool:
         size = sum(file.stat().st_size for file in checkpoint_folder(base).glob("*.safetensors"))
     except (NSCError, OSError):
         return True
-    return copies * size < psutil.virtual_memory().available
+    return copies * size < (free_memory(torch.device("cpu")) or 0)
 
 
 def _synthetic_batch(model: nn.Module) -> Batch:

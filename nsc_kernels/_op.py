@@ -93,8 +93,12 @@ class Op:
         return self.direct(*args)
 
     def direct(self, *args: Any) -> Any:
-        """Values only, by Triton where it runs and by the reference elsewhere."""
-        return (self.launch if runs_triton(args) else self.reference)(*args)
+        """Values only, by Triton where it runs and by the reference elsewhere; a profiler sees the op's name."""
+        function = self.launch if runs_triton(args) else self.reference
+        if not torch.autograd._profiler_enabled():
+            return function(*args)
+        with torch.profiler.record_function(self.registered._qualname):
+            return function(*args)
 
 
 def runs_triton(args: tuple[Any, ...]) -> bool:

@@ -23,6 +23,7 @@ import layers  # noqa: E402
 import predict  # noqa: E402
 import record  # noqa: E402
 import shapes  # noqa: E402
+import step_targets  # noqa: E402
 import table  # noqa: E402
 import targets  # noqa: E402
 import timing  # noqa: E402
@@ -288,6 +289,6 @@ def test_documents_hold_the_tables_of_the_results(name):
 def test_targets_fit_the_shapes():
     assert shapes.TARGET.n * shapes.TARGET.d * BF16.itemsize >= 256e6
     assert (shapes.PREFILL.n, shapes.PREFILL.d, shapes.PREFILL.m, len(shapes.PREFILL.ranks)) == (4096, 4096, 4096, 6)
-    assert len(targets.targets()) == 11
+    assert len(targets.targets()) == 11 and len(step_targets.step_targets()) == 8
     names = [shape.name for shape in shapes.GPU_SHAPES]
     assert len(set(names)) == len(names)

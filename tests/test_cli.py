@@ -250,7 +250,7 @@ def test_a_failed_proof_costs_neither_the_coefficients_nor_an_exit_code_zero(
         corrupted(patch, writer, cases[case])
         assert re.search(r"read back|lacks", refused(run(*command)))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(learn, "_step", None)  # nothing is learned again
+    monkeypatch.setattr(learn, "take_step", None)  # nothing is learned again
     result = run(*command, "--resume")
     assert result.exit_code == 0 and (tmp_path / "out").is_dir() and not (tmp_path / "out.partial").exists()
 

@@ -10,7 +10,7 @@ from test_graphs import CONFIG, TARGETS, setting  # noqa: F401
 from nsc.config import MergeConfig
 from nsc.distributed import ALONE
 from nsc.graphs import make_graphs
-from nsc.learn import _step, learn
+from nsc.learn import learn, take_step
 from nsc.objective import NullSpaceObjective
 from nsc.passes import Passes
 from nsc.stack import whitened
@@ -80,7 +80,7 @@ def test_a_whole_step_never_waits_for_the_device(setting, graphs):  # noqa: F811
         for number in range(6):
             torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
             try:
-                _step(state, lambda _: passes.gradient(batch), ALONE, [])
+                take_step(state, lambda _: passes.gradient(batch), ALONE, [])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert (made.replayed == 8) == graphs  # four steps of a pass and an update

@@ -281,11 +281,11 @@ def test_the_command_line_under_torchrun(command, tmp_path):
     from nsc.cli import app
 
     (tmp_path / "dies.py").write_text(
-        "import os, nsc.learn as learn; from nsc.cli import app; step = learn._step\n"
+        "import os, nsc.learn as learn; from nsc.cli import app; step = learn.take_step\n"
         "def die(run, *rest):\n"
         "    if run.step == 20 and os.environ['RANK'] == '1': os._exit(9)\n"
         "    return step(run, *rest)\n"
-        "learn._step = die; app()"
+        "learn.take_step = die; app()"
     )
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     killed = torchrun(2, [str(tmp_path / "dies.py")], command, out)

@@ -14,7 +14,7 @@ from nsc.config import MergeConfig
 from nsc.data import TextBatches
 from nsc.distributed import ALONE
 from nsc.errors import NonFiniteError, NSCError
-from nsc.learn import _step, learn
+from nsc.learn import learn, take_step
 from nsc.objective import NullSpaceObjective
 from nsc.passes import Passes
 from nsc.stack import stack_adapters, whitened
@@ -169,7 +169,7 @@ def test_a_step_never_reads_from_the_device(setting, options):
         passes = Passes(objective, lam, loss=state.loss)
 
         def step():
-            _step(state, lambda number: passes.gradient(batches(number)), ALONE, [])
+            take_step(state, lambda number: passes.gradient(batches(number)), ALONE, [])
 
         step()  # what a model caches on its first forward is not part of a step
         with HostReads() as reads:

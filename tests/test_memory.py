@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_learn import CONFIG, TARGETS, setting  # noqa: F401
 import nsc.learn as learning
 from nsc import memory
 from nsc.learn import learn
-from nsc.memory import counting_kept, free_memory, tokens_that_fit
+from nsc.memory import free_memory, kept_bytes, tokens_that_fit
 from nsc.objective import NullSpaceObjective
 from nsc.packing import collate
 from nsc.passes import Passes
@@ -55,14 +56,11 @@ def test_what_a_token_keeps_is_measured_exactly(setting, layers):  # noqa: F811
         assert 2 < rows < 36
         for taken, fits in ((rows, True), (math.ceil(1.1 * rows), False)):
             set_coefficients(layers, lam)
-            with counting_kept(model) as kept:
-                loss = objective.loss(batch.split(taken)[0])
-            assert (sum(kept.values()) <= memory.SHARE * free) == fits
-            del loss
+            part = batch.split(taken)[0]
+            assert (kept_bytes(partial(objective.loss, part), model) <= memory.SHARE * free) == fits
 
 
-def test_free_memory_of_this_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    assert free_memory(torch.device("cpu")) is None
-    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:   12 kB\n")
-    assert free_memory(torch.device("cpu")) == 12 * 1024
+def test_free_memory_of_this_machine():
+    free = free_memory(torch.device("cpu"))
+    assert 10**6 < free < 10**15
+    assert free_memory(torch.device("meta")) is None
