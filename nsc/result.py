@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from nsc.adapters import Adapter
 from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.export import merged_factors, refuse_unstreamable, write_adapter, write_full_model
-from nsc.packing import collate
+from nsc.feeds import feed_of
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.record import Record
 from nsc.report import Report, draw_heat_map, vllm_rank
@@ -100,7 +99,8 @@ class MergeResult:
         if self.model is not None and self.batch is not None:
             return self.model, self.batch
         model = families.load_body(self.record.base)
-        return model, _synthetic_batch(model)
+        example = feed_of(self.record.base).example(self.record.base, model)
+        return model, example.to(next(model.parameters()).device)
 
     def _describe(self, folder: Path, report: Report) -> None:
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
@@ -137,13 +137,6 @@ def refuse_output(out: Path, base: str, rank: int | None, full: bool) -> None:
         raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
     if full:
         refuse_unstreamable(base)
-
-
-def _synthetic_batch(model: nn.Module) -> Batch:
-    """Seeded random tokens, for comparing outputs where no data is at hand."""
-    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
-    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    return collate(ids.tolist(), [0, 0], 0, causal=True).to(next(model.parameters()).device)
 
 
 def _model_card(report: Report) -> str:
