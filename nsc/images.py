@@ -101,13 +101,14 @@ class ImageBatches:
 def collate_images(pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int) -> Batch:
     """One image in each row, of ``tokens`` tokens; every image weighs the same within its task.
 
-    pixels: (3, H, W) each. Raises DataError where sizes differ.
+    pixels: (3, H, W) each; weights are of their dtype, but of float32 at least. Raises DataError where sizes differ.
     """
     sizes = sorted({tuple(image.shape) for image in pixels})
     if len(sizes) > 1:
         raise DataError(f"images of one batch differ in size: {sizes[:3]}; have the image processor resize and crop")
     task = torch.tensor(tasks)
-    weight = 1 / (tokens * torch.bincount(task)[task].float())
+    precision = torch.promote_types(pixels[0].dtype, torch.float32)
+    weight = 1 / (tokens * torch.bincount(task)[task].to(precision))
     task, weight = (row[:, None].repeat(1, tokens) for row in (task, weight))
     return Batch({"pixel_values": torch.stack(list(pixels))}, task, weight)
 

@@ -82,7 +82,7 @@ WAYS: list[tuple[str, Callable[[Setting], Found]]] = [
 ]
 
 
-def square_linears(model: nn.Module) -> list[list[str]]:
+def linears_by_block(model: nn.Module) -> list[list[str]]:
     """Of each block: query, key, value, output, the MLP's linears; by their order, whatever they are called."""
     blocks: dict[int, list[str]] = {}
     for name in linears(model):
@@ -97,7 +97,7 @@ def adapted(model: nn.Module, folder) -> Stack:
     for seed, (task, rank, scale) in enumerate(zip("abc", RANKS, SCALES, strict=True)):
         kinds = (2, 3, -1) if task == "c" else (0, 2, 3, -1)
         factors = {}
-        for name in (block[kind] for block in square_linears(model) for kind in kinds):
+        for name in (block[kind] for block in linears_by_block(model) for kind in kinds):
             m, d = shapes[name]
             A, B = random_factors([name], r=rank, d=d, m=m, seed=100 * seed + len(factors))[name]
             factors[name] = (A.double() / d**0.5, B.double() / rank)
@@ -126,14 +126,12 @@ def token_batches(rows: str) -> list[Batch]:
 def image_batches(model: nn.Module, rows: str) -> list[Batch]:
     """All tasks in one batch; images are of one size, so rows are never shared, and buckets are the batch in parts."""
     pixels = torch.randn(len(TASKS), 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    batch = in_float64(
-        collate_images(list(pixels), TASKS, tokens_seen(model, [square_linears(model)[0][0]], pixels[0]))
-    )
+    batch = collate_images(list(pixels), TASKS, tokens_seen(model, [linears_by_block(model)[0][0]], pixels[0]))
     return batch.split(4) if rows == "bucketed" else [batch]
 
 
 def in_float64(batch: Batch) -> Batch:
-    """The weights to the last bit of float64: each sample's within its task, each token's within its sample."""
+    """Weights of tokens to the last bit of float64: each sample's within its task, each token's within its sample."""
     counted = batch.weight > 0
     sample = batch.segment if batch.segment is not None else torch.arange(len(batch.task))[:, None].expand_as(counted)
     length = torch.bincount(sample[counted])[sample.clamp_min(0)]
@@ -146,7 +144,7 @@ def in_float64(batch: Batch) -> Batch:
 def setting_of(model: nn.Module, batches: Callable[[str], list[Batch]], places: Sequence[tuple[int, int]], folder):
     """places: (block, which linear of it) of the targets."""
     stack = adapted(model, folder)
-    targets = [square_linears(model)[block][kind] for block, kind in places]
+    targets = [linears_by_block(model)[block][kind] for block, kind in places]
     lam = nn.Parameter(torch.full((len(stack.names), 3), START, dtype=torch.float64))
     (batch,) = batches("alone")
     loss = plain_objective(model, stack, lam, batch, targets)
