@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nsc.errors import NSCError
+from nsc.surgery import replace_module
 
 BUDGET = 2 * 2**30
 Sample = TypeVar("Sample")
@@ -81,33 +82,35 @@ def find_tower(model: nn.Module) -> str | None:
     return next((name for name, module in inner if getattr(module, "main_input_name", None) == "pixel_values"), None)
 
 
-@torch.no_grad()
-def tower_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """(b, 3, H, W) -> (b, patches and class token, hidden): the hidden states that the model takes from its tower.
+class ImageTower:
+    """The frozen image tower of a model that hands it ``pixel_values`` as they are and picks some hidden states.
 
-    Of several layers, side by side in the last dimension. Raises NSCError for a model without such a tower.
+    That is ``hidden_states[config.vision_feature_layer]``, one layer or several, as LLaVA does. Raises NSCError for a
+    model without such a tower, and for LLaVA-NeXT's kind, whose images come in tiles, (b, tiles, 3, H, W).
     """
-    name, layers = _tower_and_layers(model)
-    states = model.get_submodule(name)(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    return torch.cat([states[layer] for layer in layers], dim=-1)
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.name, self.layers = _tower_and_layers(model)
+        self.tower = model.get_submodule(self.name)
 
-@contextmanager
-def features_for_pixels(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with a stand-in for its image tower, so that ``pixel_values`` are what ``tower_features`` made.
+    @torch.no_grad()
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """(b, 3, H, W) -> (b, patches and class token, hidden): the hidden states that the model picks.
 
-    On leaving, also after an exception, the tower is back. For models that hand ``pixel_values`` to the tower as they
-    are and pick ``hidden_states[config.vision_feature_layer]``, as LLaVA does. Raises NSCError for one without such a
-    tower, and for LLaVA-NeXT's kind, which takes images cut in tiles, (b, tiles, 3, H, W).
-    """
-    name, layers = _tower_and_layers(model)
-    tower = model.get_submodule(name)
-    parent, _, child = name.rpartition(".")
-    try:
-        setattr(model.get_submodule(parent), child, _StandIn(layers))
-        yield model
-    finally:
-        setattr(model.get_submodule(parent), child, tower)
+        Of several layers, side by side in the last dimension.
+        """
+        states = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        return torch.cat([states[layer] for layer in self.layers], dim=-1)
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """The model takes ``features`` as its ``pixel_values`` and runs no tower; afterwards it is as it was."""
+        replace_module(self.model, self.name, _StandIn(self.layers))
+        try:
+            yield
+        finally:
+            replace_module(self.model, self.name, self.tower)
 
 
 class _StandIn(nn.Module):
