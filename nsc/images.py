@@ -19,7 +19,7 @@ from nsc.data import draw, load_hub, place_and_fields
 from nsc.errors import DataError, TargetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-IMAGE_FIELDS = ("image", "img", "picture", "pixel_values")
+IMAGE_FIELDS = ("image", "img", "picture")
 
 
 @dataclass(frozen=True)
@@ -188,17 +188,16 @@ def _image(value: Any, name: str) -> Image:
 
 def _from_array(pillow: Any, value: Any, name: str) -> Any:
     try:
-        array = torch.as_tensor(value)
+        array = value if isinstance(value, Tensor) else torch.tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name} is a {type(value).__name__}, not an image; remove it") from error
-    if array.ndim == 3 and array.shape[-1] != 3:
-        array = array.movedim(0, -1)
-    if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+    if array.dtype != torch.uint8 or array.ndim != 3 or 3 not in (array.shape[0], array.shape[-1]):
         raise DataError(
             f"{name} is {array.dtype} {tuple(array.shape)}; give uint8 from 0 to 255, (H, W, 3) or (3, H, W), or a PIL"
             " image"
         )
-    return pillow.fromarray(array.cpu().numpy())
+    rows = array if array.shape[-1] == 3 else array.movedim(0, -1)
+    return pillow.fromarray(rows.contiguous().cpu().numpy())
 
 
 @contextmanager
