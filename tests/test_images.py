@@ -223,16 +223,39 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize(("make", "more", "tokens"), BODIES.values(), ids=list(BODIES))
-def test_tokens_are_counted_in_the_model(make, more, tokens):
+def body(make, more) -> torch.nn.Module:
     small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4)
     config = make(transformers)(
         **small, **({} if "Dino" in str(make(transformers)) else {"intermediate_size": 48}), **more
     )
-    model = transformers.AutoModel.from_config(config).eval()
-    inner = [name for name in linears(model) if any(part.isdigit() for part in name.split("."))]
-    assert tokens_seen(model, inner, torch.zeros(3, 8, 8)) == tokens
+    torch.manual_seed(0)
+    return transformers.AutoModel.from_config(config).eval()
+
+
+def in_blocks(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: shape for name, shape in linears(model).items() if any(part.isdigit() for part in name.split("."))}
+
+
+@pytest.mark.parametrize(("make", "more", "tokens"), BODIES.values(), ids=list(BODIES))
+def test_tokens_are_counted_in_the_model(make, more, tokens):
+    model = body(make, more)
+    assert tokens_seen(model, list(in_blocks(model)), torch.zeros(3, 8, 8)) == tokens
     assert model.main_input_name == "pixel_values"
+
+
+@pytest.mark.parametrize(("make", "more", "tokens"), BODIES.values(), ids=list(BODIES))
+def test_every_kind_of_body_from_images_to_proof(make, more, tokens, photos, tmp_path):
+    model = body(make, more)
+    model.save_pretrained(tmp_path / "base")
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "base")
+    adapters = {}
+    for seed, task in enumerate(photos):
+        factors = {n: random_factors([n], d=d, m=m, seed=seed)[n] for n, (m, d) in in_blocks(model).items()}
+        adapters[task] = write_adapter(tmp_path / task, factors, alpha=0.2, target_modules=sorted(factors))
+    result = nsc.merge(tmp_path / "base", adapters, photos, steps=2, lr=0.02, progress=False)
+    assert (result.coefficients != 0.4).any() and result.batch.task.shape == (4, tokens)
+    assert result.save(tmp_path / "out").outputs < 1e-4
+    assert result.save(tmp_path / "full", full=True).outputs < 1e-4
 
 
 def test_a_target_that_sees_other_tokens_is_refused():
