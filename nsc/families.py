@@ -14,7 +14,7 @@ import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from nsc.errors import NSCError, TargetError
@@ -91,6 +91,29 @@ def load_tokenizer(base: str) -> Any:
         return AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError, ImportError) as error:
         raise NSCError(f"base {base!r} has no tokenizer that transformers can load: {error}") from error
+
+
+def load_image_processor(base: str) -> Any:
+    """The base's own image processor. Raises NSCError if there is none."""
+    try:
+        with quiet_loading():
+            return AutoImageProcessor.from_pretrained(base)
+    except (OSError, ValueError, ImportError) as error:
+        raise NSCError(
+            f"base {base!r} has no image processor that transformers can load (preprocessor_config.json): {error}"
+        ) from error
+
+
+def main_input(base: str) -> str:
+    """What the body's forward takes first, such as input_ids or pixel_values; no weight is read.
+
+    Raises NSCError if there is no such base, or no body for it.
+    """
+    try:
+        found = transformers.MODEL_MAPPING[type(AutoConfig.from_pretrained(base))]
+    except (OSError, ValueError, KeyError) as error:
+        raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
+    return (found[0] if isinstance(found, (list, tuple)) else found).main_input_name
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

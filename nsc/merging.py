@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,12 @@ from nsc import families
 from nsc.adapters import Adapter, read_adapter
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data import TextBatches, read_texts, tokenize
 from nsc.distributed import Team, join
 from nsc.errors import DataError, NameMismatch, NSCError
-from nsc.graphs import obstacle
+from nsc.feeds import feed_of
 from nsc.learn import learn, printer, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
 from nsc.objective import NullSpaceObjective
-from nsc.packing import can_share_rows, pack
 from nsc.passes import own_share
 from nsc.places import input_device
 from nsc.record import Record
@@ -34,7 +33,7 @@ from nsc.sharding import shard_linears, shards_of
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers
 
-Source = str | Path | Sequence[str]
+Source = str | Path | Sequence[Any]
 
 
 def merge(
@@ -50,17 +49,19 @@ def merge(
 ) -> MergeResult:
     """Learn one coefficient per layer and task for merging ``adapters`` on ``base``, from unlabeled ``data``.
 
-    base: folder or Hub id.  adapters: task -> PEFT folder or Hub id.  data: task -> JSONL or text file, ``hub:``
-    dataset, or texts.  settings: fields of MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state
+    base: folder or Hub id.  adapters: task -> PEFT folder or Hub id.  data: task -> what ``read_texts`` takes (JSONL or
+    text file, ``hub:`` dataset, texts), or ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the
+    base takes images.  settings: fields of MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state
     while learning; with ``resume`` the run goes on from it. Under torchrun or accelerate launch the processes share
     each step and all return the same; the first one alone prints, keeps the checkpoint and should save. Raises a
     subclass of NSCError that says what is wrong and where.
     """
     config = replace(config or MergeConfig(), **settings) if settings else config or MergeConfig()
     read = read_adapters(adapters)
-    texts = _read_data(data, read)
-    team = join(config.device)
     base = _absolute(base)
+    feed = feed_of(base)
+    samples = read_data(data, read, feed.read)
+    team = join(config.device)
     model = _load(base, config, team)
     shapes = families.linear_shapes(model)
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
@@ -71,12 +72,14 @@ def merge(
     say = printer(progress and team.first)
     say(f"base {base}: {len(stack.names)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
-        say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(texts[task])} unlabeled samples")
-    batches, evaluation = _batches(base, model, texts, config)
+        say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
+    batches, evaluation = feed.batches(base, model, targets, samples, config)
+    step = config.tokens_per_pass or sum(batch.tokens for batch in batches(0))
+    evaluation = [part for batch in evaluation for part in batch.within(step)]  # no more memory than a step
     plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in batches(0)))
     counted = ", ".join(f"{n} by {plan}" for plan, n in Counter(plans.values()).items())
     say(f"layers: {counted}; {'samples share rows' if batches.shares_rows else 'one sample a row'}")
-    identity = _identity(base, read, texts, targets, config)
+    identity = _identity(base, read, samples, targets, config)
     shapes_seen = [tuple(batch.task.shape) for batch in (*batches(0), *evaluation)]
     team.require_same((identity, config.to_dict(), shapes_seen), "base, adapters, data or settings")
     lean = whitened(stack)
@@ -167,31 +170,17 @@ def _load(base: str, config: MergeConfig, team: Team) -> nn.Module:
     return families.load_body(base, config.dtype, device, config.weights, config.device_map)
 
 
-def _read_data(data: Mapping[str, Source], adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+def read_data(
+    data: Mapping[str, Source], adapters: Mapping[str, Adapter], read: Callable[[Source], list[Any]]
+) -> dict[str, list[Any]]:
+    """Task -> samples, by ``read``. Raises DataError where the tasks of both do not agree."""
     missing, extra = sorted(set(adapters) - set(data)), sorted(set(data) - set(adapters))
     if missing or extra:
         raise DataError(
             f"data and adapters must name the same tasks: no data for {', '.join(missing) or 'none'},"
             f" no adapter for {', '.join(extra) or 'none'}"
         )
-    return {task: read_texts(data[task]) for task in adapters}
-
-
-def _batches(
-    base: str, model: nn.Module, texts: Mapping[str, list[str]], config: MergeConfig
-) -> tuple[TextBatches, list[Batch]]:
-    """The learning batches, and the fixed ones for the ratios before and after."""
-    tokenizer = families.load_tokenizer(base)
-    tokens = tokenize(tokenizer, texts, config.max_length)
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    causal = families.is_causal(model)
-    shares_rows = can_share_rows(model)
-    few_shapes = config.graphs and obstacle(model) is None
-    batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
-    some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
-    evaluation = pack([ids for ids, _ in some], [k for _, k in some], pad_id, causal=causal, shares_rows=shares_rows)
-    step = config.tokens_per_pass or sum(batch.tokens for batch in batches(0))  # no more memory than a step
-    return batches, [part for batch in evaluation for part in batch.within(step)]
+    return {task: read(data[task]) for task in adapters}
 
 
 def _ratios(
@@ -225,7 +214,7 @@ def _record(
         modules={name: shapes[name] for name in stack.names},
         adapters={t: {"path": str(a.path.resolve()), "fingerprint": fingerprint(a)} for t, a in adapters.items()},
         data={
-            t: _absolute(d) if isinstance(d, (str, Path)) else f"{len(d)} texts given in Python"
+            t: _absolute(d) if isinstance(d, (str, Path)) else f"{len(d)} samples given in Python"
             for t, d in data.items()
         },
         targets=targets,
@@ -246,7 +235,7 @@ def _absolute(place: str | Path) -> str:
 
 
 def _identity(
-    base: str, adapters: Mapping[str, Adapter], texts: Mapping[str, list[str]], targets: list[str], config: MergeConfig
+    base: str, adapters: Mapping[str, Adapter], samples: Mapping[str, Any], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
     free = (
@@ -254,5 +243,5 @@ def _identity(
         "shard",
     )  # fmt: skip
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
-    parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, texts, targets, settings]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, samples, targets, settings]
+    return hashlib.sha256(json.dumps(parts, default=attrgetter("digest")).encode()).hexdigest()

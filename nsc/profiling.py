@@ -26,9 +26,10 @@ from nsc.config import MergeConfig
 from nsc.costs import Step, Work, linears_in_order
 from nsc.devices import HARDWARE, Hardware, get_hardware, metric
 from nsc.errors import NSCError
+from nsc.feeds import feed_of
 from nsc.learn import _peak_memory
 from nsc.memory import kept_bytes
-from nsc.merging import Source, _batches, _read_data, match_adapters, read_adapters
+from nsc.merging import Source, match_adapters, read_adapters, read_data
 from nsc.places import input_device
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.steps import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
@@ -105,7 +106,8 @@ def profile_merge(
         raise NSCError(f"steps must be 1 or more, not {steps}")
     config = replace(config or MergeConfig(), **settings)
     read = read_adapters(adapters)
-    texts = _read_data(data, read)
+    feed = feed_of(str(base))
+    samples = read_data(data, read, feed.read)
     model = families.load_body(str(base), config.dtype, config.device)
     device = input_device(model)
     datasheet = find_hardware(device, hardware, flops)
@@ -113,7 +115,7 @@ def profile_merge(
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
     stack = stack_adapters(read, matches, list(shapes))
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
-    batches = [batch.to(device) for batch in _batches(str(base), model, texts, config)[0](0)]
+    batches = [batch.to(device) for batch in feed.batches(str(base), model, targets, samples, config)[0](0)]
     return measure(str(base), model, whitened(stack), targets, batches, config, steps, datasheet)
 
 

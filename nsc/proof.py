@@ -49,9 +49,10 @@ class Proof:
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """(rows, d) last hidden states of the rows that count, float64 on the CPU."""
+    """(rows, d) last hidden states, padding left out, float64 on the CPU."""
     states = model(**batch.arguments(next(model.parameters()).dtype))[0]
-    return states[batch.weight > 0].double().cpu()
+    counts = batch.weight > 0
+    return (states.flatten(0, -2) if counts.all() else states[counts]).double().cpu()
 
 
 @dataclass(frozen=True)

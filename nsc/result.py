@@ -18,8 +18,8 @@ from nsc.adapters import Adapter
 from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.export import checkpoint_folder, merged_factors, refuse_unstreamable, write_adapter, write_full_model
+from nsc.feeds import feed_of
 from nsc.memory import free_memory
-from nsc.packing import collate
 from nsc.places import input_device
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.record import Record
@@ -109,7 +109,8 @@ class MergeResult:
             return None
         dtype = self.record.settings.get("dtype", "auto") if learned else "auto"
         model = families.load_body(self.record.base, dtype, "cpu" if learned else "auto")
-        return model, self.batch or _synthetic_batch(model)
+        batch = self.batch or feed_of(self.record.base).example(self.record.base, model)
+        return model, batch.to(input_device(model))
 
     def _describe(self, folder: Path, report: Report) -> None:
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
@@ -155,13 +156,6 @@ def _fits(base: str, copies: int) -> bool:
     except (NSCError, OSError):
         return True
     return copies * size < (free_memory(torch.device("cpu")) or 0)
-
-
-def _synthetic_batch(model: nn.Module) -> Batch:
-    """Seeded random tokens, for comparing outputs where no data is at hand."""
-    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
-    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    return collate(ids.tolist(), [0, 0], 0, causal=True).to(input_device(model))
 
 
 def _model_card(report: Report) -> str:

@@ -11,7 +11,7 @@ import torch
 from tiny import WORDS, save_tokenizer
 from transformers import AutoTokenizer
 
-from nsc.data import TextBatches, read_texts, tokenize
+from nsc.data import TextBatches, draw, read_texts, tokenize
 from nsc.errors import DataError
 from nsc.packing import collate
 
@@ -149,9 +149,13 @@ TOKENS = {"a": numbered(1, 5), "b": numbered(2, 3)}
 
 def firsts(batches: TextBatches, step: int) -> list[int]:
     """The first token of every sample of a step, in the order in which they are drawn."""
-    drawn = [ids[i][0] for task, ids in batches.tokens.items() for i in batches._pick(task, step)]
+    drawn = [ids[i][0] for task, ids in batches.tokens.items() for i in drawn_of(batches, task, step)]
     assert sorted(drawn) == sorted(t for batch in batches(step) for t in first_tokens(batch))
     return drawn
+
+
+def drawn_of(batches: TextBatches, task: str, step: int) -> list[int]:
+    return draw(len(batches.tokens[task]), batches.batch_size, step, f"{batches.seed}/{task}")
 
 
 def first_tokens(batch) -> list[int]:

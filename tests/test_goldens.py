@@ -1,4 +1,4 @@
-"""The official implementation's numbers on a tiny LLaMA: ratios, loss, gradient, coefficients. See the manifest."""
+"""The official implementation's numbers on a tiny LLaMA and a tiny ViT. See the manifest."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from nsc.adapters import read_adapter
 from nsc.config import MergeConfig
 from nsc.families import choose_targets, linear_shapes, load_body
+from nsc.images import collate_images, tokens_seen
 from nsc.learn import initial_gradient, learn
 from nsc.names import resolve
 from nsc.objective import Batch, NullSpaceObjective
@@ -26,6 +27,8 @@ FORMS = [
     ("llama_r4_pad", "official", True),
     ("llama_r4_pad", "ref64", True),
     ("llama_r4_pad", "ref64masked", False),
+    ("vit_r4_o", "official", False),
+    ("vit_r4_o", "ref64", False),
 ]
 
 
@@ -41,13 +44,25 @@ def golden(request):
     shapes = linear_shapes(model)
     matches = {task: resolve(task, adapter.factors, shapes) for task, adapter in adapters.items()}
     stack = stack_adapters(adapters, matches, list(shapes))
-    batch = read_batch(GOLDEN / case["inputs"], len(adapters), padding_counts, dtype)
+    here = resolve("golden", case["modules"], shapes)  # the manifest names modules as transformers 5 does
+    case = case | {key: [here[name] for name in case[key]] for key in ("modules", "targets", "untrained_modules")}
+    data = np.load(GOLDEN / case["inputs"])
+    if "pixel_values_0" in data:
+        batch = read_images(data, len(adapters), model, case["targets"], dtype)
+    else:
+        batch = read_tokens(data, len(adapters), padding_counts, dtype)
     return case, values, model, stack, batch
 
 
-def read_batch(path: Path, tasks: int, padding_counts: bool, dtype: torch.dtype) -> Batch:
+def read_images(data, tasks: int, model: torch.nn.Module, targets: list[str], dtype: torch.dtype) -> Batch:
+    """All tasks' images in one batch."""
+    pixels = [torch.from_numpy(data[f"pixel_values_{k}"]).to(dtype) for k in range(tasks)]
+    whose = [k for k, images in enumerate(pixels) for _ in images]
+    return collate_images(list(torch.cat(pixels)), whose, tokens_seen(model, targets, pixels[0][0]))
+
+
+def read_tokens(data, tasks: int, padding_counts: bool, dtype: torch.dtype) -> Batch:
     """All tasks' sequences in one right-padded batch; only a task's own positions can have weight."""
-    data = np.load(path)
     shapes = [data[f"input_ids_{k}"].shape for k in range(tasks)]
     rows, length = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
     ids, mask, task = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(3))
@@ -76,7 +91,8 @@ def test_ratio_loss_and_gradient_at_the_first_step(golden, prepare):
     case, expected, model, stack, batch = golden
     tolerance = tolerances(batch.weight.dtype)
     assert list(stack.tasks) == case["tasks"] and stack.names == case["modules"]
-    targets = choose_targets(model, stack.names)
+    kinds = {name.rsplit(".", 1)[-1] for name in case["targets"]}
+    targets = choose_targets(model, stack.names, sorted(kinds))
     assert targets == case["targets"]
     lam = torch.full((len(stack.names), len(stack.tasks)), MANIFEST["optimiser"]["lam0"], dtype=batch.weight.dtype)
     loss, gradient = initial_gradient(model, prepare(stack), targets, batch, lam)

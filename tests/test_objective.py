@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from plain import plain_objective
 from tiny import linears, random_factors, tiny_llama, write_adapter
 
 from nsc.adapters import read_adapter
@@ -87,41 +88,6 @@ def make_batch(seed: int = 0, causal: bool = False) -> Batch:
 def make_lam(stack: Stack) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.rand(len(stack.names), len(stack.tasks), generator=generator, dtype=torch.float64)
-
-
-def plain_objective(model, stack: Stack, lam: torch.Tensor, batch: Batch, targets: list[str]) -> torch.Tensor:
-    """Task by task, dense merged weights, full forward, hooks on the targets, projections by pseudo-inverse."""
-    weights = {
-        f"{name}.weight": model.get_parameter(f"{name}.weight")
-        + sum(lam[i, k] * s * b @ a for k, (a, b, s) in enumerate(segments(module)) if len(a))
-        for i, (name, module) in enumerate(stack.modules.items())
-    }
-    total = lam.new_zeros(())
-    for k in range(len(stack.tasks)):
-        mine = batch.task[:, 0] == k
-        seen: dict[str, torch.Tensor] = {}
-        hooks = [
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name, seen=seen: seen.update({name: args[0]})
-            )
-            for name in targets
-        ]
-        torch.func.functional_call(model, weights, (), {key: v[mine] for key, v in batch.inputs.items()})
-        for hook in hooks:
-            hook.remove()
-        own = [name for name in targets if stack.modules[name].ranks[k]]
-        for name in own:
-            a = segments(stack.modules[name])[k][0]
-            z = seen[name]
-            rest = z - z @ torch.linalg.pinv(a) @ a
-            ratio = rest.norm(dim=-1) / z.norm(dim=-1)
-            total = total + (ratio * batch.weight[mine]).sum() / len(own) / len(stack.tasks)
-    return total
-
-
-def segments(module) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    ranks = list(module.ranks)
-    return list(zip(module.A.split(ranks), module.B.split(ranks, dim=1), module.scales, strict=True))
 
 
 @pytest.mark.parametrize("prepare", [whitened, lambda stack: stack], ids=["whitened", "gram"])

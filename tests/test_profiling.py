@@ -251,7 +251,7 @@ def test_memory_beyond_the_weights_on_a_gpu(monkeypatch):
     )  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(profiling, "_device_of", lambda _model: cuda)
+    monkeypatch.setattr(profiling, "input_device", lambda _model: cuda)
     monkeypatch.setattr(profiling, "_peak_memory", lambda _device: weights + 1000)
     monkeypatch.setattr(profiling, "profile_step", lambda *_: (dict.fromkeys(PARTS, 1e-9), 1.0))
     found = measure(

@@ -82,13 +82,13 @@ def tiny_vit(kind: str = "AutoModel", seed: int = 0, **config: Any) -> nn.Module
     return _from_config(getattr(transformers, kind), transformers.ViTConfig(**(VISION | config)), seed)
 
 
-def tiny_llava(kind: str = "AutoModelForImageTextToText", seed: int = 0) -> nn.Module:
-    """A random LLaVA with a LLaMA text model and a CLIP image tower."""
+def tiny_llava(kind: str = "AutoModelForImageTextToText", seed: int = 0, **config: Any) -> nn.Module:
+    """A random LLaVA with a LLaMA text model and a CLIP image tower; ``config`` is the LLaVA's own."""
     import transformers
 
     text, vision = transformers.LlamaConfig(**LLAMA), transformers.CLIPVisionConfig(**VISION)
     return _from_config(
-        getattr(transformers, kind), transformers.LlavaConfig(text_config=text, vision_config=vision), seed
+        getattr(transformers, kind), transformers.LlavaConfig(text_config=text, vision_config=vision, **config), seed
     )
 
 
@@ -108,6 +108,16 @@ def save_base(
     model = tiny_llama(kind, **({"initializer_range": 0.2} | config)).to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(path)
+    return path
+
+
+def save_image_base(path: Path, **config: Any) -> Path:
+    """A random ViT with an image processor, as a folder that the Auto classes load."""
+    import transformers
+
+    size = config.get("image_size", VISION["image_size"])
+    tiny_vit(**({"initializer_range": 0.2} | config)).save_pretrained(path)
+    transformers.ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(path)
     return path
 
 
