@@ -40,7 +40,7 @@ def main(rounds: int, blocks: int) -> dict[str, float | int]:
     model = random_body(config, case.dtype)
     with tempfile.TemporaryDirectory() as folder:
         stack = random_stack(model, case.tasks, Path(folder))
-    targets = choose_targets(model, stack.names)
+    twin, targets = sharing_weights(model), choose_targets(model, stack.names)
     double, _ = random_rows(case, model, None)
     single = Batch({k: v[::2] for k, v in double.inputs.items()}, double.task[::2], 2 * double.weight[::2])
     mine = share_out([double], team.size)[team.rank]
@@ -48,7 +48,7 @@ def main(rounds: int, blocks: int) -> dict[str, float | int]:
     together: Took = []
     with (
         nsc_step(model, stack, targets, [single], MergeConfig()) as own,
-        nsc_step(sharing_weights(model), stack, targets, mine, MergeConfig(), team) as shared,
+        nsc_step(twin, stack, targets, mine, MergeConfig(), team) as shared,
     ):
         for _ in range(rounds + 1):
             team.wait()
