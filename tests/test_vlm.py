@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tape import TapeRecorder
 from tiny import WORDS, random_factors, save_llava_base, write_adapter
 from typer.testing import CliRunner
 
 import nsc
-from nsc import families
+from nsc import families, graphs
 from nsc.bodies import ImageTextBody
 from nsc.cli import app
 from nsc.config import MergeConfig
@@ -288,6 +289,19 @@ def test_lora_in_the_tower_is_refused(llava, adapters, questions, tmp_path):
     adapter = write_adapter(tmp_path / "a", factors, target_modules=sorted(factors))
     with pytest.raises(NSCError, match=r"vision_tower.*features are made once and kept"):
         nsc.merge(llava, {"count": adapter}, {"count": questions["count"]}, progress=False)
+
+
+def test_steps_can_be_recorded(llava, adapters, questions, monkeypatch):
+    """On tapes, which refuse to wait for the device as CUDA graphs do; the model's own forward does wait."""
+    recorders = []
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: recorders.append(TapeRecorder(device)) or recorders[-1])
+    monkeypatch.setattr(graphs, "obstacle", lambda model: None)
+    settings = dict(steps=6, lr=0.02, batch_size=4, dtype="float64", progress=False)  # all samples in each step
+    recorded = nsc.merge(llava, adapters, questions, **settings)
+    assert len(recorders[0].tapes) >= 2  # the update and a pass
+    eager = nsc.merge(llava, adapters, questions, **settings, graphs=False)
+    torch.testing.assert_close(recorded.coefficients, eager.coefficients, rtol=0, atol=1e-12)
+    assert (eager.coefficients[:2, :2] - 0.4).abs().min() > 1e-3
 
 
 NAMES = {"llava_next": "cuts images in tiles", "qwen2_vl": "has no vision_feature_layer"}
