@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsc.errors import NSCError
+from nsc.families import tower_keys
 from nsc.names import resolve
 from nsc.stack import ModuleStack, Stack
 
@@ -109,7 +110,8 @@ def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[
     """The shards of a checkpoint, and the key of each merged layer's weight -> its name in the body."""
     shards = [source / name for name in _shard_names(source)]
     shapes = {key: shape for shard in shards for key, shape in _matrix_shapes(shard)}
-    stored = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
+    inside = [key for key in tower_keys(source, shapes) if key.endswith(".weight")]
+    stored = {key.removesuffix(".weight"): shapes[key] for key in inside}
     return shards, {f"{place}.weight": name for name, place in resolve("merged", names, stored).items()}
 
 

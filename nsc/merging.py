@@ -22,7 +22,7 @@ from nsc.distributed import Team, join
 from nsc.errors import DataError, NameMismatch, NSCError
 from nsc.feeds import feed_of
 from nsc.learn import learn, printer, require_finite_ratios
-from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
+from nsc.names import check_coverage, check_shapes, check_towers, layout, resolve, resolve_saved
 from nsc.objective import NullSpaceObjective
 from nsc.passes import own_share
 from nsc.places import input_device
@@ -65,6 +65,8 @@ def merge(
     model = _load(base, config, team)
     shapes = families.linear_shapes(model)
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
+    for task, mapping in matches.items():
+        check_towers(task, mapping, model.main_input_name)
     stack = stack_adapters(read, matches, list(shapes))
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
     if config.shard:

@@ -19,7 +19,7 @@ from nsc.adapters import read_adapter
 from nsc.batch import Batch
 from nsc.errors import AdapterError, ProofError
 from nsc.export import MergedFactors, as_stack, checkpoint_folder, merged_places
-from nsc.families import DTYPE, quiet_loading
+from nsc.families import DTYPE, body_config, quiet_loading
 from nsc.stack import Stack
 from nsc.surgery import merged_layers
 
@@ -118,7 +118,8 @@ def prove_full_model(
     bare = hidden_states(model, batch)
     try:
         with quiet_loading():
-            loaded = AutoModel.from_pretrained(folder, **{DTYPE: _dtype(model)}).eval().to(batch.weight.device)
+            loaded = AutoModel.from_pretrained(folder, config=body_config(folder), **{DTYPE: _dtype(model)})
+            loaded = loaded.eval().to(batch.weight.device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ProofError(f"transformers cannot load what was written to {folder}: {error}") from error
     loaded.config.use_cache = False
