@@ -213,8 +213,9 @@ def choose_targets(
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         where = f"blocks {list(blocks)}" if blocks is not None else "the last quarter"
         raise TargetError(
-            f"no target layer: {f'modules {list(modules)}' if modules else 'all'} in {where} of {depth} blocks match none"
-            f" of the {len(names)} modules with LoRA ({there}); choose others with target_modules and target_blocks"
+            f"no target layer: {f'modules {list(modules)}' if modules else 'any module'} in {where} of {depth} blocks"
+            f" match none of the {len(names)} modules with LoRA ({there}); choose others with target_modules and"
+            " target_blocks"
         )
     return targets
 

@@ -66,7 +66,7 @@ def merge(
     shapes = families.linear_shapes(model)
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
     for task, mapping in matches.items():
-        check_towers(task, mapping, model.main_input_name)
+        check_towers(task, mapping, str(model.main_input_name))
     stack = stack_adapters(read, matches, list(shapes))
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
     if config.shard:
