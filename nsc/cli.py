@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,15 +25,24 @@ Full = Annotated[bool, typer.Option("--full", help="Write the whole merged model
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
-    adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
-    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="Rows or images of a task; repeat per task.")],
-    out: Annotated[Path, typer.Option(help="New folder for the result.")],
-    preset: Annotated[str, typer.Option(help="Schedule: paper (500 x 3e-4) or fast (50 x 3e-3).")] = "paper",
-    steps: Annotated[int | None, typer.Option(help="AdamW steps, instead of the preset's.")] = None,
+    context: typer.Context,
+    base: Annotated[str | None, typer.Option(help="Base model: folder or Hub id.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=FILE", help="Rows or images of a task; repeat per task.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the result.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of what is said here; flags go before it.")] = None,
+    preset: Annotated[str, typer.Option(help="The paper's settings: vit, llama, llava or paper; or fast.")] = "paper",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of MergeConfig; repeat.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimiser, instead of the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, instead of the preset's.")] = None,
-    start: Annotated[float, typer.Option(help="Every coefficient at step 0.")] = 0.4,
-    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
+    start: Annotated[float | None, typer.Option(help="Every coefficient at step 0, instead of the preset's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a task and step, instead of the preset's.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
     layers: Annotated[str, typer.Option(help="How they carry adapters: auto, factors or weights.")] = "auto",
     tokens_per_pass: Annotated[
@@ -60,44 +69,24 @@ def merge(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted merge of OUT.")] = False,
 ) -> None:
     """Learn coefficients from unlabeled data, write the merge to OUT, and prove it by reloading."""
+    with _plain_errors():
+        from nsc.settings import gather
+
+        job, settings = gather(_given(context), setting or (), config)
+        out = Path(job.out)
     with _plain_errors(out):
-        from nsc.config import MergeConfig
         from nsc.distributed import join
         from nsc.errors import NSCError
         from nsc.merging import merge as run
         from nsc.result import CHECKPOINT, partial_folder, refuse_output
 
-        refuse_output(out, base, rank, full)
+        refuse_output(out, job.base, job.rank, job.full)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not resume:
             raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")
-        result = run(
-            base,
-            _pairs(adapter, "--adapter"),
-            _pairs(data, "--data"),
-            MergeConfig.preset(preset, **{k: v for k, v in {"steps": steps, "lr": lr}.items() if v is not None}),
-            checkpoint=checkpoint,
-            resume=resume,
-            start=start,
-            batch_size=batch_size,
-            max_length=max_length,
-            layers=layers,
-            tokens_per_pass=None if tokens_per_pass == "auto" else _whole(tokens_per_pass, "--tokens-per-pass"),
-            gradient_checkpointing=gradient_checkpointing,
-            graphs=graphs,
-            max_drift=None if max_drift < 0 else max_drift,
-            weight_decay=weight_decay,
-            seed=seed,
-            target_modules=tuple(target_module) if target_module else None,
-            target_blocks=tuple(target_block) if target_block else None,
-            dtype=dtype,
-            device=device,
-            weights=weights,
-            device_map=device_map,
-            shard=shard,
-        )
-        if join(device).first:
-            _finish(result.save(out, rank=rank, full=full), out)
+        result = run(job.base, job.adapters, job.data, settings, checkpoint=checkpoint, resume=resume)
+        if join(settings.device).first:
+            _finish(result.save(out, rank=job.rank, full=job.full), out)
 
 
 @app.command()
@@ -229,6 +218,28 @@ def profile(
 
 def _finish(proof: Any, out: Path) -> None:
     typer.echo(f"proof: {proof}\nwritten to {out}")
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options on the command line by the names of the settings, those that are written differently there read."""
+    read: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "adapter": ("adapters", lambda pairs: _pairs(pairs, "--adapter")),
+        "data": ("data", lambda pairs: _pairs(pairs, "--data")),
+        "out": ("out", str),
+        "target_module": ("target_modules", tuple),
+        "target_block": ("target_blocks", tuple),
+        "max_drift": ("max_drift", lambda drift: None if drift < 0 else drift),
+        "tokens_per_pass": (
+            "tokens_per_pass", lambda text: None if text == "auto" else _whole(text, "--tokens-per-pass"),
+        ),
+    }  # fmt: skip
+    given = {}
+    for option, value in context.params.items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            name, convert = read.get(option, (option, lambda value: value))
+            given[name] = convert(value)
+    return given
 
 
 def _whole(text: str, option: str) -> int:

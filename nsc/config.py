@@ -9,8 +9,15 @@ from typing import Any
 from nsc.errors import NSCError
 
 PAPER_REACH = 0.15  # lr x steps of the paper's longest schedule: 3e-4 x 500
-# Schedules that travel equally far: AdamW moves a coefficient about lr x steps (docs/results.md, "Fewer steps").
-PRESETS: dict[str, dict[str, Any]] = {"paper": {"steps": 500, "lr": 3e-4}, "fast": {"steps": 50, "lr": 3e-3}}
+# The paper's schedules, by family. AdamW moves a coefficient about lr x steps, so fast goes as far as paper does
+# (docs/results.md, "Fewer steps").
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"steps": 500, "lr": 3e-4},
+    "fast": {"steps": 50, "lr": 3e-3},
+    "vit": {"steps": 100, "lr": 1e-3, "start": 0.4, "batch_size": 32},
+    "llama": {"steps": 500, "lr": 3e-4, "start": 0.4, "batch_size": 2},
+    "llava": {"steps": 500, "lr": 3e-4, "start": 0.4, "batch_size": 1},
+}
 
 WEIGHTS = ("full", "int8", "fp8", "nf4")
 
@@ -25,7 +32,8 @@ class MergeConfig:
     "auto" takes the cheaper for each.  gradient_checkpointing: keep only the blocks' inputs for the backward, and run
     them again in it: less memory, a forward more.  graphs: on CUDA, record steps and replay them where their shapes
     recur.  max_drift: how far a coefficient may move from ``start``; None for no bound.  target_modules: suffixes of
-    the module names whose inputs are measured (default: v_proj, or else o_proj, or else all that carry LoRA).
+    the module names whose inputs are measured (default: attention's output projection where the base takes images, else
+    its values, by ``families.ROLES``).
     target_blocks: block numbers (default: the last quarter).  evaluation_samples: of each task, for the ratios reported
     before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's, and CUDA if there is one.
     weights: of the base's linears while learning: "full", "int8", "fp8" or "nf4"; what is written and proven is always
@@ -84,8 +92,7 @@ class MergeConfig:
     @classmethod
     def preset(cls, name: str, **settings: Any) -> MergeConfig:
         """One of PRESETS, with ``settings`` that go before it. Raises NSCError for a name that is none of them."""
-        _require(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **settings})
+        return cls(**{**preset_settings(name), **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for YAML."""
@@ -98,6 +105,12 @@ class MergeConfig:
         unknown = sorted(set(values) - known)
         _require(not unknown, f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def preset_settings(name: str | None) -> dict[str, Any]:
+    """What one of PRESETS sets; without a name, nothing. Raises NSCError for a name that is none of them."""
+    _require(name is None or name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return dict(PRESETS[name]) if name else {}
 
 
 def _require(holds: bool, message: str) -> None:

@@ -20,12 +20,12 @@ from itertools import groupby
 from torch import nn
 
 from nsc.errors import NSCError
-from nsc.families import block_of, is_causal, linear_shapes
+from nsc.families import ROLES, block_of, is_causal, linear_shapes
 
 # The linears of a block by what they read: its input, what attention gives, its middle, what the activation gives.
 STAGES = (
     r"\b(q_proj|k_proj|v_proj|qkv_proj|qkv|query|key|value|query_key_value)$",
-    r"\b(o_proj|out_proj|attention\.(output\.)?dense)$",
+    ROLES["o"],
     r"\b(gate_proj|up_proj|gate_up_proj|fc1|intermediate\.dense|dense_h_to_4h)$",
     r"\b(down_proj|fc2|output\.dense|dense_4h_to_h)$",
 )

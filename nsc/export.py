@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsc.errors import NSCError
+from nsc.families import tower_keys
 from nsc.names import resolve
 from nsc.stack import DenseStack, ModuleStack, Stack
 
@@ -158,7 +159,9 @@ def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[
     """The shards of a checkpoint, and the key of each merged layer's weight and bias -> its name in the body."""
     shards = [source / name for name in _shard_names(source)]
     shapes = {key: shape for shard in shards for key, shape in _shapes(shard)}
-    stored = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
+    matrices = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
+    inside = tower_keys(source, matrices)
+    stored = {key.removesuffix(".weight"): (shapes[key][0], shapes[key][1]) for key in inside}
     places = resolve("merged", names, stored)
     of_layer = {f"{place}.{kind}": f"{name}.{kind}" for name, place in places.items() for kind in ("weight", "bias")}
     return shards, {key: name for key, name in of_layer.items() if key in shapes}

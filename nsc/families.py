@@ -5,8 +5,10 @@ No model is known by name here. The body is what ``AutoModel`` gives (no LM head
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,10 @@ from nsc.quantized import dequantise_where_used, quantization_config
 
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 IMAGES_AND_TEXT = "input_ids with pixel_values"
-PREFERRED_TARGETS = ("v_proj", "o_proj")  # the paper's choice for LLMs and VLMs, then for ViT
+ROLES = {  # attention's values, or what they are fused in, which reads the same; its output projection
+    "v": r"\b(v_proj|value|qkv_proj|query_key_value|qkv|Wqkv)$",
+    "o": r"\b(o_proj|out_proj|attention\.(output\.)?dense|self_attn\.dense|attn\.proj)$",
+}
 
 
 def load_body(
@@ -43,10 +48,10 @@ def load_body(
             options |= {"quantization_config": quantization_config(weights)}
             if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
                 options.setdefault("device_map", {"": place})
-        config = AutoConfig.from_pretrained(base)
+        config = body_config(base)
         with quiet_loading():
             model, info = _auto_class(config).from_pretrained(
-                base, **{DTYPE: precision}, output_loading_info=True, **options
+                base, config=config, **{DTYPE: precision}, output_loading_info=True, **options
             )
     except TypeError as error:
         raise NSCError(
@@ -126,9 +131,43 @@ def load_processor(base: str) -> Any:
         raise NSCError(f"base {base!r} has no processor that transformers can load: {error}") from error
 
 
+def body_config(base: str | Path) -> Any:
+    """The config of the body: the base's own, or its image tower's where the base has two towers (CLIP, SigLIP).
+
+    Raises NSCError if there is no such base.
+    """
+    config = _config(base)
+    return config.vision_config if _has_two_towers(config) else config
+
+
+def tower_keys(folder: str | Path, keys: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's keys that may belong to the body: of two towers, not the text's."""
+    two = _has_two_towers(_config(folder))
+    return [key for key in keys if not (two and key.startswith("text_model."))]
+
+
+def _config(base: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise NSCError(f"base {str(base)!r} cannot be loaded by transformers' AutoModel: {error}") from error
+
+
+def _has_two_towers(config: Any) -> bool:
+    """Whether texts and images are embedded side by side, neither entering the other's model, as LLaVA's images do."""
+    features = ("get_text_features", "get_image_features")
+    return hasattr(config, "vision_config") and all(hasattr(_body_class(config), name) for name in features)
+
+
+def _body_class(config: Any) -> Any:
+    """What AutoModel makes of a config; None if nothing."""
+    found = transformers.MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
 def tied_outputs(base: str) -> list[str]:
     """Parameters outside the body that are the body's embeddings themselves, as "lm_head.weight"; no weight is read."""
-    config = AutoConfig.from_pretrained(base)
+    config = _config(base)
     inner = config.get_text_config()
     if not any(getattr(c, "tie_word_embeddings", False) for c in (config, inner)):
         return []
@@ -141,15 +180,16 @@ def main_input(base: str) -> str:
 
     Raises NSCError if there is no such base, or no body for it, or one that takes both otherwise than LLaVA.
     """
-    try:
-        config = AutoConfig.from_pretrained(base)
-        if takes_images_and_text(config):
-            require_llava(config)
-            return IMAGES_AND_TEXT
-        found = transformers.MODEL_MAPPING[type(config)]
-    except (OSError, ValueError, KeyError) as error:
-        raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
-    return (found[0] if isinstance(found, (list, tuple)) else found).main_input_name
+    config = body_config(base)
+    if takes_images_and_text(config):
+        require_llava(config)
+        return IMAGES_AND_TEXT
+    body = _body_class(config)
+    if body is None:
+        raise NSCError(
+            f"base {base!r} cannot be loaded by transformers' AutoModel: it has none for {config.model_type}"
+        )
+    return body.main_input_name
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -194,22 +234,29 @@ def choose_targets(
 ) -> list[str]:
     """The layers whose inputs are measured: those ``modules`` in those ``blocks``.
 
-    Default: v_proj (or else o_proj, or else every module with LoRA) in the last quarter of the blocks, by the model's
-    own depth. Raises TargetError if nothing is left, saying what there was.
+    Default: the paper's, by ROLES (of image bodies the output projection of attention, or else its values; of others
+    the values, or else the output projection; or else every module with LoRA) in the last quarter of the blocks, by the
+    model's own depth. Raises TargetError if nothing is left, saying what there was.
     """
     places = {name: block_of(model, name) for name in names}
     chosen = [name for name, place in places.items() if _in_blocks(place, blocks)]
-    kinds = modules or next(([k] for k in PREFERRED_TARGETS if any(_is_kind(n, [k]) for n in chosen)), None)
-    targets = [name for name in chosen if kinds is None or _is_kind(name, kinds)]
+    targets = [name for name in chosen if _is_kind(name, modules)] if modules else _preferred(model, chosen)
     if not targets:
         depth = max((place[1] for place in places.values() if place), default=0)
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         where = f"blocks {list(blocks)}" if blocks is not None else "the last quarter"
         raise TargetError(
-            f"no target layer: modules {list(modules or PREFERRED_TARGETS)} in {where} of {depth} blocks match none of"
-            f" the {len(names)} modules with LoRA ({there}); choose others with target_modules and target_blocks"
+            f"no target layer: {f'modules {list(modules)}' if modules else 'any module'} in {where} of {depth} blocks"
+            f" match none of the {len(names)} modules with LoRA ({there}); choose others with target_modules and"
+            " target_blocks"
         )
     return targets
+
+
+def _preferred(model: nn.Module, names: Sequence[str]) -> list[str]:
+    roles = ("o", "v") if getattr(model, "main_input_name", None) == "pixel_values" else ("v", "o")
+    found = ([name for name in names if re.search(ROLES[role], name)] for role in roles)
+    return next(filter(None, found), list(names))
 
 
 def _in_blocks(place: tuple[int, int] | None, blocks: Sequence[int] | None) -> bool:

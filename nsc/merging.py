@@ -24,7 +24,7 @@ from nsc.distributed import Team, join
 from nsc.errors import DataError, NSCError
 from nsc.feeds import feed_of
 from nsc.learn import learn, printer, require_finite_ratios
-from nsc.names import check_coverage, check_shapes, layout, resolve
+from nsc.names import check_coverage, check_shapes, check_towers, layout, resolve
 from nsc.objective import NullSpaceObjective
 from nsc.passes import own_share
 from nsc.places import input_device
@@ -67,6 +67,8 @@ def merge(
     model = _load(base, config, team)
     shapes = families.linear_shapes(model)
     matches = match_adapters(read, shapes)
+    for task, mapping in matches.items():
+        check_towers(task, mapping, str(model.main_input_name))
     read, whole = split_saved(read, matches, body_of(base, model), config.keep_modules)
     stack = stack_adapters(read, matches, list(shapes), dense_stacks(base, whole))
     refuse_moving_tower(model, stack.names)

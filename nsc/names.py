@@ -34,6 +34,10 @@ _LLAVA = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 )
+FOREIGN = {  # what lies in the other tower, by what the body takes
+    "pixel_values": ("text_model", "language_model"),
+    "input_ids": ("vision_model", "vision_tower"),
+}
 RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA)
 
 
@@ -107,19 +111,35 @@ def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mappin
             )
 
 
+def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> None:
+    """Raise NameMismatch if a module of another tower, by its name, would end in a body that ``takes`` something else.
+
+    CLIP's text tower has layers of the names, and SigLIP's of the shapes, of its image tower.
+    """
+    for name, base in mapping.items():
+        other = [tower for tower in FOREIGN.get(takes, ()) if tower in name.split(".")]
+        if other and not any(tower in base.split(".") for tower in FOREIGN[takes]):
+            raise NameMismatch(
+                f"adapter '{adapter_name}': '{name}' lies in the {other[0]}, but the base takes {takes} and would"
+                f" take it for '{base}'; give the base whose {other[0]} was trained"
+            )
+
+
 def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iterable[str]) -> None:
     """Raise NameMismatch if PEFT would have adapted a base module for which the adapter has no factors.
 
     The sign of a base with more layers than the one the adapter was trained on. Nothing is checked where the config
-    narrows its targets by more than a list of names.
+    narrows its targets by more than a list of names. Names without a dot mean every module of a kind, whose base may
+    have another name for it.
     """
     config = adapter.config
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         return
     prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
-    for base in available:
-        targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets)
+    kinds = set() if any("." in target for target in targets) else {_kind(base) for base in resolved}
+    for base in (name for name in available if name != _kind(name)):  # in blocks: a pooler comes and goes with wrappers
+        targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or _kind(base) in kinds
         if targeted and base not in resolved and f"{prefix}{base}.weight" not in adapter.saved:
             raise NameMismatch(
                 f"adapter '{adapter.name}' targets '{base}' by its config, but has no factors for it. "
@@ -133,11 +153,12 @@ def match_modules(first: Iterable[str], second: Iterable[str]) -> dict[str, str]
 
 
 def _spellings() -> Iterator[Spelling]:
-    """As they are; then, family by family, an old adapter on a new base and a new adapter on an old base."""
+    """As they are; then, family by family, an old adapter on a new base, a new one on an old base, and in between."""
     yield str, str
-    for renames in RENAMES:
-        yield _renamer(renames), str
-        yield str, _renamer(renames)
+    for rename in map(_renamer, RENAMES):
+        yield rename, str
+        yield str, rename
+        yield rename, rename
 
 
 def _renamer(renames: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
@@ -179,6 +200,11 @@ def _match(names: Iterable[str], available: Iterable[str], spelling: Spelling) -
 def _suffixes(name: str) -> list[str]:
     """What is left of a dotted name without its first part, its first two parts..."""
     return [name[dot.end() :] for dot in re.finditer(r"\.", name)]
+
+
+def _kind(name: str) -> str:
+    """A module's name for all blocks: "layers.*.self_attn.q_proj"."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _refuse_doubles(adapter_name: str, mapping: Mapping[str, str]) -> None:

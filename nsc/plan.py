@@ -118,7 +118,7 @@ def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
     model. Raises NSCError where transformers has no such model, or its shapes are not those of one body.
     """
     try:
-        config = families.transformers.AutoConfig.from_pretrained(base) if isinstance(base, (str, Path)) else base
+        config = families.body_config(base) if isinstance(base, (str, Path)) else base
         notes = []
         inner = getattr(config, "text_config", None)
         if getattr(config, "is_encoder_decoder", False) or (inner and not hasattr(config, "image_seq_length")):
