@@ -75,11 +75,12 @@ def read_file(file: Path) -> dict[str, Any]:
         raise NSCError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(told, dict):
         raise NSCError(f"{file} must hold a mapping of keys to values, such as base: FOLDER")
-    if "method" in told:  # a saved merge.yaml, which also says what came out
+    if "method" in told and "made" in told:  # a saved merge.yaml, which also says what came out
         told = {key: value for key, value in told.items() if key in {"settings", *JOB, *SETTINGS}}
-        entries = told.get("adapters") or {}
-        told["adapters"] = {task: entry["path"] for task, entry in entries.items() if "path" in entry}
+        told["adapters"] = {task: entry["path"] for task, entry in told["adapters"].items()}
     nested = told.pop("settings", None) or {}
+    if not isinstance(nested, dict):
+        raise NSCError(f"{file}: settings must be a mapping of settings to values, not {nested!r}")
     return {key: _checked(key, value, JOB | SETTINGS, f"{file}: ") for key, value in {**nested, **told}.items()}
 
 
