@@ -18,7 +18,6 @@ import yaml
 from nsc.config import MergeConfig, preset_settings
 from nsc.errors import NSCError
 
-RECORD_ONLY = ("method", "prefix", "targets", "made")  # of a saved merge.yaml, which can be given as it is
 NEEDED = {"base": "--base", "adapters": "--adapter TASK=PATH", "data": "--data TASK=FILE", "out": "--out"}
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
@@ -76,13 +75,12 @@ def read_file(file: Path) -> dict[str, Any]:
         raise NSCError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(told, dict):
         raise NSCError(f"{file} must hold a mapping of keys to values, such as base: FOLDER")
-    if "method" in told:
-        told = {key: value for key, value in told.items() if key not in RECORD_ONLY}
-        told["adapters"] = {
-            task: entry["path"] if isinstance(entry, dict) and "path" in entry else entry
-            for task, entry in (told.get("adapters") or {}).items()
-        }
+    if "method" in told and "made" in told:  # a saved merge.yaml, which also says what came out
+        told = {key: value for key, value in told.items() if key in {"settings", *JOB, *SETTINGS}}
+        told["adapters"] = {task: entry["path"] for task, entry in told["adapters"].items()}
     nested = told.pop("settings", None) or {}
+    if not isinstance(nested, dict):
+        raise NSCError(f"{file}: settings must be a mapping of settings to values, not {nested!r}")
     return {key: _checked(key, value, JOB | SETTINGS, f"{file}: ") for key, value in {**nested, **told}.items()}
 
 

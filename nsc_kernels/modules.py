@@ -85,6 +85,16 @@ class MergedLoRALinear(nn.Module):
         weight = lora_fold(self.base.weight, lora_B, c, self.lora_A.to(z.dtype))  # type: ignore[arg-type]
         return F.linear(z, weight, self.base.bias)  # type: ignore[arg-type]  # it is an nn.Linear
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's alone, as PEFT's layers have it: torch's MultiheadAttention reads it and never runs the layer."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Likewise."""
+        return self.base.bias  # type: ignore[return-value]
+
     def _down(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """z for the base layer, and u where anybody wants it. The watch has been called."""
         if self.siblings is not None and (shared := self.siblings.down(self, z)) is not None:

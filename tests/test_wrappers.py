@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA, VISION, linears, peft_adapter, random_factors, tiny_llava, write_adapter
+from tiny import LLAMA, VISION, linears, peft_adapter, random_factors, rewrite, tiny_llava, write_adapter
 from torch import nn
 
 import nsc
@@ -286,6 +286,24 @@ def test_a_base_of_two_towers_from_images_to_proof(family, tmp_path):
     whole = getattr(transformers, kind).from_pretrained(tmp_path / "full").vision_model
     pixels = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(body(pixels)[0], whole(pixels)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_of_siglip_reads_weights_and_runs_no_layer(tmp_path):
+    """PEFT puts LoRA there with out_proj; it never trains, and changes nothing here either."""
+    model = made("SiglipVisionModel", "SiglipVisionConfig", VISION)
+    model.save_pretrained(tmp_path / "base")
+    adapter = peft_adapter(tmp_path / "a", model, r=3, target_modules=["q_proj", "out_proj"])
+    rewrite(
+        adapter / "adapter_model.safetensors", lambda t: [v.zero_() for k, v in t.items() if "head" in k and "_B" in k]
+    )
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "base")
+    images = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    result = nsc.merge(tmp_path / "base", {"a": adapter}, {"a": list(images)}, steps=2, lr=0.02, progress=False)
+    assert [name for name in result.modules if "head" in name] and "head" not in result.record.targets[-1]
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad(), merged_layers(result.model, result.stack, torch.ones(len(result.modules), 1)):
+        torch.testing.assert_close(result.model(pixels)[1], model(pixels)[1], rtol=1e-4, atol=1e-4)
+    assert result.save(tmp_path / "out").outputs < 1e-4
 
 
 @pytest.mark.parametrize("family", ["CLIP", "SigLIP"])
