@@ -88,7 +88,8 @@ def stock_inputs(base: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
     processor = families.load_processor(str(base))
     content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(images=[prompt.image.decode()], text=[text], return_tensors="pt"))
+    made = processor(images=[prompt.image.decode()], text=[text], return_tensors="pt")
+    return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values")}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -292,7 +293,7 @@ def test_lora_in_the_tower_is_refused(llava, adapters, questions, tmp_path):
 
 
 def test_steps_can_be_recorded(llava, adapters, questions, monkeypatch):
-    """On tapes, which refuse to wait for the device as CUDA graphs do; the model's own forward does wait."""
+    """On tapes, which refuse to wait for the device as CUDA graphs do."""
     recorders = []
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: recorders.append(TapeRecorder(device)) or recorders[-1])
     monkeypatch.setattr(graphs, "obstacle", lambda model: None)
@@ -309,7 +310,7 @@ NAMES = {"llava_next": "cuts images in tiles", "qwen2_vl": "has no vision_featur
 
 @pytest.mark.parametrize(("kind", "why"), NAMES.items())
 def test_other_ways_to_feed_images_are_refused_by_name(kind, why, tmp_path):
-    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    transformers.AutoConfig.for_model(kind, image_token_id=5).save_pretrained(tmp_path)
     with pytest.raises(NSCError, match=f"{kind} {why}.*LLaVA's structure"):
         feed_of(str(tmp_path))
 
