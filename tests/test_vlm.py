@@ -1,6 +1,7 @@
 """LLaVA from prompts to proof: its own forward and processor to the bit, packing, modality, and the same text again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -9,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tape import TapeRecorder
-from tiny import WORDS, random_factors, save_llava_base, write_adapter
+from tiny import WORDS, random_factors, rewrite, save_llava_base, write_adapter
 from typer.testing import CliRunner
 
 import nsc
@@ -88,7 +89,8 @@ def stock_inputs(base: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
     processor = families.load_processor(str(base))
     content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(images=[prompt.image.decode()], text=[text], return_tensors="pt"))
+    made = processor(images=[prompt.image.decode()], text=[text], return_tensors="pt")
+    return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values")}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -211,6 +213,27 @@ def test_the_written_merge_generates_the_same_text(llava, result, questions, tmp
     assert not all(torch.equal(a, b) for a, b in zip(told, others, strict=True))
 
 
+def test_an_adapter_with_the_other_transformers_names_is_the_same(llava, adapters, questions, result, tmp_path):
+    """Before and after 4.52 moved the language model and the projector into ``model``."""
+    before = (("language_model.model.", "model.language_model."), ("multi_modal_", "model.multi_modal_"))
+    renames = before if OLD else [(new, old) for old, new in before]
+
+    def other(name: str) -> str:
+        for own, theirs in renames:
+            name = name.replace(own, theirs)
+        return name
+
+    folder = Path(shutil.copytree(adapters["count"], tmp_path / "count"))
+    rewrite(folder / "adapter_model.safetensors", lambda t: [t.update({other(k): t.pop(k)}) for k in list(t)])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {key: list(map(other, config[key])) for key in ("target_modules", "modules_to_save")}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    mixed = nsc.merge(llava, adapters | {"count": folder}, questions, steps=5, lr=0.02, progress=False)
+    assert torch.equal(mixed.coefficients, result.coefficients)
+    assert mixed.save(tmp_path / "out").outputs < 1e-5
+    assert nsc.apply(tmp_path / "out").modules == result.modules
+
+
 def test_a_truncated_merge_is_proven_with_its_projector(result, tmp_path):
     assert result.save(tmp_path / "out", rank=3).outputs < 1e-4
 
@@ -292,7 +315,7 @@ def test_lora_in_the_tower_is_refused(llava, adapters, questions, tmp_path):
 
 
 def test_steps_can_be_recorded(llava, adapters, questions, monkeypatch):
-    """On tapes, which refuse to wait for the device as CUDA graphs do; the model's own forward does wait."""
+    """On tapes, which refuse to wait for the device as CUDA graphs do."""
     recorders = []
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: recorders.append(TapeRecorder(device)) or recorders[-1])
     monkeypatch.setattr(graphs, "obstacle", lambda model: None)
@@ -309,7 +332,7 @@ NAMES = {"llava_next": "cuts images in tiles", "qwen2_vl": "has no vision_featur
 
 @pytest.mark.parametrize(("kind", "why"), NAMES.items())
 def test_other_ways_to_feed_images_are_refused_by_name(kind, why, tmp_path):
-    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    transformers.AutoConfig.for_model(kind, image_token_id=5).save_pretrained(tmp_path)
     with pytest.raises(NSCError, match=f"{kind} {why}.*LLaVA's structure"):
         feed_of(str(tmp_path))
 
