@@ -118,6 +118,16 @@ def refuse_unstreamable(base: str) -> None:
     _shard_names(checkpoint_folder(base))
 
 
+def read_tensors(base: str, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Those of ``keys`` that the base's safetensors checkpoint holds. Raises NSCError if there is none."""
+    source = checkpoint_folder(base)
+    found: dict[str, Tensor] = {}
+    for name in _shard_names(source):
+        with safe_open(source / name, framework="pt") as file:
+            found |= {key: file.get_tensor(key) for key in set(keys) & set(file.keys())}
+    return found
+
+
 def checkpoint_folder(base: str) -> Path:
     """The base's folder: itself, or a Hub snapshot. Raises NSCError if there is neither."""
     if Path(base).is_dir():

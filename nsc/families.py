@@ -5,7 +5,7 @@ No model is known by name here. The body is what ``AutoModel`` gives (no LM head
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,22 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from nsc.errors import NSCError, TargetError
+from nsc.export import read_tensors
 from nsc.places import reload_in_backward
 from nsc.quantized import dequantise_where_used, quantization_config
 
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+LAST_BLOCKS: dict[str, Callable[[int], int]] = {  # how many of a depth
+    "all": lambda depth: depth,
+    "half": lambda depth: depth // 2,
+    "quarter": lambda depth: depth // 4,
+    "one": lambda depth: 1,
+}
 PREFERRED_TARGETS = ("v_proj", "o_proj")  # the paper's choice for LLMs and VLMs, then for ViT
 
 
@@ -64,6 +71,36 @@ def load_body(
             raise NSCError(f"weights {weights} do not go with offloading, as device_map {device_map} does: give one")
         dequantise_where_used(model)
     return model if options else model.to(place)
+
+
+def load_generating_head(base: str, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, d) and bias (V,), or None, of the layer by which a causal base names its next token.
+
+    model: its body, whose embeddings they are where the two are tied. Raises NSCError where the base generates nothing,
+    its checkpoint has no such layer, or its logits are changed behind it.
+    """
+    if not is_causal(model):
+        raise NSCError(f"base {base!r} generates no tokens: its attention is not causal; give positions prompt")
+    config = AutoConfig.from_pretrained(base)
+    text: Any = getattr(config, "text_config", config)
+    changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, n, None)]
+    if changed:
+        raise NSCError(f"base {base!r} changes its logits ({changed[0]}), which nsc does not follow")
+    try:
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise NSCError(f"base {base!r} has no head that generates tokens: {error}") from error
+    head = whole.get_output_embeddings()
+    if getattr(text, "tie_word_embeddings", False):
+        return model.get_input_embeddings().weight.detach(), None  # type: ignore[operator, union-attr]
+    place = next(name for name, module in whole.named_modules() if module is head)
+    stored = read_tensors(base, [f"{place}.weight", f"{place}.bias"])
+    if f"{place}.weight" not in stored:
+        raise NSCError(
+            f"base {base!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
+        )
+    return stored[f"{place}.weight"], stored.get(f"{place}.bias")
 
 
 def one_device(device: str) -> str:
@@ -154,9 +191,11 @@ def choose_targets(
     model: nn.Module,
     names: Sequence[str],  # the modules that carry LoRA
     modules: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
+    blocks: Sequence[int] | str | None = None,
 ) -> list[str]:
     """The layers whose inputs are measured: those ``modules`` in those ``blocks``.
+
+    blocks: numbers, or a word of LAST_BLOCKS.
 
     Default: v_proj (or else o_proj, or else every module with LoRA) in the last quarter of the blocks, by the model's
     own depth. Raises TargetError if nothing is left, saying what there was.
@@ -168,7 +207,8 @@ def choose_targets(
     if not targets:
         depth = max((place[1] for place in places.values() if place), default=0)
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        where = f"blocks {list(blocks)}" if blocks is not None else "the last quarter"
+        word = "quarter" if blocks is None else blocks
+        where = "all" if word == "all" else f"the last {word}" if isinstance(word, str) else f"blocks {list(word)}"
         raise TargetError(
             f"no target layer: modules {list(modules or PREFERRED_TARGETS)} in {where} of {depth} blocks match none of"
             f" the {len(names)} modules with LoRA ({there}); choose others with target_modules and target_blocks"
@@ -176,11 +216,13 @@ def choose_targets(
     return targets
 
 
-def _in_blocks(place: tuple[int, int] | None, blocks: Sequence[int] | None) -> bool:
+def _in_blocks(place: tuple[int, int] | None, blocks: Sequence[int] | str | None) -> bool:
     if place is None:
         return False
     index, depth = place
-    return index in blocks if blocks is not None else index >= depth - max(1, depth // 4)
+    if blocks is None or isinstance(blocks, str):
+        return index >= depth - max(1, LAST_BLOCKS["quarter" if blocks is None else blocks](depth))
+    return index in blocks
 
 
 def _is_kind(name: str, kinds: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,10 @@ from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data import TextBatches, read_texts, tokenize
 from nsc.errors import NSCError
+from nsc.generation import Generate, with_answer
 from nsc.graphs import obstacle
 from nsc.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
-from nsc.packing import can_share_rows, collate, pack
+from nsc.packing import can_share_rows, collate
 from nsc.towers import FeatureStore
 
 
@@ -34,11 +35,12 @@ class Feed:
     """One kind of input.
 
     read: a source -> the samples of a task.  batches: base, body, targets, task -> samples, settings -> the batches to
-    learn from, and the fixed ones for the ratios before and after.  example: base, body -> rows without any data.
+    learn from, and the fixed ones for the ratios before and after; behind them, for generated positions, what continues
+    prompts.  example: base, body -> rows without any data.
     """
 
     read: Callable[[Any], list[Any]]
-    batches: Callable[[str, nn.Module, Sequence[str], Mapping[str, Any], MergeConfig], tuple[Batches, list[Batch]]]
+    batches: Callable[..., tuple[Batches, list[Batch]]]
     example: Callable[[str, nn.Module], Batch]
 
 
@@ -51,8 +53,9 @@ def feed_of(base: str) -> Feed:
 
 
 def _text_batches(
-    base: str, model: nn.Module, targets: Sequence[str], texts: Mapping[str, list[str]], config: MergeConfig
-) -> tuple[TextBatches, list[Batch]]:
+    base: str, model: nn.Module, targets: Sequence[str], texts: Mapping[str, list[str]], config: MergeConfig,
+    generate: Generate | None = None,
+) -> tuple[TextBatches, list[Batch]]:  # fmt: skip
     tokenizer = families.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -60,9 +63,30 @@ def _text_batches(
     shares_rows = can_share_rows(model)
     few_shapes = config.graphs and obstacle(model) is None
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
-    some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
-    ids, tasks = [ids for ids, _ in some], [k for _, k in some]
-    return batches, pack(ids, tasks, pad_id, causal=causal, shares_rows=shares_rows)
+    if config.positions != "prompt":
+        batches = _with_answers(batches, config, generate)
+    return batches, batches.packed(_evaluated(batches.tokens, config))
+
+
+def _with_answers(batches: TextBatches, config: MergeConfig, generate: Generate | None) -> TextBatches:
+    """The same with the answers to all samples that are learned from or evaluated; only what computed them counts."""
+    if generate is None:
+        raise NSCError(f"positions {config.positions} need a model that generates; give positions prompt here")
+    tokens = {task: list(rows) for task, rows in batches.tokens.items()}
+    counted = {task: [slice(0, len(ids)) for ids in rows] for task, rows in tokens.items()}
+    needed = set(_evaluated(tokens, config))
+    for step in range(max(1, config.steps)):
+        needed |= {(task, i) for task, row in batches.drawn(step).items() for i in row}
+    places = sorted(needed)
+    answers = generate([tokens[task][i] for task, i in places])
+    for (task, i), answer in zip(places, answers, strict=True):
+        tokens[task][i], counted[task][i] = with_answer(tokens[task][i], answer, config.positions)
+    return replace(batches, tokens=tokens, counted=counted)
+
+
+def _evaluated(tokens: Mapping[str, Sequence[Any]], config: MergeConfig) -> list[tuple[str, int]]:
+    """Task and number of each sample that is evaluated before and after."""
+    return [(task, i) for task, rows in tokens.items() for i in range(min(len(rows), config.evaluation_samples))]
 
 
 def _image_batches(

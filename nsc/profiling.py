@@ -31,7 +31,7 @@ from nsc.learn import _peak_memory
 from nsc.memory import kept_bytes
 from nsc.merging import Source, match_adapters, read_adapters, read_data
 from nsc.places import input_device
-from nsc.stack import Stack, stack_adapters, whitened
+from nsc.stack import Stack, by_rank, stack_adapters, whitened
 from nsc.steps import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
 from nsc.timeline import profile_step
 
@@ -107,13 +107,14 @@ def profile_merge(
     config = replace(config or MergeConfig(), **settings)
     read = read_adapters(adapters)
     feed = feed_of(str(base))
-    samples = read_data(data, read, feed.read)
+    samples = read_data(data, read, feed.read, config.unseen)
     model = families.load_body(str(base), config.dtype, config.device)
     device = input_device(model)
     datasheet = find_hardware(device, hardware, flops)
     shapes = families.linear_shapes(model)
     matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
     stack = stack_adapters(read, matches, list(shapes))
+    stack = by_rank(stack) if config.granularity == "rank" else stack
     targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
     batches = [batch.to(device) for batch in feed.batches(str(base), model, targets, samples, config)[0](0)]
     return measure(str(base), model, whitened(stack), targets, batches, config, steps, datasheet)

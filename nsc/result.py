@@ -33,9 +33,10 @@ CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
 class MergeResult:
     """A merge in memory.
 
-    coefficients: (M, K), rows ``modules``, columns ``tasks``.  report: what was decided and seen.  record: what replays
-    it.  adapters, stack: what was merged.  model, batch: the base and rows to compare outputs with, where there is one;
-    without the model but with rows, ``save`` loads it in full precision, if memory holds it.
+    coefficients: (M, K), rows ``modules``, columns ``tasks``; or of rank rows, as ``Stack.owned`` has them.  report:
+    what was decided and seen.  record: what replays it.  adapters, stack: what was merged.  model, batch: the base and
+    rows to compare outputs with, where there is one; without the model but with rows, ``save`` loads it in full
+    precision, if memory holds it.
     """
 
     coefficients: Tensor

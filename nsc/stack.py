@@ -6,7 +6,7 @@ touch the module. ``whitened`` gives every segment of ``A`` orthonormal rows wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,8 @@ class ModuleStack:
     """One linear layer: all adapters side by side.
 
     A: (R, d).  B: (m, R).  ranks: r_k, 0 for an absent adapter.  scales: s_k.  grams: the factors of each A_k, None for
-    an absent adapter.  gram_inverse: (R, R) block-diagonal, or None once whitened.
+    an absent adapter.  gram_inverse: (R, R) block-diagonal, or None once whitened.  by_rank: whether each row of A has
+    a coefficient of its own; else each adapter has one.
     """
 
     A: Tensor
@@ -30,6 +31,7 @@ class ModuleStack:
     scales: tuple[float, ...]
     grams: tuple[GramFactor | None, ...]
     gram_inverse: Tensor | None
+    by_rank: bool = False
 
     @property
     def present(self) -> list[bool]:
@@ -37,13 +39,16 @@ class ModuleStack:
         return [r > 0 for r in self.ranks]
 
     def delta(self, coefficients: Tensor) -> Tensor:
-        """(m, d) float64: sum_k lam_k s_k B_k A_k for ``coefficients`` of shape (K,)."""
+        """(m, d) float64: sum_k lam_k s_k B_k A_k for a row of ``coefficients``."""
         return (self.B.double() * self.column_weights(coefficients)) @ self.A.double()
 
     def column_weights(self, coefficients: Tensor) -> Tensor:
-        """(R,) float64: lam_k s_k on segment k."""
-        weights = coefficients.double().cpu() * torch.tensor(self.scales, dtype=torch.float64)
-        return weights.repeat_interleave(torch.tensor(self.ranks)).to(self.A.device)
+        """(R,) float64: lam_k s_k on segment k, for ``coefficients`` (K,); by rank the first R of them, times s_k."""
+        ranks = torch.tensor(self.ranks)
+        scales = torch.tensor(self.scales, dtype=torch.float64).repeat_interleave(ranks)
+        coefficients = coefficients.double().cpu()
+        each = coefficients[: len(scales)] if self.by_rank else coefficients.repeat_interleave(ranks)
+        return (each * scales).to(self.A.device)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,29 @@ class Stack:
     def present(self) -> Tensor:
         """(M, K) bool: which adapter touches which module."""
         return torch.tensor([module.present for module in self.modules.values()], dtype=torch.bool)
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether the coefficients are those of rank rows."""
+        return any(module.by_rank for module in self.modules.values())
+
+    @property
+    def owned(self) -> Tensor:
+        """(M, C) bool: which coefficients there are; C is K, or by rank the most rows that a module has."""
+        if not self.by_rank:
+            return self.present
+        rows = torch.tensor([sum(module.ranks) for module in self.modules.values()])
+        return torch.arange(int(rows.max())) < rows[:, None]
+
+    def by_task(self, values: Tensor, reduce: Callable[[Tensor], Tensor], absent: float = 0) -> Tensor:
+        """(M, K) of ``values`` (M, C): as they are, or ``reduce`` of each adapter's rows, ``absent`` without any."""
+        if not self.by_rank:
+            return values
+        rows = [
+            [reduce(part) if len(part) else part.new_tensor(absent) for part in row[: sum(m.ranks)].split(m.ranks)]
+            for row, m in zip(values, self.modules.values(), strict=True)
+        ]
+        return torch.stack([torch.stack(row) for row in rows])
 
 
 def stack_adapters(
@@ -96,8 +124,16 @@ def stack_adapters(
 
 
 def whitened(stack: Stack) -> Stack:
-    """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model."""
-    return Stack(stack.tasks, {name: _whiten(module) for name, module in stack.modules.items()})
+    """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model.
+
+    Where rows have coefficients of their own they are left as they are: another basis would mix them.
+    """
+    return Stack(stack.tasks, {n: m if m.by_rank else _whiten(m) for n, m in stack.modules.items()})
+
+
+def by_rank(stack: Stack) -> Stack:
+    """The same adapters with a coefficient for every row of every A_k."""
+    return Stack(stack.tasks, {name: replace(module, by_rank=True) for name, module in stack.modules.items()})
 
 
 def _whiten(module: ModuleStack) -> ModuleStack:

@@ -22,11 +22,12 @@ from nsc_kernels import MergedLoRALinear, Siblings
 def merged_layers(
     model: nn.Module, stack: Stack, lam: Tensor, plans: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, MergedLoRALinear]]:
-    """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, K).
+    """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, C).
 
-    plans: of modules that are not to run by their factors, as ``choose_plans`` finds them.
-    The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to
-    the dtype and device in which the layer that they join computes.
+    lam: a coefficient for each adapter, or for each rank row where the stack is ``by_rank``.  plans: of modules that
+    are not to run by their factors, as ``choose_plans`` finds them. The model is changed in place and is exactly what
+    it was on leaving, also after an exception. Factors are cast to the dtype and device in which the layer that they
+    join computes.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
     dtype = next(model.parameters()).dtype
@@ -47,9 +48,9 @@ def merged_layers(
 
 
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
-    """Point every layer at its row of ``lam`` (M, K), on its own device; the next forward is differentiable in it."""
+    """Point every layer at its row of ``lam`` (M, C), on its own device; the next forward is differentiable in it."""
     for layer, row in zip(layers.values(), lam, strict=True):
-        layer.lam = row.to(layer.lora_A.device)
+        layer.lam = row[: layer.spread.shape[0]].to(layer.lora_A.device)  # by rank, rows are as long as the longest
 
 
 def share_inputs(
@@ -120,4 +121,5 @@ def _merged_layer(
     stored, device = next(linear.parameters()).dtype, run_device(linear)
     dtype = stored if stored.is_floating_point else dtype
     A, B = (t.to(device=device, dtype=dtype) for t in (module.A, module.B))
-    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach().to(device), plan=plan)
+    lam = row.detach().to(device)[: A.shape[0] if module.by_rank else None]
+    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, lam, plan=plan, by_rank=module.by_rank)
