@@ -87,13 +87,13 @@ def row_weights(batch: Batch, rows: str) -> Tensor:
 def entropy_of(
     base: str, model: nn.Module, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str] = ()
 ) -> Entropy:
-    """By the heads that adapters carry, or by the base's own where none does.
+    """By the heads that adapters carry, or by the base's own where none does, and on generated positions.
 
     rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
     there is no head, only some adapters carry one, or one is more than a linear layer.
     """
     seen = {task: adapter for task, adapter in adapters.items() if task not in unseen}
-    carrying = [task for task, adapter in seen.items() if adapter.saved]
+    carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
     rows = "counted" if positions != "prompt" else "last" if families.is_causal(model) else "first"
     if not carrying:
         head = Head(*families.load_generating_head(base, model))

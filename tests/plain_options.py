@@ -30,7 +30,7 @@ def merged_weight(weight: Tensor, module: ModuleStack, row: Tensor) -> Tensor:
     start = 0
     for k, (a, b, s) in enumerate(segments(module)):
         of_rows = row[start : start + len(a)] if module.by_rank else row[k].expand(len(a))
-        weight = weight + s * b @ torch.diag(of_rows) @ a
+        weight = weight + s * b.double() @ torch.diag(of_rows) @ a.double()
         start += len(a)
     return weight
 
@@ -58,7 +58,7 @@ def plain_loss(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, target
             hook.remove()
         own = [name for name in targets if stack.modules[name].ranks[k]]
         for name in own:
-            a, z = segments(stack.modules[name])[k][0], seen[name][counted]
+            a, z = segments(stack.modules[name])[k][0].double(), seen[name][counted]
             ratio = (z - z @ torch.linalg.pinv(a) @ a).norm(dim=-1) / z.norm(dim=-1)
             of_sample = ratio.mean() if how.quantile is None else ratio.quantile(how.quantile)
             total = total + how.shares[k] * of_sample / len(own) / samples[k]

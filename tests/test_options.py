@@ -28,7 +28,7 @@ class Option:
     """settings: of MergeConfig.  how: the plain loss.  entropy: "own" heads, one for all, or none."""
 
     settings: dict[str, Any]
-    how: Plain = Plain()
+    how: Plain = field(default_factory=Plain)
     heads: str = ""
     theta: dict[str, Any] = field(default_factory=dict)  # settings that plain_learning takes too
 
@@ -54,6 +54,7 @@ OPTIONS = {
     **{f"schedule {name}": moved(schedule=name) for name in ("linear", "cosine")},
     "cosine of gradient descent, exp": moved(schedule="cosine", optimizer="sgd", link="exp"),
     "preferences": Option({"preferences": {"a": 3, "c": 0.5}}, Plain((3 / 4.5, 1 / 4.5, 0.5 / 4.5))),
+    "a task without data": Option({"unseen": ("b",)}, Plain((0.5, 0, 0.5))),
     "median over tokens": Option({"quantile": 0.5}, Plain(quantile=0.5)),
     "90 % of tokens": Option({"quantile": 0.9}, Plain(quantile=0.9)),
     "entropy": Option({"objective": "entropy"}, Plain((0, 0, 0), entropies=ONES), "own"),
