@@ -56,6 +56,7 @@ def _text_batches(
     base: str, model: nn.Module, targets: Sequence[str], texts: Mapping[str, list[str]], config: MergeConfig,
     generate: Generate | None = None,
 ) -> tuple[TextBatches, list[Batch]]:  # fmt: skip
+    _require_modality(config, "text")
     tokenizer = families.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -92,12 +93,18 @@ def _evaluated(tokens: Mapping[str, Sequence[Any]], config: MergeConfig) -> list
 def _image_batches(
     base: str, model: nn.Module, targets: Sequence[str], images: Mapping[str, list[Image]], config: MergeConfig
 ) -> tuple[ImageBatches, list[Batch]]:
+    _require_modality(config, "image")
     processor = families.load_image_processor(base)
     pixels = FeatureStore(pixels_by(processor, next(model.parameters()).dtype))
     some = [(image, k) for k, rows in enumerate(images.values()) for image in rows[: config.evaluation_samples]]
     tokens = tokens_seen(model, targets, pixels(some[0][0]))
     evaluation = collate_images([pixels(image) for image, _ in some], [k for _, k in some], tokens)
     return ImageBatches(images, pixels, tokens, config.batch_size, config.seed), [evaluation]
+
+
+def _require_modality(config: MergeConfig, only: str) -> None:
+    if config.modality not in ("both", only):
+        raise NSCError(f"modality {config.modality} leaves nothing of a base that takes {only} alone; leave it at both")
 
 
 def _random_text(base: str, model: nn.Module) -> Batch:

@@ -114,10 +114,10 @@ def prepared(
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     coefficients = Coefficients.of(stack, config).to(device)
     theta = nn.Parameter(coefficients.first(dtype))
-    lam = coefficients(theta.detach())
+    lam = coefficients(theta.detach()).requires_grad_()
     plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
     graphs = make_graphs(model, config.graphs and entropy is None, say)  # the rows of an entropy are picked by the host
-    with merged_layers(model, stack, lam, plans) as layers:
+    with merged_layers(model, stack, lam.detach(), plans) as layers:
         row = first_step[0].within(1)[0].to(device)
         share_inputs(model, layers, targets, row)
         goal = goal_of(stack.tasks, config, entropy)

@@ -159,6 +159,11 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         MergeConfig(**settings)
 
 
+def test_the_modality_that_a_base_lacks_is_refused(base, adapters, texts):
+    with pytest.raises(NSCError, match="modality image leaves nothing of a base that takes text alone"):
+        nsc.merge(base, adapters, texts, **FAST, modality="image")
+
+
 def test_preferences_and_heads_must_fit():
     with pytest.raises(NSCError, match="preferences name c; the tasks are a, b"):
         goal_of(["a", "b"], MergeConfig(preferences={"c": 1}))
