@@ -213,7 +213,7 @@ def vision(tmp_path_factory):
             "classifier.weight": torch.randn(classes, 32, generator=generator),
             "classifier.bias": torch.randn(classes, generator=generator),
         }
-        adapters[task] = write_adapter(folder / task, factors, saved=saved)
+        adapters[task] = write_adapter(folder / task, factors, saved=saved, target_modules=names)
     images = {task: list(torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8, generator=generator)) for task in adapters}
     return base, adapters, {task: [image.numpy() for image in rows] for task, rows in images.items()}
 
