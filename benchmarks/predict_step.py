@@ -17,8 +17,8 @@ from predict import BF16, Gpu
 from shapes import Shape
 
 from nsc.costs import Memory, Step, Work, linears_in_order
-from nsc.families import choose_targets
 from nsc.plan import meta_body
+from nsc.targets import choose_targets
 
 LARGEST = Case("LLaMA-3-70B", LLAMA3_70B, 6, 2, 96)
 

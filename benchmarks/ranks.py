@@ -24,9 +24,9 @@ from transformers import LlamaConfig
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.distributed import join
-from nsc.families import choose_targets
 from nsc.passes import share_out
 from nsc.steps import nsc_step, sharing_weights
+from nsc.targets import choose_targets
 
 STEPS = 2  # between two looks at the clock
 Took = list[tuple[float, float]]  # seconds on the clock and CPU seconds of a step

@@ -29,6 +29,12 @@ class Batch:
         """How many are computed, padding included."""
         return self.task.numel()
 
+    def samples(self) -> Tensor:
+        """(b L,) int64: which sample each token is of, numbered from 0 along the batch, padding as one of its own."""
+        rows = torch.arange(self.task.shape[0], device=self.task.device)[:, None].expand_as(self.task)
+        own = (rows if self.segment is None else self.segment).flatten()
+        return torch.cat([torch.zeros_like(own[:1]), (own[1:] != own[:-1]).to(own.dtype)]).cumsum(0)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block."""
         return self._map(partial(torch.Tensor.to, device=device, non_blocking=True))

@@ -20,26 +20,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 WEIGHTS = ("full", "int8", "fp8", "nf4")
+CHOICES = {
+    "layers": ("auto", "factors", "weights"),
+    "weights": WEIGHTS,
+    "positions": ("prompt", "last", "full"),
+    "modality": ("both", "text", "image"),
+    "granularity": ("layer", "task", "rank"),
+    "link": ("identity", "softplus", "sigmoid", "exp", "softmax"),
+    "optimizer": ("adamw", "adam", "sgd"),
+    "schedule": ("constant", "linear", "cosine"),
+    "objective": ("null-space", "entropy", "both"),
+}
+BLOCKS = ("all", "half", "quarter", "one")  # the last ones, of the depth of the model
 
 
 @dataclass(frozen=True)
 class MergeConfig:
     """How coefficients are learned.
 
-    steps, lr, weight_decay, betas, eps: AdamW.  start: every coefficient at step 0.  batch_size: samples of each task
-    in a step.  max_length: tokens a sample.  tokens_per_pass: a step of more is cut into passes; None for as many as
-    memory holds, measured before the first step.  layers: how they carry their adapters, by "factors" or by "weights";
-    "auto" takes the cheaper for each.  gradient_checkpointing: keep only the blocks' inputs for the backward, and run
-    them again in it: less memory, a forward more.  graphs: on CUDA, record steps and replay them where their shapes
-    recur.  max_drift: how far a coefficient may move from ``start``; None for no bound.  target_modules: suffixes of
-    the module names whose inputs are measured (default: attention's output projection where the base takes images, else
-    its values, by ``families.ROLES``).
-    target_blocks: block numbers (default: the last quarter).  evaluation_samples: of each task, for the ratios reported
-    before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's, and CUDA if there is one.
-    weights: of the base's linears while learning: "full", "int8", "fp8" or "nf4"; what is written and proven is always
-    in full.  device_map: "auto", "balanced"... as accelerate takes it, instead of ``device``: a base over all GPUs, and
-    the CPU and disk.  shard: the base's linears over the processes.  keep_modules:
-    suffixes of modules in modules_to_save that each task keeps under heads/, and that are not merged.
+    steps, lr, weight_decay, betas, eps: of the optimiser, "adamw", "adam" or "sgd".  schedule: of lr over the steps,
+    "constant", "linear" or "cosine", to 0.  start: every coefficient at step 0.  batch_size: samples of each task in a
+    step.  max_length: tokens a sample.  tokens_per_pass: a step of more is cut into passes; None for as many as memory
+    holds, measured before the first step.  layers: how they carry their adapters, by "factors" or by "weights"; "auto"
+    takes the cheaper for each.  gradient_checkpointing: keep only the blocks' inputs for the backward, and run them
+    again in it: less memory, a forward more.  graphs: on CUDA, record steps and replay them where their shapes recur.
+    max_drift: how far a coefficient may move from ``start``; None for no bound.  target_modules: suffixes of the module
+    names whose inputs are measured (default: attention's output projection where the base takes images, else its
+    values, by ``targets.ROLES``).  target_blocks: numbers, or the last ones by a word of BLOCKS (default: "quarter").
+    evaluation_samples: of each task, for the ratios reported before and after.  dtype, device: of the frozen base;
+    "auto" takes the checkpoint's, and CUDA if there is one.  weights: of the base's linears while learning: "full",
+    "int8", "fp8" or "nf4"; what is written and proven is always in full.  device_map: "auto", "balanced"... as
+    accelerate takes it, instead of ``device``: a base over all GPUs, and the CPU and disk.  shard: the base's linears
+    over the processes.  keep_modules: suffixes of modules in modules_to_save that each task keeps under heads/, and
+    that are not merged.
+
+    What is learned (each is defined in docs/options.md).  positions: the tokens that count: of the "prompt", the "last"
+    generated one, or the "full" generation of at most ``max_new_tokens``.  modality: of the tokens that count, where
+    rows hold images and text.  granularity: a coefficient for each "layer" and task, each "task", or each "rank" row of
+    an adapter.  link: from the parameter that is optimised to the coefficient.  preferences: task -> its weight in the
+    loss, 1 where it is not named.  objective: "null-space", "entropy" or "both" added.  quantile: of a sample's tokens,
+    in place of their mean.  unseen: tasks whose adapters are merged without any data.
     """
 
     steps: int = 500
@@ -57,7 +77,7 @@ class MergeConfig:
     eps: float = 1e-8
     seed: int = 0
     target_modules: tuple[str, ...] | None = None
-    target_blocks: tuple[int, ...] | None = None
+    target_blocks: str | tuple[int, ...] | None = None
     evaluation_samples: int = 16
     dtype: str = "auto"
     device: str = "auto"
@@ -65,24 +85,58 @@ class MergeConfig:
     device_map: str | None = None
     shard: bool = False
     keep_modules: tuple[str, ...] = ()
+    positions: str = "prompt"
+    max_new_tokens: int = 16
+    modality: str = "both"
+    granularity: str = "layer"
+    link: str = "identity"
+    preferences: dict[str, float] | None = None
+    optimizer: str = "adamw"
+    schedule: str = "constant"
+    objective: str = "null-space"
+    quantile: float | None = None
+    unseen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "target_blocks", "betas", "keep_modules"):
+        for name in ("target_modules", "target_blocks", "betas", "keep_modules", "unseen"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and not (name == "target_blocks" and isinstance(value, str)):
                 object.__setattr__(self, name, tuple(value))
         _require(self.steps >= 0, f"steps must be 0 or more, not {self.steps}")
         _require(self.lr > 0, f"lr must be positive, not {self.lr}")
         _require(self.max_drift is None or self.max_drift >= 0, f"max_drift must be 0 or more, not {self.max_drift}")
         _require(self.tokens_per_pass is None or self.tokens_per_pass >= 1, "tokens_per_pass must be 1 or more")
-        _require(
-            self.layers in ("auto", "factors", "weights"), f"layers must be auto, factors or weights, not {self.layers}"
-        )
-        _require(self.weights in WEIGHTS, f"weights must be one of {', '.join(WEIGHTS)}, not {self.weights}")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in allowed, f"{name} must be one of {', '.join(allowed)}, not {value}")
         ways = [self.weights != "full", self.device_map is not None, self.shard]
         _require(not self.shard or sum(ways) == 1, "shard goes with full weights and without device_map: give one")
-        for name in ("batch_size", "max_length", "evaluation_samples"):
+        for name in ("batch_size", "max_length", "evaluation_samples", "max_new_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        blocks, start = self.target_blocks, self.start
+        _require(
+            not isinstance(blocks, str) or blocks in BLOCKS,
+            f"target_blocks must be numbers or one of {', '.join(BLOCKS)}, not {blocks}",
+        )
+        inside = {"identity": True, "sigmoid": 0 < start < 1}.get(self.link, start > 0)
+        _require(inside, f"link {self.link} cannot give a coefficient of {start}; choose another start or link")
+        _require(
+            self.link != "softmax" or self.granularity != "rank",
+            "softmax is over tasks, and granularity rank has no one coefficient a task; give layer or task",
+        )
+        _require(self.quantile is None or 0 <= self.quantile <= 1, f"quantile is from 0 to 1, not {self.quantile}")
+        _require(
+            self.quantile is None or self.objective != "entropy", "quantile is of null-space ratios, not of the entropy"
+        )
+        _require(
+            self.modality == "both" or self.objective == "null-space",
+            "the entropy is of what the model says, not of the tokens of one modality; leave modality at both",
+        )
+        for task, value in (self.preferences or {}).items():
+            _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
 
     @property
     def whole_base(self) -> bool:

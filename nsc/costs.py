@@ -20,7 +20,8 @@ from itertools import groupby
 from torch import nn
 
 from nsc.errors import NSCError
-from nsc.families import ROLES, block_of, is_causal, linear_shapes
+from nsc.families import block_of, is_causal, linear_shapes
+from nsc.targets import ROLES
 
 # The linears of a block by what they read: its input, what attention gives, its middle, what the activation gives.
 STAGES = (

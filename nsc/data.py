@@ -69,18 +69,32 @@ class TextBatches:
     causal: bool = True  # right padding cannot reach a real token, so the model needs no mask
     shares_rows: bool = False  # the model keeps samples in one row apart
     few_shapes: bool = False  # steps are replayed where their shapes recur
+    counted: dict[str, list[slice]] | None = None
 
     def __call__(self, step: int) -> list[Batch]:
         """The batches of one step, on the CPU; their losses add up to the step's."""
-        picks = [draw(len(rows), self.batch_size, step, f"{self.seed}/{task}") for task, rows in self.tokens.items()]
-        samples = [self.tokens[task][i] for task, row in zip(self.tokens, picks, strict=True) for i in row]
-        tasks = [k for k, row in enumerate(picks) for _ in row]
-        how = {"causal": self.causal, "shares_rows": self.shares_rows, "few_shapes": self.few_shapes}
-        return pack(samples, tasks, self.pad_id, **how)
+        return self.packed([(task, i) for task, row in self.drawn(step).items() for i in row], self.few_shapes)
+
+    def packed(self, picks: Sequence[tuple[str, int]], few_shapes: bool = False) -> list[Batch]:
+        """The batches of these samples, each by its task and number."""
+        places = list(self.tokens)
+        return pack(
+            [self.tokens[task][i] for task, i in picks], [places.index(task) for task, _ in picks], self.pad_id,
+            causal=self.causal, shares_rows=self.shares_rows, few_shapes=few_shapes,
+            counted=[self.counted[task][i] for task, i in picks] if self.counted else None,
+        )  # fmt: skip
+
+    def drawn(self, step: int) -> dict[str, list[int]]:
+        """Which samples of each task a step takes."""
+        return {
+            task: draw(len(rows), self.batch_size, step, f"{self.seed}/{task}") for task, rows in self.tokens.items()
+        }
 
 
 def draw(count: int, batch_size: int, step: int, key: str) -> list[int]:
     """Which of ``count`` samples a step takes: the next ones of a permutation, another from ``key`` each time round."""
+    if count == 0:
+        return []
     drawn = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         turn, index = divmod(position, count)
@@ -92,7 +106,7 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
     """Token ids of every sample, cut at ``max_length``. Raises DataError naming a sample that has no token."""
     tokens = {}
     for task, rows in texts.items():
-        tokens[task] = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"]
+        tokens[task] = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"] if rows else []
         empty = [i for i, ids in enumerate(tokens[task]) if not ids]
         if empty:
             raise DataError(f"sample {empty[0] + 1} of task {task} has no token; remove empty texts from its data")

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nsc.checkpoints import WEIGHT_FILES, checkpoint_folder, read_tensors, shapes_in, shard_names
 from nsc.errors import NSCError
 from nsc.families import tower_keys
 from nsc.names import resolve
 from nsc.stack import DenseStack, ModuleStack, Stack
 
 OWN_FILES = ("readme.md", ".gitattributes")  # of the base's repository, not of the model
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,8 @@ class Updates:
 
 def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """The shards of a checkpoint, and the key of each merged layer's weight and bias -> its name in the body."""
-    shards = [source / name for name in _shard_names(source)]
-    shapes = {key: shape for shard in shards for key, shape in _shapes(shard)}
+    shards = [source / name for name in shard_names(source)]
+    shapes = {key: shape for shard in shards for key, shape in shapes_in(shard)}
     matrices = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
     inside = tower_keys(source, matrices)
     stored = {key.removesuffix(".weight"): (shapes[key][0], shapes[key][1]) for key in inside}
@@ -172,29 +170,8 @@ def read_layers(base: str, names: Sequence[str]) -> dict[str, Tensor]:
 
     Raises NSCError if it is not in safetensors or a layer is not in it.
     """
-    shards, places = merged_places(checkpoint_folder(base), names)
-    found: dict[str, Tensor] = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            keys = places.keys() & set(file.keys())
-            found |= {places[key]: file.get_tensor(key) for key in keys}
-    return found
-
-
-def refuse_unstreamable(base: str) -> None:
-    """Raise NSCError unless the base has a safetensors checkpoint that ``write_full_model`` can stream."""
-    _shard_names(checkpoint_folder(base))
-
-
-def checkpoint_folder(base: str) -> Path:
-    """The base's folder: itself, or a Hub snapshot. Raises NSCError if there is neither."""
-    if Path(base).is_dir():
-        return Path(base)
-    others = [f"*{suffix}" for suffix in WEIGHT_FILES if suffix != ".safetensors"]
-    try:
-        return Path(snapshot_download(base, ignore_patterns=others))
-    except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
-        raise NSCError(f"base {base!r} is no folder, and the Hub gave no such model: {error}") from error
+    _, places = merged_places(checkpoint_folder(base), names)
+    return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}
 
 
 def _concatenated(module: ModuleStack, row: Tensor) -> MergedFactors:
@@ -212,24 +189,3 @@ def _truncated(module: ModuleStack, row: Tensor, rank: int) -> MergedFactors:
     error = (sigma[kept:].norm() / sigma.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
     A, B = (root[:, None] * vh[:kept]) @ right.mT, (left @ u[:, :kept]) * root
     return MergedFactors(A.float().cpu(), B.float().cpu(), error)
-
-
-def _shard_names(source: Path) -> list[str]:
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if (source / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    raise NSCError(
-        f"base {source} holds no model.safetensors or its index, so its weights cannot be streamed;"
-        " convert it with save_pretrained, or export an adapter where all adapters are LoRA alone"
-    )
-
-
-def _shapes(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                yield key, tuple(file.get_slice(key).get_shape())
-    except (SafetensorError, OSError) as error:
-        raise NSCError(f"base shard {shard} cannot be read: {error}; fetch it again") from error

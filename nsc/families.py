@@ -5,7 +5,6 @@ No model is known by name here. The body is what ``AutoModel`` gives (no LM head
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +14,25 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.utils import logging
 
 from nsc.bodies import ImageTextBody, require_llava, takes_images_and_text
-from nsc.errors import NSCError, TargetError
+from nsc.checkpoints import read_tensors
+from nsc.errors import NSCError
 from nsc.places import reload_in_backward
 from nsc.quantized import dequantise_where_used, quantization_config
 
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 IMAGES_AND_TEXT = "input_ids with pixel_values"
-ROLES = {  # attention's values, or what they are fused in, which reads the same; its output projection
-    "v": r"\b(v_proj|value|qkv_proj|query_key_value|qkv|Wqkv)$",
-    "o": r"\b(o_proj|out_proj|attention\.(output\.)?dense|self_attn\.dense|attn\.proj)$",
-}
 
 
 def load_body(
@@ -82,6 +85,36 @@ def _auto_class(config: Any) -> Any:
     """AutoModel, but for LLaVA in transformers 4, whose body is the whole model."""
     mapped = type(config) in transformers.MODEL_MAPPING
     return AutoModel if mapped or not takes_images_and_text(config) else transformers.AutoModelForImageTextToText
+
+
+def load_generating_head(base: str, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, d) and bias (V,), or None, of the layer by which a causal base names its next token.
+
+    model: its body, whose embeddings they are where the two are tied. Raises NSCError where the base generates nothing,
+    its checkpoint has no such layer, or its logits are changed behind it.
+    """
+    if not is_causal(model):
+        raise NSCError(f"base {base!r} generates no tokens: its attention is not causal; give positions prompt")
+    config = AutoConfig.from_pretrained(base)
+    text: Any = getattr(config, "text_config", config)
+    changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, n, None)]
+    if changed:
+        raise NSCError(f"base {base!r} changes its logits ({changed[0]}), which nsc does not follow")
+    try:
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise NSCError(f"base {base!r} has no head that generates tokens: {error}") from error
+    head = whole.get_output_embeddings()
+    if getattr(text, "tie_word_embeddings", False):
+        return model.get_input_embeddings().weight.detach(), None  # type: ignore[operator, union-attr]
+    place = next(name for name, module in whole.named_modules() if module is head)
+    stored = read_tensors(base, [f"{place}.weight", f"{place}.bias"])
+    if f"{place}.weight" not in stored:
+        raise NSCError(
+            f"base {base!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
+        )
+    return stored[f"{place}.weight"], stored.get(f"{place}.bias")
 
 
 def one_device(device: str) -> str:
@@ -234,47 +267,3 @@ def _place(model: nn.Module, name: str) -> tuple[nn.ModuleList, int] | None:
             return parent, int(part)
         parent = getattr(parent, part)
     return None
-
-
-def choose_targets(
-    model: nn.Module,
-    names: Sequence[str],  # the modules that carry LoRA
-    modules: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
-) -> list[str]:
-    """The layers whose inputs are measured: those ``modules`` in those ``blocks``.
-
-    Default: the paper's, by ROLES (of image bodies the output projection of attention, or else its values; of others
-    the values, or else the output projection; or else every module with LoRA) in the last quarter of the blocks, by the
-    model's own depth. Raises TargetError if nothing is left, saying what there was.
-    """
-    places = {name: block_of(model, name) for name in names}
-    chosen = [name for name, place in places.items() if _in_blocks(place, blocks)]
-    targets = [name for name in chosen if _is_kind(name, modules)] if modules else _preferred(model, chosen)
-    if not targets:
-        depth = max((place[1] for place in places.values() if place), default=0)
-        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        where = f"blocks {list(blocks)}" if blocks is not None else "the last quarter"
-        raise TargetError(
-            f"no target layer: {f'modules {list(modules)}' if modules else 'any module'} in {where} of {depth} blocks"
-            f" match none of the {len(names)} modules with LoRA ({there}); choose others with target_modules and"
-            " target_blocks"
-        )
-    return targets
-
-
-def _preferred(model: nn.Module, names: Sequence[str]) -> list[str]:
-    roles = ("o", "v") if getattr(model, "main_input_name", None) == "pixel_values" else ("v", "o")
-    found = ([name for name in names if re.search(ROLES[role], name)] for role in roles)
-    return next(filter(None, found), list(names))
-
-
-def _in_blocks(place: tuple[int, int] | None, blocks: Sequence[int] | None) -> bool:
-    if place is None:
-        return False
-    index, depth = place
-    return index in blocks if blocks is not None else index >= depth - max(1, depth // 4)
-
-
-def _is_kind(name: str, kinds: Sequence[str]) -> bool:
-    return any(name == kind or name.endswith(f".{kind}") for kind in kinds)

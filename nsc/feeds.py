@@ -15,9 +15,10 @@ from nsc.bodies import ImageTextBody
 from nsc.config import MergeConfig
 from nsc.data import TextBatches, read_texts, tokenize
 from nsc.errors import NSCError
+from nsc.generation import Generate, with_answer
 from nsc.graphs import obstacle
 from nsc.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
-from nsc.packing import can_share_rows, collate, pack
+from nsc.packing import can_share_rows, collate
 from nsc.towers import FeatureStore
 from nsc.vlm import Prompt, PromptBatches, Prompts, image_features, read_prompts, require_same_forward, writer_of
 
@@ -36,11 +37,12 @@ class Feed:
     """One kind of input.
 
     read: a source -> the samples of a task.  batches: base, body, targets, task -> samples, settings -> the batches to
-    learn from, and the fixed ones for the ratios before and after.  example: base, body -> rows without any data.
+    learn from, and the fixed ones for the ratios before and after; behind them, for generated positions, what continues
+    prompts.  example: base, body -> rows without any data.
     """
 
     read: Callable[[Any], list[Any]]
-    batches: Callable[[str, nn.Module, Sequence[str], Mapping[str, Any], MergeConfig], tuple[Batches, list[Batch]]]
+    batches: Callable[..., tuple[Batches, list[Batch]]]
     example: Callable[[str, nn.Module], Batch]
 
 
@@ -53,8 +55,10 @@ def feed_of(base: str) -> Feed:
 
 
 def _text_batches(
-    base: str, model: nn.Module, targets: Sequence[str], texts: Mapping[str, list[str]], config: MergeConfig
-) -> tuple[TextBatches, list[Batch]]:
+    base: str, model: nn.Module, targets: Sequence[str], texts: Mapping[str, list[str]], config: MergeConfig,
+    generate: Generate | None = None,
+) -> tuple[TextBatches, list[Batch]]:  # fmt: skip
+    _require_modality(config, "text")
     tokenizer = families.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = pad_id_of(tokenizer)
@@ -62,9 +66,30 @@ def _text_batches(
     shares_rows = can_share_rows(model)
     few_shapes = config.graphs and obstacle(model) is None
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
-    some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
-    ids, tasks = [ids for ids, _ in some], [k for _, k in some]
-    return batches, pack(ids, tasks, pad_id, causal=causal, shares_rows=shares_rows)
+    if config.positions != "prompt":
+        batches = _with_answers(batches, config, generate)
+    return batches, batches.packed(_evaluated(batches.tokens, config))
+
+
+def _with_answers(batches: TextBatches, config: MergeConfig, generate: Generate | None) -> TextBatches:
+    """The same with the answers to all samples that are learned from or evaluated; only what computed them counts."""
+    if generate is None:
+        raise NSCError(f"positions {config.positions} need a model that generates; give positions prompt here")
+    tokens = {task: list(rows) for task, rows in batches.tokens.items()}
+    counted = {task: [slice(0, len(ids)) for ids in rows] for task, rows in tokens.items()}
+    needed = set(_evaluated(tokens, config))
+    for step in range(max(1, config.steps)):
+        needed |= {(task, i) for task, row in batches.drawn(step).items() for i in row}
+    places = sorted(needed)
+    answers = generate([tokens[task][i] for task, i in places])
+    for (task, i), answer in zip(places, answers, strict=True):
+        tokens[task][i], counted[task][i] = with_answer(tokens[task][i], answer, config.positions)
+    return replace(batches, tokens=tokens, counted=counted)
+
+
+def _evaluated(tokens: Mapping[str, Sequence[Any]], config: MergeConfig) -> list[tuple[str, int]]:
+    """Task and number of each sample that is evaluated before and after."""
+    return [(task, i) for task, rows in tokens.items() for i in range(min(len(rows), config.evaluation_samples))]
 
 
 def pad_id_of(tokenizer: Any) -> int:
@@ -75,6 +100,7 @@ def pad_id_of(tokenizer: Any) -> int:
 def _image_batches(
     base: str, model: nn.Module, targets: Sequence[str], images: Mapping[str, list[Image]], config: MergeConfig
 ) -> tuple[ImageBatches, list[Batch]]:
+    _require_modality(config, "image")
     processor = families.load_image_processor(base)
     pixels = FeatureStore(pixels_by(processor, next(model.parameters()).dtype))
     some = [(image, k) for k, rows in enumerate(images.values()) for image in rows[: config.evaluation_samples]]
@@ -85,11 +111,13 @@ def _image_batches(
 
 def _prompt_batches(
     base: str, model: nn.Module, targets: Sequence[str], prompts: Mapping[str, list[Prompt]], config: MergeConfig,
-    *generate: Any,
+    generate: Generate | None = None,
 ) -> tuple[PromptBatches, list[Batch]]:  # fmt: skip
     assert isinstance(model, ImageTextBody)
-    if (positions := getattr(config, "positions", "prompt")) != "prompt":
-        raise NSCError(f"positions {positions} of answers to images are not made yet; give positions prompt here")
+    if config.positions != "prompt":
+        raise NSCError(
+            f"positions {config.positions} of answers to images are not made yet; give positions prompt here"
+        )
     processor = families.load_processor(base)
     features = FeatureStore(image_features(model, processor))
     first = next(prompt for rows in prompts.values() for prompt in rows)
@@ -99,13 +127,17 @@ def _prompt_batches(
         "causal": families.is_causal(model.text), "shares_rows": can_share_rows(model.text),
         "few_shapes": config.graphs and obstacle(model) is None,
     }  # fmt: skip
-    modality = getattr(config, "modality", "both")
-    made = Prompts(features, model.image_token, pad_id_of(processor.tokenizer), modality, how)
+    made = Prompts(features, model.image_token, pad_id_of(processor.tokenizer), config.modality, how)
     ids = {task: [writer.ids(prompt) for prompt in rows] for task, rows in prompts.items()}
     images = {task: [prompt.image for prompt in rows] for task, rows in prompts.items()}
     batches = PromptBatches(ids, images, made, config.batch_size, config.seed)
     fixed = replace(made, how=how | {"few_shapes": False})
     return batches, replace(batches, prompts=fixed).first(config.evaluation_samples)
+
+
+def _require_modality(config: MergeConfig, only: str) -> None:
+    if config.modality not in ("both", only):
+        raise NSCError(f"modality {config.modality} leaves nothing of a base that takes {only} alone; leave it at both")
 
 
 def _random_text(base: str, model: nn.Module) -> Batch:

@@ -1,6 +1,6 @@
 """The optimisation: one forward for all tasks, one backward to the coefficients, AdamW, a bound; checkpoint and resume.
 
-The state of a run is ``lam``, the optimiser's moments and the step; batches are a function of the step. So a run that
+The state of a run is ``theta``, the optimiser's moments and the step; batches are a function of the step. So a run that
 is interrupted anywhere and resumed ends where the uninterrupted one would, bit for bit where the arithmetic is.
 """
 
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nsc.batch import Batch
+from nsc.coefficients import Coefficients
 from nsc.config import MergeConfig
 from nsc.devices import metric
 from nsc.distributed import ALONE, RankError, Team
-from nsc.errors import NonFiniteError
+from nsc.entropy import Entropy
+from nsc.errors import NonFiniteError, NSCError
 from nsc.graphs import make_graphs
 from nsc.interrupts import deferred_interrupts
 from nsc.memory import free_memory, tokens_that_fit
-from nsc.objective import NullSpaceObjective
+from nsc.objective import Goal, NullSpaceObjective
 from nsc.passes import Passes, own_share
 from nsc.places import input_device
 from nsc.sharding import shards_of
@@ -43,8 +45,8 @@ REFRESH_SECONDS = 0.5
 class Learned:
     """What the optimisation found.
 
-    coefficients: (M, K) on the CPU.  frozen: (M, K) bool, no gradient reaches it (adapter absent, or module at or after
-    the last target's input).  bounded: (M, K) bool, stopped by ``max_drift``.  losses: one a step.  seconds: a step.
+    coefficients: (M, C) on the CPU.  frozen: (M, C) bool, no gradient reaches it (adapter absent, or module at or after
+    the last target's input).  bounded: (M, C) bool, stopped by ``max_drift``.  losses: one a step.  seconds: a step.
     """
 
     coefficients: Tensor
@@ -67,17 +69,19 @@ def learn(
     identity: str = "",
     progress: bool = True,
     team: Team = ALONE,
+    entropy: Entropy | None = None,
 ) -> Learned:
-    """Learn (M, K) coefficients by AdamW on the null-space objective; the model is left as it was.
+    """Learn (M, C) coefficients by the optimiser and objective of ``config``; the model is left as it was.
 
-    checkpoint: where the state is kept while running, atomically.  identity: what a resumed checkpoint must match.
-    team: the processes that share each step; all of them find the same, and only the first one prints and writes.
-    Raises NonFiniteError naming the module where NaN or infinity appears, ResumeError when the checkpoint is missing or
-    of another merge, and KeyboardInterrupt after SIGINT or SIGTERM to any rank, once the state is on disk; RankError
-    when a rank is lost, then too with the state on disk.
+    C is K, or by rank the most rank rows of a module.  entropy: for the objectives that have one.  checkpoint: where
+    the state is kept while running, atomically.  identity: what a resumed checkpoint must match. team: the processes
+    that share each step; all of them find the same, and only the first one prints and writes. Raises NonFiniteError
+    naming the module where NaN or infinity appears, ResumeError when the checkpoint is missing or of another merge, and
+    KeyboardInterrupt after SIGINT or SIGTERM to any rank, once the state is on disk; RankError when a rank is lost,
+    then too with the state on disk.
     """
     say = printer(progress and team.first)
-    with prepared(model, stack, targets, batches(0), config, identity, say) as (state, passes):
+    with prepared(model, stack, targets, batches(0), config, identity, say, entropy) as (state, passes):
         if resume:
             stored = team.from_first(lambda: read(checkpoint, identity, config.steps))
             restore(state, stored)
@@ -91,7 +95,8 @@ def learn(
             )  # fmt: skip
             team.require_same(state.lam.tolist(), "coefficients")
         except NonFiniteError as error:
-            lam, start = state.lam, torch.full_like(state.lam, config.start)
+            lam = state.lam
+            start = torch.full_like(lam, config.start)
             # a NaN coefficient would spread to tasks that are sound
             set_coefficients(passes.objective.layers, torch.where(lam.isfinite().all(), lam, start).detach())
             raise _blame(passes.objective, batches, state, error) from error
@@ -102,26 +107,47 @@ def learn(
 @contextmanager
 def prepared(
     model: nn.Module, stack: Stack, targets: Sequence[str], first_step: Sequence[Batch], config: MergeConfig,
-    identity: str = "", say: Callable[[str], Any] = lambda text: None,
+    identity: str = "", say: Callable[[str], Any] = lambda text: None, entropy: Entropy | None = None,
 ) -> Iterator[tuple[State, Passes]]:  # fmt: skip
     """The state before the first step, and what finds the gradient of a step, with the adapters in the model."""
     device, shards = input_device(model), shards_of(model)
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), config.start, dtype=dtype, device=device))
+    coefficients = Coefficients.of(stack, config).to(device)
+    theta = nn.Parameter(coefficients.first(dtype))
+    lam = coefficients(theta.detach()).requires_grad_()
     plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
-    graphs = make_graphs(model, config.graphs, say)
+    graphs = make_graphs(model, config.graphs and entropy is None, say)  # the rows of an entropy are picked by the host
     with merged_layers(model, stack, lam.detach(), plans) as layers:
         row = first_step[0].within(1)[0].to(device)
         share_inputs(model, layers, targets, row)
-        objective = NullSpaceObjective(model, layers, stack, targets, config.gradient_checkpointing)
+        goal = goal_of(stack.tasks, config, entropy)
+        objective = NullSpaceObjective(model, layers, stack, targets, config.gradient_checkpointing, goal)
         with shards.one_pass() if shards else nullcontext():
             reachable = _reachable(objective, row, lam)
-        state = begin(lam, ~reachable | ~stack.present.to(device), config, identity, graphs)
+        frozen = ~reachable | ~stack.owned.to(device)
+        state = begin(theta, frozen, config, identity, graphs, coefficients)
         tokens = config.tokens_per_pass or (None if shards else _measure(objective, lam, first_step[0], say))
         try:
-            yield state, Passes(objective, lam, tokens, state.loss, graphs)
+            yield state, Passes(objective, theta, tokens, state.loss, graphs, coefficients)
         finally:
             graphs.clear()
+
+
+def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None = None) -> Goal:
+    """The loss that these settings ask for.
+
+    Raises NSCError for a preference for no task, where no task with data has one, or without the entropy asked for.
+    """
+    preferences = config.preferences or {}
+    if strange := sorted(set(preferences) - set(tasks)):
+        raise NSCError(f"preferences name {', '.join(strange)}; the tasks are {', '.join(tasks)}")
+    weights = [0.0 if task in config.unseen else float(preferences.get(task, 1)) for task in tasks]
+    if not sum(weights):
+        raise NSCError("no task with data has a preference above 0, so there is nothing to learn from")
+    if (config.objective != "null-space") != (entropy is not None):
+        raise NSCError(f"objective {config.objective} and the heads for an entropy go together: give both or neither")
+    shares = tuple(weight / sum(weights) for weight in weights)
+    return Goal(shares, config.quantile, entropy, config.objective != "entropy")
 
 
 def printer(wanted: bool) -> Callable[[str], Any]:
@@ -207,16 +233,16 @@ def _optimise(
 def take_step(state: State, gradient: Callable[[int], Tensor], team: Team, noted: list[int]) -> bool:
     """One step by the gradient of all ranks; whether one of them noted an interrupt."""
     loss = gradient(state.step)
-    assert state.lam.grad is not None
-    interrupted = team.add_up(state.lam.grad, loss, flag=bool(noted))
+    assert state.theta.grad is not None
+    interrupted = team.add_up(state.theta.grad, loss, flag=bool(noted))
     state.update()
     return interrupted
 
 
 def _status(state: State) -> str:
     state.require_finite()
-    drift = (state.lam.detach() - state.start).abs().max().item()
-    bound = (state.upper - state.start).max().item()
+    drift = (state.lam - state.coefficients.start).abs().max().item()
+    bound = state.reach.max().item()
     return f"loss {state.losses[state.step - 1].item():.4f}, drift {drift:.3f} of {bound:.3f}"
 
 
@@ -227,7 +253,7 @@ def _blame(
     bad = [i for i, loss in enumerate(state.losses[: state.step]) if not torch.isfinite(loss)]
     table = torch.zeros_like(objective.share)
     for batch in batches(bad[0] if bad else state.step - 1):
-        table = table + objective.ratios(batch.to(state.lam.device))
+        table = table + objective.ratios(batch.to(state.theta.device))
     try:
         require_finite_ratios(objective, table)
     except NonFiniteError as found:
@@ -237,8 +263,9 @@ def _blame(
 
 def _learned(state: State, config: MergeConfig, seconds: float) -> Learned:
     state.require_finite()
-    lam = state.lam.detach()
-    bounded = ~state.frozen & ((lam <= state.lower) | (lam >= state.upper)) & (config.steps > 0)
+    lam = state.lam
+    stopped = state.coefficients.stopped(state.theta, state.reach, state.lower, state.upper)
+    bounded = ~state.frozen & stopped & (config.steps > 0)
     losses, memory = state.losses.tolist(), _peak_memory(lam.device)
     return Learned(lam.cpu().clone(), state.frozen.cpu(), bounded.cpu(), losses, seconds, memory)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -21,19 +21,22 @@ from nsc.bodies import refuse_moving_tower
 from nsc.config import MergeConfig
 from nsc.dense import Body, dense_stacks, parameters_of, split_saved
 from nsc.distributed import Team, join
+from nsc.entropy import entropy_of
 from nsc.errors import DataError, NSCError
 from nsc.feeds import feed_of
-from nsc.learn import learn, printer, require_finite_ratios
+from nsc.generation import generator
+from nsc.learn import goal_of, learn, printer, require_finite_ratios
 from nsc.names import check_coverage, check_shapes, check_towers, layout, resolve
-from nsc.objective import NullSpaceObjective
+from nsc.objective import Goal, NullSpaceObjective
 from nsc.passes import own_share
 from nsc.places import input_device
 from nsc.record import Record
 from nsc.report import describe_merge, describe_stack
 from nsc.result import MergeResult
 from nsc.sharding import shard_linears, shards_of
-from nsc.stack import Stack, stack_adapters, whitened
+from nsc.stack import Stack, by_rank, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers
+from nsc.targets import choose_targets
 
 Source = str | Path | Sequence[Any]
 
@@ -62,7 +65,7 @@ def merge(
     read = read_adapters(adapters)
     base = _absolute(base)
     feed = feed_of(base)
-    samples = read_data(data, read, feed.read)
+    samples = read_data(data, read, feed.read, config.unseen)
     team = join(config.device)
     model = _load(base, config, team)
     shapes = families.linear_shapes(model)
@@ -71,8 +74,9 @@ def merge(
         check_towers(task, mapping, str(model.main_input_name))
     read, whole = split_saved(read, matches, body_of(base, model), config.keep_modules)
     stack = stack_adapters(read, matches, list(shapes), dense_stacks(base, whole))
+    stack = by_rank(stack) if config.granularity == "rank" else stack
     refuse_moving_tower(model, stack.names)
-    targets = families.choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
+    targets = choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
     if config.shard:
         shard_linears(model, team, families.one_device(config.device))
     say = printer(progress and team.first)
@@ -81,7 +85,10 @@ def merge(
     say(f"base {base}: {len(stack.modules)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
-    batches, evaluation = feed.batches(base, model, targets, samples, config)
+    continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
+    batches, evaluation = feed.batches(base, model, targets, samples, config, *continues)
+    sure = config.objective == "null-space"
+    entropy = None if sure else entropy_of(base, model, read, config.positions, config.unseen)
     step = config.tokens_per_pass or sum(batch.tokens for batch in batches(0))
     evaluation = [part for batch in evaluation for part in batch.within(step)]  # no more memory than a step
     plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in batches(0)))
@@ -91,16 +98,17 @@ def merge(
     shapes_seen = [tuple(batch.task.shape) for batch in (*batches(0), *evaluation)]
     team.require_same((identity, config.to_dict(), shapes_seen), "base, adapters, data or settings")
     lean = whitened(stack)
-    start = torch.full((len(stack.names), len(stack.tasks)), config.start)
+    start = torch.full(stack.owned.shape, config.start)
     shards = shards_of(model)
     evaluation = own_share(evaluation, team, shards)
     evaluation = shards.even(evaluation) if shards else evaluation
-    before = _ratios(model, lean, targets, evaluation, start, team)
+    goal = goal_of(stack.tasks, config, entropy)
+    before = _ratios(model, lean, targets, evaluation, start, team, goal)
     learned = learn(
         model, lean, targets, batches, config, checkpoint=Path(checkpoint) if checkpoint else None, resume=resume,
-        identity=identity, progress=progress, team=team,
+        identity=identity, progress=progress, team=team, entropy=entropy,
     )  # fmt: skip
-    after = _ratios(model, lean, targets, evaluation, learned.coefficients, team)
+    after = _ratios(model, lean, targets, evaluation, learned.coefficients, team, goal)
     report = describe_merge(base, stack, targets, learned, before, after, config)
     report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
@@ -134,6 +142,12 @@ def apply(
     body = Body(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
     stack = stack_adapters(read, matches, list(record.modules), dense_stacks(record.base, whole))
+    stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack
+    if record.coefficients.shape != stack.owned.shape:
+        raise NSCError(
+            f"{folder} records coefficients {tuple(record.coefficients.shape)}, but these adapters take"
+            f" {tuple(stack.owned.shape)}; it is damaged, so merge anew"
+        )
     report = describe_stack(record.base, stack, record.coefficients, record.start)
     return MergeResult(record.coefficients, report, record, read, stack)
 
@@ -184,25 +198,34 @@ def _load(base: str, config: MergeConfig, team: Team) -> nn.Module:
 
 
 def read_data(
-    data: Mapping[str, Source], adapters: Mapping[str, Adapter], read: Callable[[Source], list[Any]]
-) -> dict[str, list[Any]]:
-    """Task -> samples, by ``read``. Raises DataError where the tasks of both do not agree."""
-    missing, extra = sorted(set(adapters) - set(data)), sorted(set(data) - set(adapters))
+    data: Mapping[str, Source], adapters: Mapping[str, Adapter], read: Callable[[Source], list[Any]],
+    unseen: Collection[str] = (),
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Task -> samples, by ``read``; none for an unseen one.
+
+    Raises DataError where the tasks of both do not agree, or an unseen one is no adapter's or has data.
+    """
+    missing, extra = sorted(set(adapters) - set(data) - set(unseen)), sorted(set(data) - set(adapters))
     if missing or extra:
         raise DataError(
             f"data and adapters must name the same tasks: no data for {', '.join(missing) or 'none'},"
-            f" no adapter for {', '.join(extra) or 'none'}"
+            f" no adapter for {', '.join(extra) or 'none'}; an adapter without data must be named as unseen"
         )
-    return {task: read(data[task]) for task in adapters}
+    if strange := sorted(set(unseen) & set(data) | set(unseen) - set(adapters)):
+        raise DataError(f"unseen names {', '.join(strange)}, which must be adapters, and without data")
+    if not set(adapters) - set(unseen):
+        raise DataError("every task is unseen, so there is nothing to learn from; give data for one at least")
+    return {task: [] if task in unseen else read(data[task]) for task in adapters}
 
 
 def _ratios(
-    model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor, team: Team
-) -> Tensor:
+    model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor, team: Team,
+    goal: Goal,
+) -> Tensor:  # fmt: skip
     """(T, K) over the batches of all ranks."""
     device = input_device(model)
     with merged_layers(model, stack, lam.to(device)) as layers:
-        objective = NullSpaceObjective(model, layers, stack, targets)
+        objective = NullSpaceObjective(model, layers, stack, targets, goal=goal)
         table = torch.zeros_like(objective.share)
         for batch in batches:
             table += objective.ratios(batch.to(device))
@@ -251,11 +274,17 @@ def _absolute(place: str | Path) -> str:
 def _identity(
     base: str, adapters: Mapping[str, Adapter], samples: Mapping[str, Any], targets: list[str], config: MergeConfig
 ) -> str:
-    """Everything that the path of the coefficients depends on, but for how many steps are taken along it."""
-    free = (
-        "steps", "evaluation_samples", "tokens_per_pass", "layers", "gradient_checkpointing", "graphs", "device_map",
+    """Everything that the path of the coefficients depends on; how many steps are taken, only under a schedule."""
+    free = {
+        "evaluation_samples",
+        "tokens_per_pass",
+        "layers",
+        "gradient_checkpointing",
+        "graphs",
+        "device_map",
         "shard",
-    )  # fmt: skip
+    }
+    free |= {"steps"} if config.schedule == "constant" else set()
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, samples, targets, settings]
     return hashlib.sha256(json.dumps(parts, default=attrgetter("digest")).encode()).hexdigest()

@@ -29,12 +29,13 @@ NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a packed sample's hidden
 
 def pack(
     samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, *, causal: bool, shares_rows: bool,
-    few_shapes: bool = False,
+    few_shapes: bool = False, counted: Sequence[slice] | None = None,
 ) -> list[Batch]:  # fmt: skip
     """Token ids of each sample and its task -> batches whose losses and ratios add up to those of all samples.
 
     Every sample weighs the same within its task, every token the same within its sample, padding nothing.
     few_shapes: that of a step is to be that of other steps; up to ``MOST_PADDING``, and rows of padding alone.
+    counted: the tokens of each sample that weigh anything, where not all do.
     """
     lengths = [len(ids) for ids in samples]
     alone = [[i] for i in range(len(samples))]
@@ -48,8 +49,9 @@ def pack(
     else:
         rows_of = [[[i] for i in bucket] for bucket in buckets(lengths, few_shapes)]
         groups = [(rows, _tight(lengths, rows, few_shapes)) for rows in rows_of]
-    weights = _sample_weights(lengths, tasks)
-    return [_rectangle(samples, tasks, weights, rows, shape, pad_id, causal) for rows, shape in groups]
+    counted = counted or [slice(0, n) for n in lengths]
+    weights = _sample_weights([part.stop - part.start for part in counted], tasks)
+    return [_rectangle(samples, tasks, weights, rows, shape, pad_id, causal, counted) for rows, shape in groups]
 
 
 def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
@@ -154,13 +156,13 @@ def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _sample_weights(lengths: Sequence[int], tasks: Sequence[int]) -> list[float]:
-    """The weight of one token of each sample."""
+    """The weight of one token of each sample; lengths: of the tokens that count."""
     return [1 / (length * list(tasks).count(task)) for length, task in zip(lengths, tasks, strict=True)]
 
 
 def _rectangle(
     samples: Sequence[Sequence[int]], tasks: Sequence[int], weights: Sequence[float], rows: Sequence[Sequence[int]],
-    shape: tuple[int, int], pad_id: int, causal: bool,
+    shape: tuple[int, int], pad_id: int, causal: bool, counted: Sequence[slice] | None = None,
 ) -> Batch:  # fmt: skip
     """One batch of this shape with these samples in each row, from the left, and rows of padding alone below."""
     ids = torch.full(shape, pad_id)
@@ -173,7 +175,9 @@ def _rectangle(
         for i in row:
             here = slice(start, start + len(samples[i]))
             ids[r, here], position[r, here] = torch.tensor(samples[i]), torch.arange(len(samples[i]))
-            task[r, here], weight[r, here], segment[r, here] = tasks[i], weights[i], i
+            task[r, here], segment[r, here] = tasks[i], i
+            part = counted[i] if counted else slice(0, len(samples[i]))
+            weight[r, start + part.start : start + part.stop] = weights[i]
             start = here.stop
     if max(map(len, rows)) > 1:
         return Batch({"input_ids": ids, "position_ids": position}, task, weight, segment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -40,25 +40,26 @@ class Passes:
     """The gradient of a step in as few passes as memory allows; the same gradient whatever their number.
 
     tokens: the most that one pass may hold, None for a whole batch. Where memory runs out it is halved, for good.
-    loss: () where the loss adds up, as the gradient does in ``lam.grad``; both stay where they are, since ``graphs``
-    write there.
+    loss: () where the loss adds up, as the gradient does in ``theta.grad``; both stay where they are, since ``graphs``
+    write there.  coefficients: of ``theta``, which are (M, C); ``theta`` itself where none are given.
     """
 
     def __init__(
-        self, objective: NullSpaceObjective, lam: Tensor, tokens: int | None = None, loss: Tensor | None = None,
-        graphs: Graphs | None = None,
+        self, objective: NullSpaceObjective, theta: Tensor, tokens: int | None = None, loss: Tensor | None = None,
+        graphs: Graphs | None = None, coefficients: Callable[[Tensor], Tensor] = lambda theta: theta,
     ) -> None:  # fmt: skip
         self.objective = objective
-        self.lam = lam
+        self.theta = theta
+        self.coefficients = coefficients
         self.tokens = tokens
-        self.loss = torch.zeros((), dtype=lam.dtype, device=lam.device) if loss is None else loss
+        self.loss = torch.zeros((), dtype=theta.dtype, device=theta.device) if loss is None else loss
         self.graphs = graphs or Graphs()
-        if lam.grad is None:
-            lam.grad = torch.zeros_like(lam)
+        if theta.grad is None:
+            theta.grad = torch.zeros_like(theta)
         self.shards = shards_of(objective.model)
 
     def gradient(self, batches: Sequence[Batch]) -> Tensor:
-        """() the loss of these batches, added to ``loss``; its gradient is added to ``lam.grad``. Both are zero before.
+        """() the loss of these batches, added to ``loss``; its gradient goes to ``theta.grad``. Both are zero before.
 
         With a sharded base all ranks run as many passes, so each must give a batch, of weight 0 if need be.
 
@@ -77,21 +78,21 @@ class Passes:
                     ) from error
             self.tokens = max(largest // 2, narrowest)
             self.graphs.clear()
-            for total in (self.loss, self.lam.grad):
+            for total in (self.loss, self.theta.grad):
                 total.zero_()  # type: ignore[union-attr]
-            if self.lam.is_cuda:
+            if self.theta.is_cuda:
                 torch.cuda.empty_cache()
 
     def _gradient(self, passes: Sequence[Batch]) -> Tensor:
         for batch in passes:
             with self.shards.one_pass() if self.shards else nullcontext():
-                self.graphs(self._pass, batch.pinned() if self.lam.is_cuda else batch)
+                self.graphs(self._pass, batch.pinned() if self.theta.is_cuda else batch)
         return self.loss
 
     def _pass(self, batch: Batch) -> None:
-        assert self.lam.grad is not None
-        set_coefficients(self.objective.layers, self.lam)
-        loss = self.objective.loss(batch.to(self.lam.device))
-        (gradient,) = torch.autograd.grad(loss, self.lam)
-        self.lam.grad += gradient
+        assert self.theta.grad is not None
+        set_coefficients(self.objective.layers, self.coefficients(self.theta))
+        loss = self.objective.loss(batch.to(self.theta.device))
+        (gradient,) = torch.autograd.grad(loss, self.theta)
+        self.theta.grad += gradient
         self.loss += loss.detach()

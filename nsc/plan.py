@@ -25,6 +25,7 @@ from nsc.costs import PLANS, LayerKind, Linear, Memory, Step, Work, linears_in_o
 from nsc.devices import USABLE, Hardware, Launch, choice, choose_launch, get_hardware, metric, require_positive
 from nsc.errors import NSCError
 from nsc.names import check_shapes, resolve
+from nsc.targets import choose_targets
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -95,7 +96,7 @@ def plan_merge(
     linears = linears_in_order(model)
     count = len(adapters) if adapters else tasks
     ranks = _read_ranks(adapters, linears) if adapters else _same_rank(linears, lora_modules, rank * tasks)
-    targets = families.choose_targets(model, list(ranks), target_modules, target_blocks)
+    targets = choose_targets(model, list(ranks), target_modules, target_blocks)
     tokens = _tokens(config, max_length)
     step = Step(model, linears, ranks, targets, count, count * batch_size, tokens, BYTES[dtype])
     work, memory = step.work(layers), step.memory()

@@ -33,8 +33,9 @@ from nsc.learn import _peak_memory
 from nsc.memory import kept_bytes
 from nsc.merging import Source, body_of, match_adapters, read_adapters, read_data
 from nsc.places import input_device
-from nsc.stack import Stack, stack_adapters, whitened
+from nsc.stack import Stack, by_rank, stack_adapters, whitened
 from nsc.steps import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
+from nsc.targets import choose_targets
 from nsc.timeline import profile_step
 
 WARMUP = 2
@@ -109,7 +110,7 @@ def profile_merge(
     config = replace(config or MergeConfig(), **settings)
     read = read_adapters(adapters)
     feed = feed_of(str(base))
-    samples = read_data(data, read, feed.read)
+    samples = read_data(data, read, feed.read, config.unseen)
     model = families.load_body(str(base), config.dtype, config.device)
     device = input_device(model)
     datasheet = find_hardware(device, hardware, flops)
@@ -117,8 +118,9 @@ def profile_merge(
     matches = match_adapters(read, shapes)
     read, whole = split_saved(read, matches, body_of(str(base), model), config.keep_modules)
     stack = stack_adapters(read, matches, list(shapes), dense_stacks(str(base), whole))
+    stack = by_rank(stack) if config.granularity == "rank" else stack
     refuse_moving_tower(model, stack.names)
-    targets = families.choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
+    targets = choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
     batches = [batch.to(device) for batch in feed.batches(str(base), model, targets, samples, config)[0](0)]
     return measure(str(base), model, whitened(stack), targets, batches, config, steps, datasheet)
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from nsc.adapters import read_adapter
 from nsc.batch import Batch
+from nsc.checkpoints import checkpoint_folder
 from nsc.errors import AdapterError, NSCError, ProofError
-from nsc.export import MergedFactors, Updates, as_stack, checkpoint_folder, dense_updates, merged_places
+from nsc.export import MergedFactors, Updates, as_stack, dense_updates, merged_places
 from nsc.families import load_body
 from nsc.stack import Stack
 from nsc.surgery import merged_layers, replace_module

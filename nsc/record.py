@@ -26,9 +26,10 @@ COEFFICIENTS, DESCRIPTION = "coefficients.safetensors", "merge.yaml"
 class Record:
     """What ``apply`` needs.
 
-    coefficients: (M, K).  modules: name in the base body -> (out, in).  adapters: task -> {path, fingerprint}.  prefix:
-    of the written adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.  rank:
-    that the adapter was truncated to, if it was.  dense: parameters of the base that adapters fine-tuned whole.
+    coefficients: (M, K), or of rank rows, as ``Stack.owned`` has them, where the settings' granularity is "rank".
+    modules: name in the base body -> (out, in).  adapters: task -> {path, fingerprint}.  prefix: of the written
+    adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.  rank: that the
+    adapter was truncated to, if it was.  dense: parameters of the base that adapters fine-tuned whole.
     """
 
     base: str
@@ -84,8 +85,9 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Raise NSCError unless the coefficients are finite and fit the modules and tasks."""
-        shape = (len(self.modules), len(self.adapters))
+        """Raise NSCError unless the coefficients are finite and fit the modules and, if not by rank, the tasks."""
+        columns = self.coefficients.shape[-1] if self.settings.get("granularity") == "rank" else len(self.adapters)
+        shape = (len(self.modules), columns)
         if tuple(self.coefficients.shape) != shape or not torch.isfinite(self.coefficients).all():
             raise NSCError(f"coefficients {tuple(self.coefficients.shape)} must be finite and of shape {shape}")
 

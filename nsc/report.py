@@ -21,9 +21,11 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lor
 class Report:
     """Everything a reader of a merge wants to know. Lists run over tasks or modules, in the order of those fields.
 
-    ratio_before, ratio_after: per task, the mean null-space ratio over its targets.  conditions: per task, the worst A
-    (a Gram's is its square); by module, None where an adapter has no factors.  absent: coefficients of an adapter that
-    does not touch the module.  untrained: coefficients without gradient,
+    coefficients: by module and task; the mean of an adapter's, where each of its rank rows has its own, as granularity
+    says.  ratio_before, ratio_after: per task, the mean null-space ratio over its targets, NaN for one that is unseen:
+    merged without any data.  conditions: per task, the worst A (a Gram's is its square); by module, None where an
+    adapter has no factors.  absent: coefficients of an adapter that does not touch the module.  untrained: coefficients
+    without gradient,
     left at the start.  bounded: those stopped by max_drift.  truncation: module -> relative error, where a rank was
     asked for.  proofs: what was reloaded and compared.
     """
@@ -44,6 +46,8 @@ class Report:
     ratio_before: list[float] = field(default_factory=list)
     ratio_after: list[float] = field(default_factory=list)
     ratios_by_target: dict[str, list[float]] = field(default_factory=dict)
+    granularity: str = "layer"
+    unseen: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
     bounded: list[str] = field(default_factory=list)
     max_drift: float = 0.0
@@ -69,7 +73,7 @@ class Report:
         """A few lines for a terminal."""
         lines = [f"  {line[2:]}" for line in _facts(self).splitlines()]
         for k, task in enumerate(self.tasks):
-            if self.ratio_before:
+            if self.ratio_before and task not in self.unseen:
                 lines.append(f"  {task}: null-space ratio {self.ratio_before[k]:.4f} -> {self.ratio_after[k]:.4f}")
         return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
 
@@ -81,7 +85,8 @@ def describe_stack(base: str, stack: Stack, coefficients: Tensor, start: float) 
         base=base,
         tasks=list(stack.tasks),
         modules=stack.names,
-        coefficients=coefficients.tolist(),
+        coefficients=stack.by_task(coefficients, torch.mean, start).tolist(),
+        granularity="rank" if stack.by_rank else "layer",
         start=start,
         ranks={task: _span([m.ranks[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
         scales={task: _span([m.scales[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
@@ -99,6 +104,7 @@ def describe_merge(
 ) -> Report:
     """The whole report of a learned merge. before, after: (T, K) ratios, NaN where an adapter is absent."""
     known = describe_stack(base, stack, learned.coefficients, config.start)
+    frozen, bounded = stack.by_task(learned.frozen, torch.all, True), stack.by_task(learned.bounded, torch.any, False)
     drift = (learned.coefficients - config.start).abs().max().item()
     return Report(
         **{
@@ -107,8 +113,10 @@ def describe_merge(
             "ratio_before": before.nanmean(0).tolist(),
             "ratio_after": after.nanmean(0).tolist(),
             "ratios_by_target": dict(zip(targets, after.tolist(), strict=True)),
-            "untrained": _named(learned.frozen & stack.present, stack),
-            "bounded": _named(learned.bounded, stack),
+            "granularity": config.granularity,
+            "unseen": list(config.unseen),
+            "untrained": _named(frozen & stack.present, stack),
+            "bounded": _named(bounded, stack),
             "max_drift": drift,
             "drift_bound": config.max_drift,
             "steps": config.steps,
@@ -175,6 +183,10 @@ def _facts(report: Report) -> str:
         "none, the updates are in the weights" if report.full else f"{report.merged_rank} (vLLM: max_lora_rank {vllm})"
     )
     lines = [f"- base: {report.base}", f"- merged rank: {rank}"]
+    if report.granularity == "rank":
+        lines.append("- a coefficient for each rank row of an adapter; shown are the means of an adapter's in a module")
+    if report.unseen:
+        lines.append(f"- unseen, merged without data of their own: {', '.join(report.unseen)}")
     if report.targets:
         lines += [
             f"- targets ({len(report.targets)}): {', '.join(report.targets)}",
@@ -193,7 +205,10 @@ def _task_table(report: Report) -> str:
     head = "| task | rank | scale | worst condition of A | ratio before | ratio after |\n|---|---|---|---|---|---|"
     rows = []
     for k, task in enumerate(report.tasks):
-        ratios = [f"{column[k]:.4f}" if column else "" for column in (report.ratio_before, report.ratio_after)]
+        known = task not in report.unseen
+        ratios = [
+            f"{column[k]:.4f}" if column and known else "" for column in (report.ratio_before, report.ratio_after)
+        ]
         cells = [_cell(task), report.ranks[task], report.scales[task], report.conditions[task], *ratios]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([head, *rows])

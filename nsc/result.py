@@ -16,15 +16,9 @@ from torch import Tensor, nn
 from nsc import families
 from nsc.adapters import Adapter
 from nsc.batch import Batch
+from nsc.checkpoints import checkpoint_folder, refuse_unstreamable
 from nsc.errors import NSCError
-from nsc.export import (
-    checkpoint_folder,
-    merged_factors,
-    merged_layers_whole,
-    refuse_unstreamable,
-    write_adapter,
-    write_full_model,
-)
+from nsc.export import merged_factors, merged_layers_whole, write_adapter, write_full_model
 from nsc.feeds import feed_of
 from nsc.memory import free_memory
 from nsc.places import input_device
@@ -40,9 +34,10 @@ CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
 class MergeResult:
     """A merge in memory.
 
-    coefficients: (M, K), rows ``modules``, columns ``tasks``.  report: what was decided and seen.  record: what replays
-    it.  adapters, stack: what was merged.  model, batch: the base and rows to compare outputs with, where there is one;
-    without the model but with rows, ``save`` loads it in full precision, if memory holds it.
+    coefficients: (M, K), rows ``modules``, columns ``tasks``; or of rank rows, as ``Stack.owned`` has them.  report:
+    what was decided and seen.  record: what replays it.  adapters, stack: what was merged.  model, batch: the base and
+    rows to compare outputs with, where there is one; without the model but with rows, ``save`` loads it in full
+    precision, if memory holds it.
     """
 
     coefficients: Tensor

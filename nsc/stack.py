@@ -8,7 +8,7 @@ A layer that adapters have fine-tuned whole, such as LLaVA's projector, is a row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +23,8 @@ class ModuleStack:
     """One linear layer: all adapters side by side.
 
     A: (R, d).  B: (m, R).  ranks: r_k, 0 for an absent adapter.  scales: s_k.  grams: the factors of each A_k, None for
-    an absent adapter.  gram_inverse: (R, R) block-diagonal, or None once whitened.
+    an absent adapter.  gram_inverse: (R, R) block-diagonal, or None once whitened.  by_rank: whether each row of A has
+    a coefficient of its own; else each adapter has one.
     """
 
     A: Tensor
@@ -32,20 +33,29 @@ class ModuleStack:
     scales: tuple[float, ...]
     grams: tuple[GramFactor | None, ...]
     gram_inverse: Tensor | None
+    by_rank: bool = False
 
     @property
     def present(self) -> list[bool]:
         """Which adapters touch this module."""
         return [r > 0 for r in self.ranks]
 
+    @property
+    def owned(self) -> list[bool]:
+        """Which of its coefficients there are: one for each row of A by rank, else one for each adapter here."""
+        return [True] * sum(self.ranks) if self.by_rank else self.present
+
     def delta(self, coefficients: Tensor) -> Tensor:
-        """(m, d) float64: sum_k lam_k s_k B_k A_k for ``coefficients`` of shape (K,)."""
+        """(m, d) float64: sum_k lam_k s_k B_k A_k for a row of ``coefficients``."""
         return (self.B.double() * self.column_weights(coefficients)) @ self.A.double()
 
     def column_weights(self, coefficients: Tensor) -> Tensor:
-        """(R,) float64: lam_k s_k on segment k."""
-        weights = coefficients.double().cpu() * torch.tensor(self.scales, dtype=torch.float64)
-        return weights.repeat_interleave(torch.tensor(self.ranks)).to(self.A.device)
+        """(R,) float64: lam_k s_k on segment k, for ``coefficients`` (K,); by rank the first R of them, times s_k."""
+        ranks = torch.tensor(self.ranks)
+        scales = torch.tensor(self.scales, dtype=torch.float64).repeat_interleave(ranks)
+        coefficients = coefficients.double().cpu()
+        each = coefficients[: len(scales)] if self.by_rank else coefficients.repeat_interleave(ranks)
+        return (each * scales).to(self.A.device)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,11 @@ class DenseStack:
     deltas: Tensor
     bias_deltas: Tensor | None
     present: list[bool]
+
+    @property
+    def owned(self) -> list[bool]:
+        """Which of its coefficients there are."""
+        return self.present
 
     def delta(self, coefficients: Tensor) -> Tensor:
         """(m, d) float64: sum_k lam_k (W_k - W0) for ``coefficients`` of shape (K,)."""
@@ -100,6 +115,29 @@ class Stack:
         """Of either kind, by name."""
         return self.dense[name] if name in self.dense else self.modules[name]
 
+    @property
+    def by_rank(self) -> bool:
+        """Whether the coefficients are those of rank rows."""
+        return any(module.by_rank for module in self.modules.values())
+
+    @property
+    def owned(self) -> Tensor:
+        """(M, C) bool: which coefficients there are; C is K, or by rank as many as the longest row of them takes."""
+        rows = [self.layer(name).owned for name in self.names]
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[False] * (width - len(row))] for row in rows], dtype=torch.bool)
+
+    def by_task(self, values: Tensor, reduce: Callable[[Tensor], Tensor], absent: float = 0) -> Tensor:
+        """(M, K) of ``values`` (M, C): as they are, or ``reduce`` of each adapter's rows, ``absent`` without any."""
+        return torch.stack([self._row(name, row, reduce, absent) for name, row in zip(self.names, values, strict=True)])
+
+    def _row(self, name: str, row: Tensor, reduce: Callable[[Tensor], Tensor], absent: float) -> Tensor:
+        layer = self.layer(name)
+        if isinstance(layer, DenseStack) or not layer.by_rank:
+            return row[: len(self.tasks)]
+        parts = row[: sum(layer.ranks)].split(layer.ranks)
+        return torch.stack([reduce(part) if len(part) else part.new_tensor(absent) for part in parts])
+
 
 def stack_adapters(
     adapters: Mapping[str, Adapter],  # by task
@@ -135,8 +173,16 @@ def stack_adapters(
 
 
 def whitened(stack: Stack) -> Stack:
-    """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model."""
-    return replace(stack, modules={name: _whiten(module) for name, module in stack.modules.items()})
+    """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model.
+
+    Where rows have coefficients of their own they are left as they are: another basis would mix them.
+    """
+    return replace(stack, modules={n: m if m.by_rank else _whiten(m) for n, m in stack.modules.items()})
+
+
+def by_rank(stack: Stack) -> Stack:
+    """The same adapters with a coefficient for every row of every A_k; a layer fine-tuned whole keeps one a task."""
+    return replace(stack, modules={name: replace(module, by_rank=True) for name, module in stack.modules.items()})
 
 
 def _whiten(module: ModuleStack) -> ModuleStack:

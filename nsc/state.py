@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsc.coefficients import Coefficients
 from nsc.config import MergeConfig
 from nsc.errors import NonFiniteError, ResumeError
 from nsc.graphs import Graphs
@@ -19,16 +20,20 @@ from nsc.graphs import Graphs
 class State:
     """Everything that a step changes lies in tensors that stay where they are, so that graphs may record it.
 
-    lam: (M, K) coefficients, each between ``lower`` and ``upper``.  loss: () of the step under way.  losses: (steps,)
-    of those taken.  done: (1,) how many that are, on the device; ``step`` is the host's own count.
+    theta: what is optimised; ``lam`` the (M, C) coefficients of it.  reach: of theta's shape, how far a coefficient may
+    be from the start; ``lower`` and ``upper``: theta there.  frozen: (M, C) bool.  factors: (steps,) the share of each
+    step that the schedule takes, None for all of it.  loss: () of the step under way.  losses: (steps,) of those taken.
+    done: (1,) how many that are, on the device; ``step`` is the host's own count.
     """
 
-    lam: nn.Parameter
-    optimizer: torch.optim.AdamW
-    start: float
+    theta: nn.Parameter
+    coefficients: Coefficients
+    optimizer: torch.optim.Optimizer
+    reach: Tensor
     lower: Tensor
     upper: Tensor
     frozen: Tensor
+    factors: Tensor | None
     identity: str
     loss: Tensor
     losses: Tensor
@@ -36,45 +41,74 @@ class State:
     graphs: Graphs
     step: int = 0
 
+    @property
+    def lam(self) -> Tensor:
+        """(M, C) coefficients."""
+        return self.coefficients(self.theta.detach())
+
     def update(self) -> None:
-        """One step of AdamW by ``lam.grad``, within the bounds; the loss is noted, and both are zero for the next."""
+        """One step by ``theta.grad``, within the bounds; the loss is noted, and both are zero for the next."""
         self.graphs(self._update)
         self.step += 1
 
     @torch.no_grad()
     def _update(self) -> None:
-        assert self.lam.grad is not None
+        assert self.theta.grad is not None
+        before = None if self.factors is None else self.theta.clone()
         self.optimizer.step()
-        self.lam.clamp_(self.lower, self.upper)
+        if self.factors is not None and before is not None:  # every optimiser's step is proportional to its lr
+            self.theta.copy_(torch.lerp(before, self.theta, self.factors.index_select(0, self.done)))
+        self.theta.clamp_(self.lower, self.upper)
+        self.coefficients.draw_back(self.theta, self.reach)
         self.losses.index_copy_(0, self.done, self.loss[None])
         self.done += 1
-        self.lam.grad.zero_()
+        self.theta.grad.zero_()
         self.loss.zero_()
 
     def require_finite(self) -> None:
         """Raise NonFiniteError if the last loss or a coefficient is NaN or infinite. Waits for the device."""
         if self.step and not torch.isfinite(self.losses[self.step - 1]):
             raise NonFiniteError(f"the objective became {self.losses[self.step - 1].item()} by step {self.step}")
-        if not torch.isfinite(self.lam).all():
+        if not torch.isfinite(self.theta).all():
             raise NonFiniteError(f"a coefficient became NaN or infinite by step {self.step}")
 
 
-def begin(lam: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str, graphs: Graphs | None = None) -> State:
-    """The state before the first step; frozen: (M, K) bool, what is to keep its value."""
-    reach = torch.full_like(lam, float("inf") if config.max_drift is None else config.max_drift)
-    reach = torch.where(frozen, 0.0, reach.detach())
-    optimizer = torch.optim.AdamW(
-        [lam], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        fused=True, capturable=lam.is_cuda,
-    )  # fmt: skip
-    lam.grad = torch.zeros_like(lam)
-    loss, losses = lam.new_zeros(()), lam.new_zeros(config.steps)
-    done = torch.zeros(1, dtype=torch.int64, device=lam.device)
-    lower, upper = config.start - reach, config.start + reach
+def begin(
+    theta: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str, graphs: Graphs | None = None,
+    coefficients: Coefficients | None = None,
+) -> State:  # fmt: skip
+    """The state before the first step; frozen: (M, C) bool, what is to keep its value."""
+    coefficients = coefficients or Coefficients(torch.ones_like(frozen), config.start)
+    reach = torch.full_like(theta, float("inf") if config.max_drift is None else config.max_drift)
+    reach = torch.where(coefficients.by_row(frozen), 0.0, reach.detach())
+    lower, upper = coefficients.box(reach)
+    theta.grad = torch.zeros_like(theta)
+    losses = theta.detach().new_zeros(config.steps)
+    done = torch.zeros(1, dtype=torch.int64, device=theta.device)
+    factors = schedule(config)
     return State(
-        lam, optimizer, config.start, lower, upper, frozen, identity, loss.detach(), losses.detach(), done,
+        theta, coefficients, make_optimizer(theta, config), reach, lower, upper, frozen,
+        None if factors is None else factors.to(losses), identity, losses.new_zeros(()), losses, done,
         graphs or Graphs(),
     )  # fmt: skip
+
+
+def make_optimizer(theta: nn.Parameter, config: MergeConfig) -> torch.optim.Optimizer:
+    """AdamW, Adam or plain gradient descent, as torch has them."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD([theta], lr=config.lr, weight_decay=config.weight_decay)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(
+        [theta], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+        fused=True, capturable=theta.is_cuda,
+    )  # fmt: skip
+
+
+def schedule(config: MergeConfig) -> Tensor | None:
+    """(steps,) float64: the share of ``lr`` in each step; None where it is constant."""
+    done = torch.arange(config.steps, dtype=torch.float64) / max(1, config.steps)
+    shares = {"constant": None, "linear": 1 - done, "cosine": (1 + (torch.pi * done).cos()) / 2}
+    return shares[config.schedule]
 
 
 def save(state: State, path: Path, tokens: int | None) -> None:
@@ -86,7 +120,7 @@ def save(state: State, path: Path, tokens: int | None) -> None:
     stored = {
         "identity": state.identity,
         "step": state.step,
-        "lam": state.lam.detach(),
+        "theta": state.theta.detach(),
         "moments": state.optimizer.state_dict()["state"],
         "losses": state.losses[: state.step].clone(),
         "tokens": tokens,
@@ -112,7 +146,7 @@ def read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
         raise ResumeError(
             f"checkpoint {path} was made with other adapters, data or settings; resume with the same ones, or remove it"
         )
-    if "moments" not in stored:
+    if "theta" not in stored:
         raise ResumeError(f"checkpoint {path} is of another version of nsc; finish it with that one, or remove it")
     if stored["step"] > steps:
         past = f"is at step {stored['step']}, past the {steps} that were asked for"
@@ -123,7 +157,7 @@ def read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
 @torch.no_grad()
 def restore(state: State, stored: dict[str, Any]) -> None:
     """Put what ``read`` gave into ``state``, as it goes on."""
-    state.lam.copy_(stored["lam"])
+    state.theta.copy_(stored["theta"])
     own = state.optimizer.state_dict()["param_groups"]  # of this device
     state.optimizer.load_state_dict({"state": stored["moments"], "param_groups": own})
     state.step = stored["step"]

@@ -23,12 +23,13 @@ from nsc_kernels import MergedDenseLinear, MergedLoRALinear, Siblings
 def merged_layers(
     model: nn.Module, stack: Stack, lam: Tensor, plans: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, MergedLoRALinear]]:
-    """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, K).
+    """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, C).
 
-    Where adapters fine-tuned a layer whole it is a MergedDenseLinear, which is no target and shares no input.
-    plans: of modules that are not to run by their factors, as ``choose_plans`` finds them.
-    The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to
-    the dtype and device in which the layer that they join computes.
+    lam: a coefficient for each adapter, or for each rank row where the stack is ``by_rank``.  plans: of modules that
+    are not to run by their factors, as ``choose_plans`` finds them. Where adapters fine-tuned a layer whole it is a
+    MergedDenseLinear, which is no target and shares no input. The model is changed in place and is exactly what it was
+    on leaving, also after an exception. Factors are cast to the dtype and device in which the layer that they join
+    computes.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
     dtype = next(model.parameters()).dtype
@@ -49,9 +50,9 @@ def merged_layers(
 
 
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
-    """Point every layer at its row of ``lam`` (M, K), on its own device; the next forward is differentiable in it."""
+    """Point every layer at its row of ``lam`` (M, C), on its own device; the next forward is differentiable in it."""
     for layer, row in zip(layers.values(), lam, strict=True):
-        layer.lam = row[: layer.lam.numel()].to(layer.lam.device)
+        layer.lam = row[: layer.lam.numel()].to(layer.lam.device)  # by rank, rows are as long as the longest
 
 
 def share_inputs(
@@ -122,8 +123,9 @@ def _merged_layer(
 ) -> MergedLoRALinear | MergedDenseLinear:
     stored, device = next(linear.parameters()).dtype, run_device(linear)
     to: Any = {"device": device, "dtype": stored if stored.is_floating_point else dtype}
-    row = row.detach().to(device)
+    lam = row.detach().to(device)[: len(module.owned)]
     if isinstance(module, DenseStack):
         bias = None if module.bias_deltas is None else module.bias_deltas.to(**to)
-        return MergedDenseLinear(linear, module.deltas.to(**to), bias, module.present, row)
-    return MergedLoRALinear(linear, module.A.to(**to), module.B.to(**to), module.ranks, module.scales, row, plan=plan)
+        return MergedDenseLinear(linear, module.deltas.to(**to), bias, module.present, lam)
+    A, B = module.A.to(**to), module.B.to(**to)
+    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, lam, plan=plan, by_rank=module.by_rank)

@@ -81,7 +81,7 @@ class Prompts:
     image_token: int
     pad_id: int
     modality: str
-    how: Mapping[str, bool]
+    how: Mapping[str, Any]
 
     def batches(self, ids: Sequence[list[int]], images: Sequence[Image], tasks: Sequence[int]) -> list[Batch]:
         """Packed as texts are, each image beside the row that it is in; samples of a task weigh the same."""

@@ -33,7 +33,8 @@ class MergedLoRALinear(nn.Module):
 
     base: any module mapping (..., d) to (..., m), left as it is.  lora_A: (R, d).  lora_B: (m, R).  ranks: r_k of each
     adapter, R in sum, 0 where an adapter does not touch this layer.  scales: s_k, alpha over r, of each adapter.
-    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one.  watch: called in every forward, before the
+    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one; with ``by_rank`` (R,), one for every row of
+    lora_A.  watch: called in every forward, before the
     base layer runs, with u (..., R) and the energy ``|z|^2`` (...,), for ``ratio_from_energy``.  plan: "factors", or
     "weights", for which base must be an ``nn.Linear``. Raises ValueError when the shapes do not follow one another.
     """
@@ -53,9 +54,10 @@ class MergedLoRALinear(nn.Module):
         lam: Tensor,  # (K,)
         watch: Callable[[Tensor, Tensor], None] | None = None,
         plan: str = "factors",
+        by_rank: bool = False,
     ) -> None:
         super().__init__()
-        _check_shapes(lora_A, lora_B, ranks, scales, lam)
+        _check_shapes(lora_A, lora_B, ranks, scales, lam, by_rank)
         if plan not in ("factors", "weights"):
             raise ValueError(f"plan must be factors or weights, not {plan!r}")
         if plan == "weights" and type(base) is not nn.Linear:
@@ -69,6 +71,8 @@ class MergedLoRALinear(nn.Module):
         spread = torch.zeros(len(ranks), offsets[-1], dtype=lam.dtype)
         for k, scale in enumerate(scales):
             spread[k, offsets[k] : offsets[k + 1]] = scale
+        if by_rank:
+            spread = torch.diag(spread.sum(0))
         self.register_buffer("lora_A", lora_A, persistent=False)
         self.register_buffer("lora_B", lora_B, persistent=False)
         self.register_buffer("spread", spread.to(lora_A.device), persistent=False)
@@ -167,10 +171,14 @@ def _version(z: Tensor) -> int:
     return 0 if z.is_inference() else z._version
 
 
-def _check_shapes(lora_A: Tensor, lora_B: Tensor, ranks: Sequence[int], scales: Sequence[float], lam: Tensor) -> None:
+def _check_shapes(
+    lora_A: Tensor, lora_B: Tensor, ranks: Sequence[int], scales: Sequence[float], lam: Tensor, by_rank: bool
+) -> None:
     if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1]:
         raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} must be (R, d) and (m, R)")
     if sum(ranks) != lora_A.shape[0]:
         raise ValueError(f"ranks {list(ranks)} add up to {sum(ranks)}, but lora_A has {lora_A.shape[0]} rows")
-    if not len(ranks) == len(scales) == lam.numel() or lam.ndim != 1:
-        raise ValueError(f"{len(ranks)} ranks, {len(scales)} scales and lam {tuple(lam.shape)} must be of one length K")
+    length = lora_A.shape[0] if by_rank else len(ranks)
+    if len(ranks) != len(scales) or lam.shape != (length,):
+        of = "of length R" if by_rank else "of one length K"
+        raise ValueError(f"{len(ranks)} ranks, {len(scales)} scales and lam {tuple(lam.shape)} must be {of}")

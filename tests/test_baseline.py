@@ -12,11 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks.baseline import PerTaskLoop, split_by_task
 from nsc.adapters import read_adapter
-from nsc.families import choose_targets, linear_shapes
+from nsc.families import linear_shapes
 from nsc.learn import initial_gradient
 from nsc.merging import match_adapters
 from nsc.packing import collate
 from nsc.stack import stack_adapters, whitened
+from nsc.targets import choose_targets
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 ADAPTERS = {"one": ["q_proj", "v_proj"], "two": ["q_proj", "v_proj"], "three": ["v_proj"]}  # task -> its modules

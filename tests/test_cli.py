@@ -207,7 +207,7 @@ def test_errors_are_one_line_and_nothing_is_left(arguments, tmp_path, change, sa
     [
         (("--preset", "slow"), "unknown preset 'slow'; there are paper, fast"),
         (("--tokens-per-pass", "many"), "--tokens-per-pass must be a whole number or auto, not 'many'"),
-        (("--layers", "dense"), "layers must be auto, factors or weights, not dense"),
+        (("--layers", "dense"), "layers must be one of auto, factors, weights, not dense"),
     ],
 )
 def test_options_that_cannot_be(arguments, tmp_path, options, said):

@@ -65,6 +65,25 @@ def test_graphs_learn_what_eager_steps_do(setting, tokens, monkeypatch, capsys):
     torch.testing.assert_close(recorded.losses, eager.losses, rtol=0, atol=1e-6)
 
 
+OPTIONS = [
+    dict(quantile=0.5, schedule="cosine"),
+    dict(link="softmax", max_drift=0.02, optimizer="sgd", lr=1.0),
+    dict(granularity="task", link="softplus", preferences={"a": 2.0}),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_are_recorded_too(setting, options, monkeypatch):  # noqa: F811
+    model, stack, batches = setting
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(None), replay(graph)))
+    config = replace(CONFIG, **{"steps": 20, **options})
+    recorded = learn(model.cuda(), stack, TARGETS, batches, config, progress=False)
+    assert len(replays) > 20
+    eager = learn(model.cuda(), stack, TARGETS, batches, replace(config, graphs=False), progress=False)
+    torch.testing.assert_close(recorded.coefficients, eager.coefficients, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_whole_step_never_waits_for_the_device(setting, graphs):  # noqa: F811
     """Of one shape: eager, recorded, and then replayed."""

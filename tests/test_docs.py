@@ -1,9 +1,12 @@
 """The documents' own snippets, run."""
 
+import functools
 import re
 from pathlib import Path
 
 import torch
+
+import nsc
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +27,17 @@ def test_training_page():
     blocks = snippets("docs/training.md")
     assert len(blocks) == 4
     exec("\n".join(blocks), {})
+
+
+def test_options_page(base, adapters, texts):
+    """Each option in a merge of two tiny adapters."""
+    of = {"mnli": "plain", "qnli": "pattern"}
+    names = {"nsc": nsc, "functools": functools, "base": base}
+    names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
+    names |= {"data": {task: texts[name] for task, name in of.items()}}
+    blocks = snippets("docs/options.md")
+    assert len(blocks) == 10
+    exec("\n".join(blocks), names)
 
 
 def test_readme_snippet_of_the_op():

@@ -59,7 +59,7 @@ def step(
     with prepared(model, stack, setting.targets, batches, run) as (state, passes):
         passes.tokens = run.tokens_per_pass
         loss = passes.gradient(share_out(batches, team.size)[team.rank]).clone()
-        gradient = state.lam.grad.clone()
+        gradient = state.theta.grad.clone()
     team.add_up(loss, gradient)
     learned = learn(model, stack, setting.targets, lambda step: batches, run, progress=False, team=team)
     return loss, gradient, learned.coefficients

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nsc.adapters import read_adapter
 from nsc.config import MergeConfig
 from nsc.dense import dense_stacks, split_saved
-from nsc.families import choose_targets, linear_shapes, load_body
+from nsc.families import linear_shapes, load_body
 from nsc.images import collate_images, tokens_seen
 from nsc.learn import initial_gradient, learn
 from nsc.merging import body_of
@@ -22,6 +22,7 @@ from nsc.names import resolve
 from nsc.objective import Batch, NullSpaceObjective
 from nsc.stack import stack_adapters, whitened
 from nsc.surgery import merged_layers
+from nsc.targets import choose_targets
 from nsc.towers import ImageTower
 from nsc.vlm import places
 

@@ -117,7 +117,7 @@ def test_nan_activations_are_named_and_never_saved(setting, tmp_path, monkeypatc
     finally:
         weight.data.copy_(clean)
     if first_bad:
-        assert torch.isfinite(torch.load(checkpoint)["lam"]).all()
+        assert torch.isfinite(torch.load(checkpoint)["theta"]).all()
     else:
         assert not checkpoint.exists()
 

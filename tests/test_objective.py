@@ -12,12 +12,12 @@ from nsc.adapters import read_adapter
 from nsc.batch import Batch
 from nsc.costs import layer_plan
 from nsc.errors import TargetError
-from nsc.families import choose_targets
 from nsc.learn import initial_gradient
 from nsc.objective import NullSpaceObjective
 from nsc.packing import collate
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
+from nsc.targets import choose_targets
 
 TASKS = ("a", "b", "c")
 TARGETS = ["layers.2.self_attn.v_proj", "layers.3.self_attn.v_proj", "layers.3.mlp.down_proj"]

@@ -16,13 +16,13 @@ from nsc.config import MergeConfig
 from nsc.costs import Step, linears_in_order
 from nsc.devices import HARDWARE
 from nsc.errors import NSCError
-from nsc.families import choose_targets
 from nsc.learn import learn
 from nsc.memory import kept_bytes
 from nsc.packing import collate
 from nsc.profiling import Profile, find_hardware, format_profile, known_gpu, measure, profile_merge
 from nsc.stack import ModuleStack, Stack, whitened
 from nsc.steps import Floor, count_flops, nsc_step, sharing_weights
+from nsc.targets import choose_targets
 from nsc.timeline import PARTS, profile_step
 from nsc_kernels import GramCache
 

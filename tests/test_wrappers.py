@@ -18,10 +18,11 @@ from torch import nn
 import nsc
 from nsc.adapters import read_adapter
 from nsc.errors import NameMismatch, NSCError
-from nsc.families import choose_targets, linear_shapes, load_body, main_input
+from nsc.families import linear_shapes, load_body, main_input
 from nsc.names import check_coverage, check_shapes, check_towers, resolve
 from nsc.stack import stack_adapters
 from nsc.surgery import merged_layers
+from nsc.targets import choose_targets
 
 TEXT_TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64,
                   bos_token_id=1, eos_token_id=2, pad_token_id=0, projection_size=32)  # fmt: skip

@@ -1,0 +1,64 @@
+"""The base's own checkpoint: where it lies, which files hold its weights, and tensors read from it by their keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nsc.errors import NSCError
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def checkpoint_folder(base: str) -> Path:
+    """The base's folder: itself, or a Hub snapshot. Raises NSCError if there is neither."""
+    if Path(base).is_dir():
+        return Path(base)
+    others = [f"*{suffix}" for suffix in WEIGHT_FILES if suffix != ".safetensors"]
+    try:
+        return Path(snapshot_download(base, ignore_patterns=others))
+    except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
+        raise NSCError(f"base {base!r} is no folder, and the Hub gave no such model: {error}") from error
+
+
+def refuse_unstreamable(base: str) -> None:
+    """Raise NSCError unless the base has a safetensors checkpoint that ``write_full_model`` can stream."""
+    shard_names(checkpoint_folder(base))
+
+
+def read_tensors(base: str, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Those of ``keys`` that the base's safetensors checkpoint holds. Raises NSCError if there is none."""
+    source = checkpoint_folder(base)
+    found: dict[str, Tensor] = {}
+    for name in shard_names(source):
+        with safe_open(source / name, framework="pt") as file:
+            found |= {key: file.get_tensor(key) for key in set(keys) & set(file.keys())}
+    return found
+
+
+def shard_names(source: Path) -> list[str]:
+    """The files that hold a checkpoint's weights. Raises NSCError if they are not safetensors."""
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if (source / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    raise NSCError(
+        f"base {source} holds no model.safetensors or its index, so its weights cannot be streamed;"
+        " convert it with save_pretrained, or export an adapter where all adapters are LoRA alone"
+    )
+
+
+def shapes_in(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Key and shape of every tensor in a file. Raises NSCError if it cannot be read."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                yield key, tuple(file.get_slice(key).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise NSCError(f"base shard {shard} cannot be read: {error}; fetch it again") from error

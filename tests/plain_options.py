@@ -1,0 +1,132 @@
+"""The plain way of writing every option of a merge: sample by sample, dense weights, torch's own functions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from plain import segments
+from torch import Tensor, nn
+
+from nsc.batch import Batch
+from nsc.stack import ModuleStack, Stack
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What the loss is made of.  shares: of each task's ratios.  entropies: of each task's entropy, which is None
+    without.  heads: of each task, and the rows whose entropy it is: the last of a sample that counts, or all.
+    """
+
+    shares: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)
+    quantile: float | None = None
+    entropies: Sequence[float] | None = None
+    heads: Sequence[tuple[Tensor, Tensor | None]] = ()
+    all_rows: bool = False
+
+
+def merged_weight(weight: Tensor, module: ModuleStack, row: Tensor) -> Tensor:
+    """row: (K,), or by rank (C,)."""
+    start = 0
+    for k, (a, b, s) in enumerate(segments(module)):
+        of_rows = row[start : start + len(a)] if module.by_rank else row[k].expand(len(a))
+        weight = weight + s * b.double() @ torch.diag(of_rows) @ a.double()
+        start += len(a)
+    return weight
+
+
+def plain_loss(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, targets: list[str], how: Plain) -> Tensor:
+    """() of a batch with one sample a row, differentiable in ``lam`` (M, C)."""
+    weights = {
+        f"{name}.weight": merged_weight(model.get_parameter(f"{name}.weight"), module, row)
+        for (name, module), row in zip(stack.modules.items(), lam, strict=True)
+    }
+    total = lam.new_zeros(())
+    samples = torch.bincount(batch.task[:, 0], minlength=len(stack.tasks))
+    for i in range(len(batch.task)):
+        k, counted = int(batch.task[i, 0]), batch.weight[i] > 0
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name, seen=seen: seen.update({name: args[0][0]})
+            )
+            for name in targets
+        ]
+        inputs = {key: value[i : i + 1] for key, value in batch.inputs.items()}
+        states = torch.func.functional_call(model, weights, (), inputs)[0][0]
+        for hook in hooks:
+            hook.remove()
+        own = [name for name in targets if stack.modules[name].ranks[k]]
+        for name in own:
+            a, z = segments(stack.modules[name])[k][0].double(), seen[name][counted]
+            ratio = (z - z @ torch.linalg.pinv(a) @ a).norm(dim=-1) / z.norm(dim=-1)
+            of_sample = ratio.mean() if how.quantile is None else ratio.quantile(how.quantile)
+            total = total + how.shares[k] * of_sample / len(own) / samples[k]
+        if how.entropies is not None:
+            said = F.linear(states[counted] if how.all_rows else states[counted][-1:], *how.heads[k])
+            total = (
+                total + how.entropies[k] * torch.distributions.Categorical(logits=said).entropy().mean() / samples[k]
+            )
+    return total
+
+
+LINKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "identity": (lambda t: t, lambda c: c),
+    "softplus": (F.softplus, lambda c: c.expm1().log()),
+    "sigmoid": (F.sigmoid, torch.logit),
+    "exp": (torch.exp, torch.log),
+}
+OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+SCHEDULES: Mapping[str, Callable[[int, int], float]] = {
+    "constant": lambda step, steps: 1.0,
+    "linear": lambda step, steps: (steps - step) / steps,
+    "cosine": lambda step, steps: torch.tensor(torch.pi * step / steps, dtype=torch.float64).cos().item() / 2 + 0.5,
+}
+
+
+def plain_softmax(theta: Tensor, stack: Stack, start: float) -> Tensor:
+    """Row by row, over the tasks that are there; the others stay at the start."""
+    rows = []
+    for row, there in zip(theta.expand(len(stack.names), -1), stack.present, strict=True):
+        if len(theta) == 1:
+            there = torch.ones_like(there)  # one row for all modules
+        new = torch.full_like(row, start)
+        rows.append(new.masked_scatter(there, row[there].exp() / row[there].exp().sum() * there.sum() * start))
+    return torch.stack(rows)
+
+
+def plain_learning(
+    loss: Callable[[Tensor], Tensor], stack: Stack, start: float, lr: float, steps: int, columns: int,
+    link: str = "identity", granularity: str = "layer", optimizer: str = "adamw", schedule: str = "constant",
+    weight_decay: float = 0.0, max_drift: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The first loss (), its gradient in theta, and the coefficients (M, C) after the steps."""
+    first = torch.full((1 if granularity == "task" else len(stack.names), columns), start, dtype=torch.float64)
+    theta = nn.Parameter(torch.zeros_like(first) if link == "softmax" else LINKS[link][1](first))
+
+    def lam() -> Tensor:
+        if link == "softmax":
+            return plain_softmax(theta, stack, start)
+        return LINKS[link][0](theta).expand(len(stack.names), -1)
+
+    torch_optimizer = OPTIMIZERS[optimizer]([theta], lr=lr, weight_decay=weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(torch_optimizer, lambda step: SCHEDULES[schedule](step, steps))
+    found: list[Tensor] = []
+    for _ in range(steps):
+        torch_optimizer.zero_grad()
+        value = loss(lam())
+        value.backward()
+        found = found or [value.detach(), theta.grad.clone()]
+        frozen = theta.grad == 0
+        before = theta.detach().clone()
+        torch_optimizer.step()
+        scheduler.step()
+        with torch.no_grad():
+            theta.copy_(torch.where(frozen, before, theta))
+            if max_drift is not None:
+                theta.copy_(LINKS[link][1](LINKS[link][0](theta).clamp(start - max_drift, start + max_drift)))
+    return found[0], found[1], lam().detach()
