@@ -147,7 +147,7 @@ def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None =
     if (config.objective != "null-space") != (entropy is not None):
         raise NSCError(f"objective {config.objective} and the heads for an entropy go together: give both or neither")
     shares = tuple(weight / sum(weights) for weight in weights)
-    return Goal(shares, config.quantile, entropy, config.objective != "entropy")
+    return Goal(shares, config.unseen, config.quantile, entropy, config.objective != "entropy")
 
 
 def printer(wanted: bool) -> Callable[[str], Any]:

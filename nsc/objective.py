@@ -35,11 +35,13 @@ from nsc_kernels import MergedLoRALinear, ratio_from_energy
 class Goal:
     """What the loss is.
 
-    tasks: p_k of each, one in sum, 0 for one without data; None for all alike.  quantile: of each sample's rows, for
-    their mean.  entropy: added, times the number of tasks with data.  ratios: whether the null-space ratios count.
+    tasks: p_k of each, one in sum, 0 for one without data; None for all alike.  unseen: those without data.  quantile:
+    of each sample's rows, for their mean.  entropy: added, times the number of tasks with data.  ratios: whether the
+    null-space ratios count.
     """
 
     tasks: tuple[float, ...] | None = None
+    unseen: tuple[str, ...] = ()
     quantile: float | None = None
     entropy: Entropy | None = None
     ratios: bool = True
@@ -74,10 +76,12 @@ class NullSpaceObjective:
         self.targets = list(targets)
         device = input_device(model)
         present = torch.tensor([stack.modules[name].present for name in targets])
-        tasks = goal.tasks or [1 / len(stack.tasks)] * len(stack.tasks)
-        self.weights = torch.tensor(tasks, dtype=torch.float64, device=device)  # (K,)
-        self.share = _shares(present, stack.tasks, self.weights.cpu() > 0).to(device)  # (T, K)
+        seen = torch.tensor([task not in goal.unseen for task in stack.tasks])
+        weights = torch.tensor(goal.tasks or [1 / len(seen)] * len(seen), dtype=torch.float64)
+        self.share = _shares(present, stack.tasks, seen).to(device)  # (T, K)
         self.tasks = stack.tasks
+        self._weights = self.share * weights.to(device)  # (T, K) of each task's mean ratio in the loss
+        self._preferences = (weights * seen.sum()).to(device)  # (K,) of its entropy
         self._dtype = next(model.parameters()).dtype
         self._grams = {n: g.to(device) if (g := stack.modules[n].gram_inverse) is not None else None for n in targets}
         self._offsets = {name: layers[name].offsets.to(device) for name in targets}
@@ -89,13 +93,12 @@ class NullSpaceObjective:
         if self.goal.entropy is None:
             return torch.stack(self._watch(batch, self._measure(batch), self._checkpointed)).sum()
         states, terms = self._run_through(batch)
-        preferences = self.weights.to(batch.weight) * int((self.weights > 0).sum())
-        return self.goal.entropy(states, batch, preferences) + sum(terms)
+        return self.goal.entropy(states, batch, self._preferences.to(batch.weight)) + sum(terms)
 
     def _measure(self, batch: Batch) -> Callable[..., Tensor]:
         """What takes the rows of a target to its term of the loss."""
         weight = batch.weight.flatten()
-        weights = (self.share * self.weights).to(weight)[:, batch.task.flatten()] * weight  # (T, n)
+        weights = self._weights.to(weight)[:, batch.task.flatten()] * weight  # (T, n)
         if self.goal.quantile is None:
             return lambda index, **rows: ratio_from_energy(**rows, weight=weights[index])
         sample, q = batch.samples(), self.goal.quantile

@@ -38,6 +38,19 @@ def test_forward_and_gradients_equal_the_dense_layer(shape, bias, plan):
     assert mine[1][1] == 0  # absent adapter
 
 
+@pytest.mark.parametrize("plan", ["factors", "weights"])
+def test_a_coefficient_for_every_row_of_lora_A(plan):
+    base, A, B = make()
+    lam = torch.tensor([0.3, 0.7, -0.4, 0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    z = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam, plan=plan, by_rank=True)
+    scales = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5], dtype=torch.float64)
+    expected = nn.functional.linear(z, base.weight + B @ torch.diag(lam * scales) @ A, base.bias)
+    torch.testing.assert_close(layer(z), expected, rtol=0, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(y.square().sum(), (z, lam)) for y in (layer(z), expected))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
 def test_gradcheck():
     base, A, B = make()
     lam = torch.tensor([0.3, 0.7, -0.4], dtype=torch.float64, requires_grad=True)
@@ -84,6 +97,7 @@ def test_autocast_keeps_the_coefficients_in_float32():
         ({"ranks": (2, 2)}, "add up to 4"),
         ({"scales": (1.0,)}, "one length K"),
         ({"lam": torch.ones(2)}, "one length K"),
+        ({"by_rank": True}, "of length R"),
         ({"plan": "dense"}, "factors or weights"),
         ({"plan": "weights", "base": nn.Sequential()}, "not Sequential; use plan factors"),
     ],

@@ -79,6 +79,7 @@ def test_a_task_without_data_is_merged_by_the_others(base, adapters, texts, tmp_
     same = nsc.merge(base, adapters, texts, **FAST, preferences={"rslora": 0})
     torch.testing.assert_close(result.coefficients, same.coefficients, rtol=0, atol=1e-5)
     k = result.tasks.index("rslora")
+    assert 0 < same.report.ratio_before[k] < 1  # it has data, which count for nothing
     assert (result.coefficients[:, k] - 0.4).abs().max() > 1e-3
     assert result.report.unseen == ["rslora"] and "rslora: null-space ratio" not in result.report.summary()
     assert "unseen, merged without data of their own: rslora" in result.report.to_markdown()

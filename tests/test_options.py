@@ -63,7 +63,7 @@ OPTIONS = {
     "both, all that counts": Option({"objective": "both"}, Plain(entropies=ONES, all_rows=True), "one"),
     "both, preferences, quantile, by rank, softplus": Option(
         {"objective": "both", "preferences": {"b": 0}, "quantile": 0.3, "granularity": "rank", "link": "softplus"},
-        Plain((0.5, 0, 0.5), quantile=0.3, entropies=(1, 0, 1)),
+        Plain((0.5, 0, 0.5), quantile=0.3, entropies=(1.5, 0, 1.5)),
         "own",
         {"granularity": "rank", "link": "softplus"},
     ),
