@@ -298,7 +298,7 @@ def test_other_architectures_are_refused_by_name(config, said):
         (dict(dtype="int8"), "dtype 'int8' is unknown"),
         (dict(tasks=0), "tasks must be more than 0"),
         (dict(lora_modules=["qq"]), "lora_modules qq match no linear"),
-        (dict(base="/nowhere"), "base '/nowhere' has no config"),
+        (dict(base="/nowhere"), "base '/nowhere' cannot be loaded"),
         (dict(target_blocks=[99]), "no target layer"),
     ],
     ids=str,
