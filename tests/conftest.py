@@ -1,11 +1,23 @@
-"""One tiny base with a tokenizer, adapters of every kind that can be merged, their data, and one merge of them all."""
+"""A tiny base with a tokenizer, adapters of every kind, their data and one merge of them all; a LLaVA with the same."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from ops import RATIOS
-from tiny import WORDS, peft_adapter, save_base, tiny_llama
+from safetensors.torch import load_file
+from tiny import (
+    WORDS,
+    llava_prefixes,
+    peft_adapter,
+    random_factors,
+    save_base,
+    save_llava_base,
+    tiny_llama,
+    write_adapter,
+)
 
 import nsc
 
@@ -51,6 +63,49 @@ def texts() -> dict[str, list[str]]:
 @pytest.fixture(scope="session")
 def merged(base, adapters, texts) -> nsc.MergeResult:
     return nsc.merge(base, adapters, texts, steps=5, lr=0.05, progress=False)
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory) -> Path:
+    return save_llava_base(tmp_path_factory.mktemp("llava") / "base")
+
+
+@pytest.fixture(scope="session")
+def llava_adapters(tmp_path_factory, llava) -> dict[str, Path]:
+    """LoRA on q and v; the projector fine-tuned by two of three."""
+    made, (text, projector) = {}, llava_prefixes()
+    stored = load_file(llava / "model.safetensors")
+    for seed, task in enumerate(("count", "color", "plain")):
+        generator = torch.Generator().manual_seed(seed)
+        saved = {
+            f"{projector}.{key.split('multi_modal_projector.')[1]}": tensor
+            + 0.2 * torch.randn(tensor.shape, generator=generator)
+            for key, tensor in stored.items()
+            if "multi_modal_projector" in key and task != "plain"
+        }
+        names = [f"{text}.{i}.self_attn.{kind}" for i in range(4) for kind in ("q_proj", "v_proj")]
+        factors = {n: random_factors([n], m=16 if "v_proj" in n else 32, seed=seed)[n] for n in names}
+        path = tmp_path_factory.mktemp("adapters") / task
+        made[task] = write_adapter(path, factors, alpha=0.4, saved=saved or None, target_modules=names)
+    return made
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory, llava_adapters) -> dict[str, Path]:
+    """Three images a task, of different sizes, with questions of different lengths."""
+    pillow, files = pytest.importorskip("PIL.Image"), {}
+    for k, task in enumerate(llava_adapters):
+        folder = tmp_path_factory.mktemp(task)
+        rows = []
+        for i in range(4):
+            generator = torch.Generator().manual_seed(9 * k + i)
+            pixels = torch.randint(256, (9 + i, 12, 3), dtype=torch.uint8, generator=generator)
+            pillow.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+            words = " ".join(WORDS[5 + (7 * k + i + j) % 50] for j in range(1 + 2 * i))
+            rows.append({"image": f"{i}.png", "question": words, "answer": "never read"})
+        files[task] = folder / "rows.jsonl"
+        files[task].write_text("\n".join(map(json.dumps, rows)))
+    return files
 
 
 @pytest.fixture(params=list(RATIOS))

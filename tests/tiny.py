@@ -148,6 +148,15 @@ def save_llava_base(path: Path, chat_template: str | None = CHAT, **text: Any) -
     return path
 
 
+def llava_prefixes() -> tuple[str, str]:
+    """What names of the language model's layers, and of the projector, begin with in this transformers' whole LLaVA."""
+    import transformers
+
+    if transformers.__version__.startswith("4."):
+        return "language_model.model.layers", "multi_modal_projector"
+    return "model.language_model.layers", "model.multi_modal_projector"
+
+
 def save_tokenizer(path: Path) -> None:
     """``word_tokenizer`` as a folder."""
     word_tokenizer().save_pretrained(path)
