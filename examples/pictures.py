@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 SIZE, PATCH = 32, 8
 TEST_SHARE = 0.2  # of a source that comes without a split
-BINS, NOISE = 8, 40.0
+BINS, BLANK = 8, 0.75
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,19 @@ def orientation(pictures: Pictures) -> Samples:
 
 
 def edges(pictures: Pictures) -> Samples:
-    """Contours that people drew, pixel by pixel; without any, the length of the gradient."""
+    """How strong the contours are that people drew, in each quarter of a patch; without any, the gradient's length."""
     labels = pictures.labels
     contours = torch.hypot(*_gradients(pictures.images)) if labels is None else labels
-    return Samples(pictures.images, patches(contours[:, None]))
+    return Samples(pictures.images, _quarters(contours[:, None]))
 
 
-def denoise(pictures: Pictures) -> Samples:
-    """The noise that was added, pixel by pixel: Gaussian, with a standard deviation of 40 of 255."""
-    clean = pictures.images.float()
-    noise = NOISE * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    noisy = (clean + noise).round().clamp(0, 255)
-    return Samples(noisy.to(torch.uint8), patches(noisy - clean))
+def fill(pictures: Pictures) -> Samples:
+    """The grey of each quarter of a patch, from the picture with three patches in four blanked out."""
+    count = len(pictures.images)
+    blank = torch.rand(count, 1, SIZE // PATCH, SIZE // PATCH, generator=torch.Generator().manual_seed(0)) < BLANK
+    blank = blank.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+    grey = pictures.images.float().mean(1, keepdim=True)
+    return Samples(pictures.images.masked_fill(blank, 128), _quarters(grey))
 
 
 def colour(pictures: Pictures) -> Samples:
@@ -156,6 +157,12 @@ def colour(pictures: Pictures) -> Samples:
     grey = pictures.images.float().mean(1, keepdim=True)
     chroma = F.avg_pool2d(pictures.images[:, [0, 2]] - grey, PATCH)
     return Samples(_grey(grey.round()), chroma.flatten(2).mT)
+
+
+def _quarters(images: Tensor) -> Tensor:
+    """(n, 1, 32, 32) -> (n, 16, 4): the means over the quarters of each patch."""
+    means = F.avg_pool2d(images, PATCH // 2)
+    return F.pixel_unshuffle(means, 2).flatten(2).mT
 
 
 def _gradients(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +178,7 @@ TASKS = {
         Task("sign", "signs", "accuracy", False, classes),
         Task("orientation", "objects", "pearson", False, orientation),
         Task("edges", "photos", "pearson", True, edges),
-        Task("noise", "photos", "pearson", True, denoise),
+        Task("fill", "photos", "pearson", True, fill),
         Task("colour", "photos", "pearson", True, colour),
     )
 }

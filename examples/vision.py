@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     places = "a parquet file, or mnist, digits or photos"
     parser.add_argument("--objects", default="mnist", help=f"{places}; for the tasks object and orientation")
     parser.add_argument("--signs", default="digits", help="for the task sign")
-    parser.add_argument("--photos", default="photos", help="for edges, noise and colour")
+    parser.add_argument("--photos", default="photos", help="for edges, fill and colour")
     parser.add_argument("--work", type=Path, default=Path("out/vision"))
     parser.add_argument("--base-steps", type=int, default=600)
     parser.add_argument("--adapter-steps", type=int, default=300)

@@ -92,21 +92,22 @@ def test_merge_is_compared_and_its_export_scores_the_same(exams, trained, work):
 
 def test_tasks_ask_what_they_say():
     plain = pictures.Pictures(random_images(4))
-    noisy = pictures.denoise(plain)
-    torch.testing.assert_close(
-        pictures.patches(noisy.inputs.float()) - noisy.targets, pictures.patches(plain.images.float())
-    )
+    fill = pictures.fill(plain)
+    kept = (pictures.patches(fill.inputs.float()) == pictures.patches(plain.images.float())).all(-1)
+    assert 0 < kept.sum() < 32 and (pictures.patches(fill.inputs)[~kept] == 128).all()
+    whole = pictures.patches(plain.images.float()).mean(-1)
+    torch.testing.assert_close(fill.targets.mean(-1), whole)  # four quarters, in the order of the patches
     colour = pictures.colour(plain)
     assert (colour.inputs[:, 0] == colour.inputs[:, 2]).all() and colour.targets.shape == (4, 16, 2)
     assert pictures.colour(pictures.Pictures(colour.inputs)).targets.abs().max() < 1e-4
     stripes = (torch.arange(32) // 4 % 2 * 255).to(torch.uint8).expand(1, 3, 32, 32)
     directions = [pictures.orientation(pictures.Pictures(x)).targets[0].argmax().item() for x in (stripes, stripes.mT)]
     assert directions == [0, pictures.BINS // 2]
-    contours = pictures.patches(torch.arange(32.0).expand(1, 1, 32, 32))
     labelled = pictures.Pictures(stripes, torch.arange(32.0).expand(1, 32, 32))
-    assert torch.equal(pictures.edges(labelled).targets, contours)
+    across = pictures.edges(labelled).targets[0, 4:8]  # the second row of patches
+    assert across.tolist() == [[8 * i + 1.5, 8 * i + 5.5] * 2 for i in range(4)]
     unlabelled = pictures.edges(pictures.Pictures(stripes)).targets
-    assert (unlabelled > 0).sum() == 32 * 2 * 7  # seven steps between eight stripes, seen from both sides
+    assert unlabelled[0, 0].tolist() == [255 / 4, 255 / 2] * 2  # seen from both sides of a stripe, but for the border
 
 
 def test_tiles_and_contours_of_a_parquet_file_stay_together(tmp_path):
