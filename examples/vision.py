@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from pictures import TASKS, Pictures, Samples, read
-from shares import SCALES, Scores, format_table, mean_share
+from shares import Scores, format_table, mean_share
 from torch import Tensor
 from train_vision import MEASURED, load, prepare_base, score, train_adapter
 
@@ -24,6 +24,7 @@ import nsc
 from nsc.surgery import merged_layers
 
 TEST_ROWS, UNLABELLED = 1000, 512
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 Source = tuple[Pictures, Pictures]
 
 
