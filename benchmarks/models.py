@@ -6,6 +6,7 @@ beside the figure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +57,10 @@ QV = ("q_proj", "v_proj", "query", "value")  # as transformers 5 and 4 name them
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A step: a model, and of each task so many samples of so many tokens of text. tower: of the images before it."""
+    """A step: a model, and of each task so many samples of so many tokens of text.
+
+    tower: of the images before it.  tokens_per_pass: of nsc's step, None for a single pass.
+    """
 
     model: str
     config: PretrainedConfig
@@ -65,6 +69,7 @@ class Case:
     length: int = 0  # of the text; 0 for images alone
     tower: CLIPVisionConfig | None = None
     dtype: str = "bfloat16"
+    tokens_per_pass: int | None = None
     cut: str = ""  # what this machine does not hold
 
     def __str__(self) -> str:
@@ -76,6 +81,11 @@ class Case:
         images = self.tower or (None if self.length else self.config)
         patches = (images.image_size // images.patch_size) ** 2 if images else 0
         return self.length + patches + (1 if images is self.config else 0)
+
+    @property
+    def passes(self) -> int:
+        """Of nsc's step."""
+        return math.ceil(self.tasks * self.samples * self.tokens / self.tokens_per_pass) if self.tokens_per_pass else 1
 
     def here(self) -> Case:
         """The case as this machine runs it."""
@@ -115,7 +125,7 @@ CASES = [  # the cheapest first
     Case("SmolLM2-135M", SMOLLM2, 6, 2, 64, dtype="float32"),
     Case("SmolLM2-135M", SMOLLM2, 6, 2, 64),
     Case("ViT-B/16", VIT_B, 20, 32),
-    Case("LLaMA-3-8B", LLAMA3_8B, 6, 2, 96),
+    Case("LLaMA-3-8B", LLAMA3_8B, 6, 2, 96, tokens_per_pass=576),
     Case("LLaVA-1.5-7B", VICUNA_7B, 6, 1, 64, CLIP_L),
 ]
 CUTS = {"ViT-B/16": Cut(2, 1), "LLaMA-3-8B": Cut(2, 1, 16), "LLaVA-1.5-7B": Cut(2, 1, 16, 112)}

@@ -7,6 +7,7 @@ neither: norms, activations and sums between the linears, launches, the host, wh
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -35,8 +36,14 @@ def plan(case: Case) -> Step:
 
 
 def seconds(case: Case, gpu: Gpu) -> float:
-    """Of a step of nsc."""
-    return sum(work.seconds(gpu.rate, gpu.bandwidth) for work in plan(case).work())
+    """Of a step of nsc, in all its passes."""
+    return case.passes * sum(work.seconds(gpu.rate, gpu.bandwidth) for work in one_pass(case).work())
+
+
+def one_pass(case: Case) -> Step:
+    """Of the passes in which nsc takes the step, the largest."""
+    step = plan(case)
+    return replace(step, samples=math.ceil(step.samples / case.passes))
 
 
 def floor(case: Case, gpu: Gpu) -> float:
@@ -62,8 +69,8 @@ def loop(case: Case, gpu: Gpu) -> float:
 
 
 def beyond_weights(case: Case) -> float:
-    """Bytes of a step in one pass, without the base's weights."""
-    memory = plan(case).memory()
+    """Bytes of a pass, without the base's weights."""
+    memory = one_pass(case).memory()
     return memory.total - memory.weights
 
 

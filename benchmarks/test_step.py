@@ -12,6 +12,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,9 +41,9 @@ def test_step(benchmark: BenchmarkFixture, case: Case, pytestconfig: pytest.Conf
     case, base = case.here(), pytestconfig.getoption("base")
     trained = bool(base) and case.config is SMOLLM2
     model = load_body(base, case.dtype, DEVICE) if trained else random_body(case.config, case.dtype)
-    race = Race.of(case, model, tmp_path)
+    race, config = Race.of(case, model, tmp_path), MergeConfig(tokens_per_pass=case.tokens_per_pass)
     before = torch.cuda.memory_allocated() if CUDA else 0
-    with nsc_step(model, race.stack, race.targets, [race.batch], MergeConfig()) as step:
+    with nsc_step(model, race.stack, race.targets, [race.batch], config) as step:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         warm = [step() for _ in range(WARMUP)]
@@ -50,7 +51,9 @@ def test_step(benchmark: BenchmarkFixture, case: Case, pytestconfig: pytest.Conf
         peak = torch.cuda.max_memory_allocated() - before if CUDA else None
         torch.testing.assert_close(warm[0].float(), race.loop_step().float(), rtol=0, atol=LOSS_TOLERANCE[case.dtype])
         seconds, cpu = raced(benchmark, {"nsc": step, "loop": race.loop_step, "floor": race.floor_step}, case)
-    with nsc_step(model, race.stack, race.targets, [race.batch], MergeConfig(graphs=False)) as step:  # to look inside
+    with nsc_step(
+        model, race.stack, race.targets, [race.batch], replace(config, graphs=False)
+    ) as step:  # to look inside
         step()
         busy, profiled = profile_step(step, torch.device(DEVICE), 2)
         flops = count_flops(step)
@@ -62,8 +65,8 @@ def test_step(benchmark: BenchmarkFixture, case: Case, pytestconfig: pytest.Conf
         "split": busy | {"host": whole - sum(busy.values())}, "split_of": whole, "counted_flops": flops,
         "launch": "graphs" if CUDA else "eager", "load_average": os.getloadavg()[0], "device": DEVICE,
         "dtype": case.dtype, "cut": case.cut,
-        "tokens": race.batch.task.numel(), "adapters": case.tasks, "rank": RANK, "modules": "query and value",
-        "adapter_values": "random", "weights": Path(base).name if trained else "random",
+        "tokens": race.batch.task.numel(), "passes": case.passes, "adapters": case.tasks, "rank": RANK,
+        "modules": "query and value", "adapter_values": "random", "weights": Path(base).name if trained else "random",
     }  # fmt: skip
     del model, race, step
     gc.collect()
