@@ -205,6 +205,8 @@ def tied_outputs(base: str) -> list[str]:
     if not any(getattr(c, "tie_word_embeddings", False) for c in (config, inner)):
         return []
     found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(inner), None)
+    if found is None:  # transformers 4 says of every config that it ties, also of an image model's
+        return []
     return list(getattr(found, "_tied_weights_keys", None) or ["lm_head.weight"])
 
 

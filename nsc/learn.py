@@ -25,7 +25,7 @@ from nsc.config import MergeConfig
 from nsc.devices import metric
 from nsc.distributed import ALONE, RankError, Team
 from nsc.entropy import Entropy
-from nsc.errors import NonFiniteError, NSCError
+from nsc.errors import NonFiniteError, NSCError, TargetError
 from nsc.graphs import make_graphs
 from nsc.interrupts import deferred_interrupts
 from nsc.memory import free_memory, tokens_that_fit
@@ -183,7 +183,13 @@ def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tens
     """(M, 1) bool: modules whose coefficients the objective depends on, read off the autograd graph."""
     rows = [row.clone().requires_grad_() for row in lam.detach().unbind(0)]
     set_coefficients(objective.layers, rows)
-    gradients = torch.autograd.grad(objective.loss(batch), rows, allow_unused=True)
+    loss = objective.loss(batch)
+    if not loss.requires_grad:
+        raise TargetError(
+            "no coefficient changes what is measured: every module with LoRA comes at or after the last target"
+            f" ({objective.targets[-1]}); choose later target_blocks"
+        )
+    gradients = torch.autograd.grad(loss, rows, allow_unused=True)
     return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
 
 

@@ -13,7 +13,7 @@ from nsc.adapters import read_adapter
 from nsc.config import MergeConfig
 from nsc.data import TextBatches
 from nsc.distributed import ALONE
-from nsc.errors import NonFiniteError, NSCError
+from nsc.errors import NonFiniteError, NSCError, TargetError
 from nsc.learn import learn, take_step
 from nsc.objective import NullSpaceObjective
 from nsc.passes import Passes
@@ -195,3 +195,11 @@ def test_a_step_leaves_nothing_behind(setting):
 
     run(setting, replace(CONFIG, steps=50), batches=counting)
     assert len(seen) == 3 and len(set(seen)) == 1 and seen[0][0] > 0
+
+
+def test_a_merge_that_nothing_can_learn_is_refused(setting):
+    """The only module with LoRA is the target itself: its own coefficient comes behind what is measured."""
+    model, stack, batches = setting
+    alone = replace(stack, modules={TARGETS[0]: stack.modules[TARGETS[0]]}, order=())
+    with pytest.raises(TargetError, match=r"no coefficient changes.*last target \(layers.3.self_attn.v_proj\)"):
+        learn(model, alone, TARGETS, batches, CONFIG, progress=False)
