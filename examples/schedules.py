@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from compare import Exam, Scorer, mean_share
+from compare import Exam, Scorer
+from shares import mean_share
 from tasks import TASKS, load, write_unlabelled
 from transformers import AutoTokenizer
 

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from compare import Scores, format_table, mean_share
 from easyvqa import TASKS, Row, load, write_unlabelled
 from peft import LoraConfig, PeftModel, get_peft_model
+from shares import SCALES, Scores, format_table, mean_share
 from smollm2 import NAME, prepare_base
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
@@ -28,7 +28,6 @@ from nsc.adapters import read_adapter
 
 TARGETS = r".*language_model.*\.(q_proj|v_proj)"
 PROJECTOR = ["multi_modal_projector.linear_1", "multi_modal_projector.linear_2"]
-SCALES = (0.2, 0.3, 0.4, 0.6, 0.8)
 ROWS, UNLABELLED = 200, 500  # test rows and unlabeled samples of each task
 
 

@@ -77,6 +77,7 @@ def test_an_answer_counts_as_right_where_greedy_decoding_gives_it(base, rows, mo
     for row in rows:
         text = vlm_base.question(processor, row.prompt)
         inputs = processor(text=text, images=Image.open(row.image), return_tensors="pt")
+        inputs.pop("token_type_ids", None)  # of older tokenizers
         ids = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)[0, -3:]
         own.append(Row(row.image, row.prompt, processor.tokenizer.decode(ids)))
     assert vlm.accuracy(model, processor, own, batch_size=3) == 1
@@ -106,7 +107,9 @@ def test_the_plain_sum_of_one_adapter_is_that_adapter(base, adapters, rows):
 
 
 def test_plain_sums_are_linear_in_the_scale(base, adapters):
-    sums = [dict(vlm.add_scaled(vlm.load_vlm(base, torch.float64)[0], adapters, s).named_parameters()) for s in (0, 1, 2)]
+    sums = [
+        dict(vlm.add_scaled(vlm.load_vlm(base, torch.float64)[0], adapters, s).named_parameters()) for s in (0, 1, 2)
+    ]
     moved = 0
     for name, start in sums[0].items():
         torch.testing.assert_close(sums[2][name] - start, 2 * (sums[1][name] - start), rtol=1e-6, atol=1e-12)
@@ -129,13 +132,19 @@ def test_the_tower_learns_from_the_scenes_alone(images, base, monkeypatch, capsy
 def test_questions_become_tasks(tmp_path, images, monkeypatch):
     folder = tmp_path / "train"
     (folder / "images").mkdir(parents=True)
-    for i, path in enumerate(images[:3]):
+    for path in images[:3]:
         (folder / "images" / path.name).write_bytes(path.read_bytes())
     questions = [
-        ["what color is the shape?", "red", 0], ["is there a circle?", "no", 0], ["is there not a circle?", "yes", 0],
-        ["what is the red shape?", "rectangle", 1], ["is a rectangle present?", "yes", 1], ["is there a blue shape?", "no", 1],
-        ["is there a red shape?", "yes", 0], ["what shape is present?", "rectangle", 0], ["is there no circle?", "yes", 2],
-    ]  # fmt: skip
+        ["what color is the shape?", "red", 0],
+        ["what shape is present?", "rectangle", 0],
+        ["is there a red shape?", "yes", 0],
+        ["is there a circle?", "no", 0],
+        ["is there not a circle?", "yes", 0],
+        ["what is the red shape?", "rectangle", 1],
+        ["is a rectangle present?", "yes", 1],
+        ["is there a blue shape?", "no", 1],
+        ["is there no circle?", "yes", 2],
+    ]
     (folder / "questions.json").write_text(json.dumps(questions))
     monkeypatch.setattr(easyvqa, "_folder", lambda: tmp_path)
     easyvqa.scenes.cache_clear()
@@ -147,5 +156,7 @@ def test_questions_become_tasks(tmp_path, images, monkeypatch):
         "presence": ["no", "no", "yes", "yes"],
         "caption": ["a red rectangle at the top left", "a red rectangle at the top right"],
     }
-    rows = [json.loads(line) for line in easyvqa.write_unlabelled("color", tmp_path / "c.jsonl", 9).read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in easyvqa.write_unlabelled("color", tmp_path / "c.jsonl", 9).read_text().splitlines()
+    ]
     assert rows == [{"image": str(folder / "images/0.png"), "prompt": "what color is the shape?"}]
