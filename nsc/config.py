@@ -30,7 +30,8 @@ class MergeConfig:
     before and after.  dtype, device: of the frozen base; "auto" takes the checkpoint's, and CUDA if there is one.
     weights: of the base's linears while learning: "full", "int8", "fp8" or "nf4"; what is written and proven is always
     in full.  device_map: "auto", "balanced"... as accelerate takes it, instead of ``device``: a base over all GPUs, and
-    the CPU and disk.  shard: the base's linears over the processes.
+    the CPU and disk.  shard: the base's linears over the processes.  keep_modules:
+    suffixes of modules in modules_to_save that each task keeps under heads/, and that are not merged.
     """
 
     steps: int = 500
@@ -55,9 +56,10 @@ class MergeConfig:
     weights: str = "full"
     device_map: str | None = None
     shard: bool = False
+    keep_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "target_blocks", "betas"):
+        for name in ("target_modules", "target_blocks", "betas", "keep_modules"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))

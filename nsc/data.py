@@ -43,7 +43,7 @@ def read_texts(source: str | Path | Sequence[str]) -> list[str]:
     place, names = place_and_fields(str(source))
     if place.startswith("hub:"):
         rows = enumerate(load_hub(place), start=1)
-        return _not_empty([_text_of(row, names, f"{place} row {number}") for number, row in rows], place)
+        return _not_empty([text_of(row, names, f"{place} row {number}") for number, row in rows], place)
     path = Path(place)
     if not path.is_file():
         raise DataError(f"data file {place} does not exist; give a JSONL or text file, or hub:NAME:CONFIG:SPLIT")
@@ -127,17 +127,22 @@ def _permutation(key: str, count: int) -> list[int]:
     return order
 
 
-def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
-    texts = []
+def read_rows(path: Path) -> list[tuple[int, Any]]:
+    """What each line of a JSONL file holds, by its number. Raises DataError naming a line that is no JSON."""
+    rows = []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             raise DataError(f"{path} line {number} is not JSON ({error.msg}); mend or remove that line") from error
-        texts.append(row if isinstance(row, str) else _text_of(row, names, f"{path} line {number}"))
-    return texts
+    return rows
+
+
+def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
+    rows = read_rows(path)
+    return [row if isinstance(row, str) else text_of(row, names, f"{path} line {number}") for number, row in rows]
 
 
 def _lines(path: Path) -> list[str]:
@@ -148,7 +153,8 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
 
 
-def _text_of(row: Any, names: tuple[str, ...] | None, where: str) -> str:
+def text_of(row: Any, names: tuple[str, ...] | None, where: str) -> str:
+    """The fields ``names`` of a row, or the usual ones, joined. Raises DataError, naming it, if they are not there."""
     if not isinstance(row, dict):
         raise DataError(f"{where} holds a {type(row).__name__}; each line must be an object or a string")
     chosen = names or next((fields for fields in TEXT_FIELDS if all(f in row for f in fields)), None)

@@ -14,14 +14,16 @@ import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
+from nsc.bodies import ImageTextBody, require_llava, takes_images_and_text
 from nsc.errors import NSCError, TargetError
 from nsc.places import reload_in_backward
 from nsc.quantized import dequantise_where_used, quantization_config
 
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+IMAGES_AND_TEXT = "input_ids with pixel_values"
 PREFERRED_TARGETS = ("v_proj", "o_proj")  # the paper's choice for LLMs and VLMs, then for ViT
 
 
@@ -41,8 +43,13 @@ def load_body(
             options |= {"quantization_config": quantization_config(weights)}
             if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
                 options.setdefault("device_map", {"": place})
+        config = AutoConfig.from_pretrained(base)
+        if takes_images_and_text(config):
+            require_llava(config)
         with quiet_loading():
-            model, info = AutoModel.from_pretrained(base, **{DTYPE: precision}, output_loading_info=True, **options)
+            model, info = _auto_class(config).from_pretrained(
+                base, **{DTYPE: precision}, output_loading_info=True, **options
+            )
     except TypeError as error:
         raise NSCError(
             f"transformers and the library of weights {weights} do not fit: update both ({error})"
@@ -55,6 +62,8 @@ def load_body(
             f"base {base!r} has no weights for {', '.join(lost[:3])}{' and more' * (len(lost) > 3)}: transformers would"
             " fill them at random; fetch the base again, or give the model that its config describes"
         )
+    if takes_images_and_text(config):
+        model = ImageTextBody(model)
     model.config.use_cache = False  # nothing is generated: a key-value cache would only hold memory
     model.requires_grad_(False).eval()
     if device_map:
@@ -64,6 +73,12 @@ def load_body(
             raise NSCError(f"weights {weights} do not go with offloading, as device_map {device_map} does: give one")
         dequantise_where_used(model)
     return model if options else model.to(place)
+
+
+def _auto_class(config: Any) -> Any:
+    """AutoModel, but for LLaVA in transformers 4, whose body is the whole model."""
+    mapped = type(config) in transformers.MODEL_MAPPING
+    return AutoModel if mapped or not takes_images_and_text(config) else transformers.AutoModelForImageTextToText
 
 
 def one_device(device: str) -> str:
@@ -104,13 +119,35 @@ def load_image_processor(base: str) -> Any:
         ) from error
 
 
+def load_processor(base: str) -> Any:
+    """The base's own processor of images with text. Raises NSCError if there is none."""
+    try:
+        with quiet_loading():
+            return AutoProcessor.from_pretrained(base)
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        raise NSCError(f"base {base!r} has no processor that transformers can load: {error}") from error
+
+
+def tied_outputs(base: str) -> list[str]:
+    """Parameters outside the body that are the body's embeddings themselves, as "lm_head.weight"; no weight is read."""
+    config = AutoConfig.from_pretrained(base)
+    inner = config.get_text_config()
+    if not any(getattr(c, "tie_word_embeddings", False) for c in (config, inner)):
+        return []
+    found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(inner), None)
+    return list(getattr(found, "_tied_weights_keys", None) or ["lm_head.weight"])
+
+
 def main_input(base: str) -> str:
-    """What the body's forward takes first, such as input_ids or pixel_values; no weight is read.
+    """What the body's forward takes first, such as input_ids or pixel_values, or both; no weight is read.
 
     Raises NSCError if there is no such base, or no body for it.
     """
     try:
-        found = transformers.MODEL_MAPPING[type(AutoConfig.from_pretrained(base))]
+        config = AutoConfig.from_pretrained(base)
+        if takes_images_and_text(config):
+            return IMAGES_AND_TEXT
+        found = transformers.MODEL_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
     return (found[0] if isinstance(found, (list, tuple)) else found).main_input_name

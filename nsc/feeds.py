@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from nsc import families
 from nsc.batch import Batch
+from nsc.bodies import ImageTextBody
 from nsc.config import MergeConfig
 from nsc.data import TextBatches, read_texts, tokenize
 from nsc.errors import NSCError
@@ -18,6 +19,7 @@ from nsc.graphs import obstacle
 from nsc.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
 from nsc.packing import can_share_rows, collate, pack
 from nsc.towers import FeatureStore
+from nsc.vlm import Prompt, PromptBatches, Prompts, image_features, read_prompts, require_same_forward, writer_of
 
 
 class Batches(Protocol):
@@ -55,7 +57,7 @@ def _text_batches(
 ) -> tuple[TextBatches, list[Batch]]:
     tokenizer = families.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad_id = pad_id_of(tokenizer)
     causal = families.is_causal(model)
     shares_rows = can_share_rows(model)
     few_shapes = config.graphs and obstacle(model) is None
@@ -63,6 +65,11 @@ def _text_batches(
     some = [(ids, k) for k, rows in enumerate(tokens.values()) for ids in rows[: config.evaluation_samples]]
     ids, tasks = [ids for ids, _ in some], [k for _, k in some]
     return batches, pack(ids, tasks, pad_id, causal=causal, shares_rows=shares_rows)
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """What fills rows up: no matter which token, where it weighs nothing."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _image_batches(
@@ -74,6 +81,28 @@ def _image_batches(
     tokens = tokens_seen(model, targets, pixels(some[0][0]))
     evaluation = collate_images([pixels(image) for image, _ in some], [k for _, k in some], tokens)
     return ImageBatches(images, pixels, tokens, config.batch_size, config.seed), [evaluation]
+
+
+def _prompt_batches(
+    base: str, model: nn.Module, targets: Sequence[str], prompts: Mapping[str, list[Prompt]], config: MergeConfig
+) -> tuple[PromptBatches, list[Batch]]:
+    assert isinstance(model, ImageTextBody)
+    processor = families.load_processor(base)
+    features = FeatureStore(image_features(model, processor))
+    first = next(iter(prompts.values()))[0]
+    writer = writer_of(model, processor, features(first.image), config.max_length)
+    require_same_forward(model, writer, first, features(first.image))
+    how = {
+        "causal": families.is_causal(model.text), "shares_rows": can_share_rows(model.text),
+        "few_shapes": config.graphs and obstacle(model) is None,
+    }  # fmt: skip
+    modality = getattr(config, "modality", "both")
+    made = Prompts(features, model.image_token, pad_id_of(processor.tokenizer), modality, how)
+    ids = {task: [writer.ids(prompt) for prompt in rows] for task, rows in prompts.items()}
+    images = {task: [prompt.image for prompt in rows] for task, rows in prompts.items()}
+    batches = PromptBatches(ids, images, made, config.batch_size, config.seed)
+    fixed = replace(made, how=how | {"few_shapes": False})
+    return batches, replace(batches, prompts=fixed).first(config.evaluation_samples)
 
 
 def _random_text(base: str, model: nn.Module) -> Batch:
@@ -90,7 +119,15 @@ def _random_images(base: str, model: nn.Module) -> Batch:
     return collate_images([pixels(image) for image in read_images(list(noise))], [0, 0], 1)
 
 
+def _random_prompt(base: str, model: nn.Module) -> Batch:
+    """Seeded random pixels with a question."""
+    noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prompts = {"example": read_prompts([(noise, "What is shown?")])}
+    return _prompt_batches(base, model, [], prompts, MergeConfig(graphs=False))[1][0]
+
+
 FEEDS = {
     "input_ids": Feed(read_texts, _text_batches, _random_text),
     "pixel_values": Feed(read_images, _image_batches, _random_images),
+    families.IMAGES_AND_TEXT: Feed(read_prompts, _prompt_batches, _random_prompt),
 }

@@ -56,7 +56,7 @@ def read_images(source: str | Path | Sequence[Any]) -> list[Image]:
     ``images`` extra (Pillow, pyarrow) is not installed.
     """
     if not isinstance(source, (str, Path)):
-        return _not_empty([_image(x, f"image {i}") for i, x in enumerate(source, start=1)], "the given list")
+        return _not_empty([as_image(x, f"image {i}") for i, x in enumerate(source, start=1)], "the given list")
     place, columns = place_and_fields(str(source))
     if place.startswith("hub:"):
         return _not_empty(_read_hub(place, columns), place)
@@ -67,7 +67,7 @@ def read_images(source: str | Path | Sequence[Any]) -> list[Image]:
         )
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        return _not_empty([_image(file, str(file)) for file in files], place)
+        return _not_empty([as_image(file, str(file)) for file in files], place)
     if path.suffix == ".parquet":
         return _not_empty(_read_parquet(path, columns), place)
     raise DataError(f"image data {place} is neither a folder nor .parquet; put images into a folder, or convert it")
@@ -152,15 +152,29 @@ def _read_parquet(path: Path, columns: tuple[str, ...] | None) -> list[Image]:
         file = parquet.ParquetFile(path)
     column = _column(file.schema_arrow.names, columns, str(path))
     values = (x for part in file.iter_batches(columns=[column]) for x in part.column(0).to_pylist())
-    return [_image(value, f"{path} row {number}") for number, value in enumerate(values, start=1)]
+    return [as_image(value, f"{path} row {number}") for number, value in enumerate(values, start=1)]
 
 
 def _read_hub(spec: str, columns: tuple[str, ...] | None) -> list[Image]:
-    rows = load_hub(spec)
+    rows = undecoded(load_hub(spec))
     column = _column(rows.column_names, columns, spec)
-    if hasattr(rows.features[column], "decode"):
-        rows = rows.cast_column(column, type(rows.features[column])(decode=False))  # as files: decoded when used
-    return [_image(row[column], f"{spec} row {number}") for number, row in enumerate(rows, start=1)]
+    return [as_image(row[column], f"{spec} row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def read_table(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, images as they are stored. Raises DataError if it cannot be read."""
+    parquet = _extra("pyarrow.parquet")
+    with _named(str(path)):
+        file = parquet.ParquetFile(path)
+    return (row for part in file.iter_batches() for row in part.to_pylist())
+
+
+def undecoded(rows: Any) -> Any:
+    """A Hub dataset whose images are files: decoded when they are used."""
+    for name, feature in rows.features.items():
+        if hasattr(feature, "decode"):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
 
 
 def _column(there: Sequence[str], columns: tuple[str, ...] | None, where: str) -> str:
@@ -170,8 +184,11 @@ def _column(there: Sequence[str], columns: tuple[str, ...] | None, where: str) -
     return chosen
 
 
-def _image(value: Any, name: str) -> Image:
-    """An image of a file, a file's bytes, a row {"bytes", "path"}, a PIL image, an array or a tensor."""
+def as_image(value: Any, name: str) -> Image:
+    """An image of a file, a file's bytes, a row {"bytes", "path"}, a PIL image, an array or a tensor.
+
+    name: of it in errors. Raises DataError if it is none of these, or broken.
+    """
     pillow = _extra("PIL.Image")
     if isinstance(value, dict):
         value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
@@ -179,7 +196,7 @@ def _image(value: Any, name: str) -> Image:
         value = value.convert("RGB")
         return Image(name, value, _digest(f"{value.size}".encode() + value.tobytes()))
     if not isinstance(value, (bytes, Path)):
-        return _image(_from_array(pillow, value, name), name)
+        return as_image(_from_array(pillow, value, name), name)
     with _named(name):
         data = value if isinstance(value, bytes) else value.read_bytes()
         with pillow.open(io.BytesIO(data)) as image:

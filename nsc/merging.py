@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from nsc import families
 from nsc.adapters import Adapter, read_adapter
 from nsc.batch import Batch
+from nsc.bodies import refuse_moving_tower
 from nsc.config import MergeConfig
+from nsc.dense import Body, dense_stacks, parameters_of, split_saved
 from nsc.distributed import Team, join
-from nsc.errors import DataError, NameMismatch, NSCError
+from nsc.errors import DataError, NSCError
 from nsc.feeds import feed_of
 from nsc.learn import learn, printer, require_finite_ratios
-from nsc.names import check_coverage, check_shapes, layout, resolve, resolve_saved
+from nsc.names import check_coverage, check_shapes, layout, resolve
 from nsc.objective import NullSpaceObjective
 from nsc.passes import own_share
 from nsc.places import input_device
@@ -64,13 +66,17 @@ def merge(
     team = join(config.device)
     model = _load(base, config, team)
     shapes = families.linear_shapes(model)
-    matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
-    stack = stack_adapters(read, matches, list(shapes))
-    targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
+    matches = match_adapters(read, shapes)
+    read, whole = split_saved(read, matches, body_of(base, model), config.keep_modules)
+    stack = stack_adapters(read, matches, list(shapes), dense_stacks(base, whole))
+    refuse_moving_tower(model, stack.names)
+    targets = families.choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
     if config.shard:
         shard_linears(model, team, families.one_device(config.device))
     say = printer(progress and team.first)
-    say(f"base {base}: {len(stack.names)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
+    if stack.dense:
+        say(f"fine-tuned whole, merged as differences: {', '.join(stack.dense)}")
+    say(f"base {base}: {len(stack.modules)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
     batches, evaluation = feed.batches(base, model, targets, samples, config)
@@ -97,8 +103,8 @@ def merge(
     report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
     say(report.summary())
-    sample, whole = batches(0)[0], model if config.whole_base else None
-    return MergeResult(learned.coefficients, report, record, read, stack, whole, sample)
+    sample, in_full = batches(0)[0], model if config.whole_base else None
+    return MergeResult(learned.coefficients, report, record, read, stack, in_full, sample)
 
 
 def apply(
@@ -122,8 +128,10 @@ def apply(
                 f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
                 " since; find the original, or merge anew"
             )
-    matches = match_adapters(read, record.modules, [])
-    stack = stack_adapters(read, matches, list(record.modules))
+    matches = match_adapters(read, record.modules)
+    body = Body(record.modules, record.dense)
+    read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
+    stack = stack_adapters(read, matches, list(record.modules), dense_stacks(record.base, whole))
     report = describe_stack(record.base, stack, record.coefficients, record.start)
     return MergeResult(record.coefficients, report, record, read, stack)
 
@@ -138,22 +146,25 @@ def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
     return {task: read_adapter(path, task) for task, path in adapters.items()}
 
 
-def match_adapters(
-    adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]], parameters: Sequence[str]
-) -> dict[str, dict[str, str]]:
+def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
     """Task -> adapter's module name -> base's. Raises NameMismatch for anything that has no place, or another shape."""
     matches = {}
     for task, adapter in adapters.items():
         matches[task] = resolve(task, adapter.factors, shapes)
         check_shapes(adapter, matches[task], shapes)
         check_coverage(adapter, matches[task], shapes)
-        inside = [k for k, v in resolve_saved(task, adapter.saved, matches[task], parameters).items() if v]
-        if inside:
-            raise NameMismatch(
-                f"adapter {task}: modules_to_save holds {inside[0]}, a layer of the base itself; only task heads are"
-                " carried through, so merging would lose it; retrain with LoRA on that layer instead"
-            )
     return matches
+
+
+def body_of(base: str, model: nn.Module) -> Body:
+    """What ``split_saved`` must know of this base, of which ``model`` is the body."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shared = Counter(map(id, parameters.values()))
+    tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
+    if outputs := families.tied_outputs(base):
+        embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
+        tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
+    return Body(families.linear_shapes(model), list(parameters), tied)
 
 
 def fingerprint(adapter: Adapter) -> str:
@@ -219,6 +230,7 @@ def _record(
         },
         targets=targets,
         settings=config.to_dict(),
+        dense=tuple(parameters_of(stack.dense)),
     )
 
 

@@ -22,14 +22,16 @@ from torch import nn
 
 from nsc import families
 from nsc.batch import Batch
+from nsc.bodies import refuse_moving_tower
 from nsc.config import MergeConfig
 from nsc.costs import Step, Work, linears_in_order
+from nsc.dense import dense_stacks, split_saved
 from nsc.devices import HARDWARE, Hardware, get_hardware, metric
 from nsc.errors import NSCError
 from nsc.feeds import feed_of
 from nsc.learn import _peak_memory
 from nsc.memory import kept_bytes
-from nsc.merging import Source, match_adapters, read_adapters, read_data
+from nsc.merging import Source, body_of, match_adapters, read_adapters, read_data
 from nsc.places import input_device
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.steps import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
@@ -112,9 +114,11 @@ def profile_merge(
     device = input_device(model)
     datasheet = find_hardware(device, hardware, flops)
     shapes = families.linear_shapes(model)
-    matches = match_adapters(read, shapes, [name for name, _ in model.named_parameters()])
-    stack = stack_adapters(read, matches, list(shapes))
-    targets = families.choose_targets(model, stack.names, config.target_modules, config.target_blocks)
+    matches = match_adapters(read, shapes)
+    read, whole = split_saved(read, matches, body_of(str(base), model), config.keep_modules)
+    stack = stack_adapters(read, matches, list(shapes), dense_stacks(str(base), whole))
+    refuse_moving_tower(model, stack.names)
+    targets = families.choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
     batches = [batch.to(device) for batch in feed.batches(str(base), model, targets, samples, config)[0](0)]
     return measure(str(base), model, whitened(stack), targets, batches, config, steps, datasheet)
 
@@ -201,7 +205,7 @@ def _predicted(
         linears = linears_in_order(model)
     except NSCError as error:
         return [], None, [str(error)]
-    ranks = {name: sum(stack.modules[name].ranks) for name in stack.names}
+    ranks = {name: sum(module.ranks) for name, module in stack.modules.items()}
     shapes = [batch.task.shape for batch in batches]
     steps = [Step(model, linears, ranks, targets, len(stack.tasks), n, length, itemsize) for n, length in shapes]
     return [step.work() for step in steps], max(step.memory().activations for step in steps), []

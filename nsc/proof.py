@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from nsc.adapters import read_adapter
 from nsc.batch import Batch
-from nsc.errors import AdapterError, ProofError
-from nsc.export import MergedFactors, as_stack, checkpoint_folder, merged_places
-from nsc.families import DTYPE, quiet_loading
+from nsc.errors import AdapterError, NSCError, ProofError
+from nsc.export import MergedFactors, Updates, as_stack, checkpoint_folder, dense_updates, merged_places
+from nsc.families import load_body
 from nsc.stack import Stack
-from nsc.surgery import merged_layers
+from nsc.surgery import merged_layers, replace_module
 
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
 OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -57,23 +57,28 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Merge:
-    """What should have been written: the adapters, their coefficients (M, K), and the factors made of both."""
+    """What should have been written: the adapters, their coefficients (M, K), and the factors made of both.
+
+    whole: parameter -> what it is merged to, of layers that adapters fine-tuned whole.
+    """
 
     stack: Stack
     coefficients: Tensor
     factors: Mapping[str, MergedFactors]
     prefix: str
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def update(self, name: str) -> Tensor:
-        """(m, d) float64 on the CPU, straight from the adapters' own factors."""
-        row = self.coefficients[self.stack.names.index(name)]
-        return self.stack.modules[name].delta(row).cpu()
+    def update(self, parameter: str) -> Tensor | None:
+        """(m, d) or (m,) float64 on the CPU, straight from the adapters' own factors; None where there is none."""
+        return Updates(self.stack, self.coefficients).of(parameter)
 
     def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
         """``hidden_states`` of the merged model in memory; of the truncated one where a truncation was asked for."""
         truncated = any(f.error for f in self.factors.values())
         stack, lam = (
-            (as_stack(self.factors), torch.ones(len(self.factors), 1)) if truncated else (self.stack, self.coefficients)
+            (as_stack(self.factors, dense_updates(self.stack, self.coefficients)), torch.ones(len(self.stack.names), 1))
+            if truncated
+            else (self.stack, self.coefficients)
         )
         with merged_layers(model, stack, lam.to(batch.weight.device)):
             return hidden_states(model, batch)
@@ -86,21 +91,22 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
     written = {name.removeprefix(merge.prefix): f for name, f in read.factors.items()}
-    _same_names(set(written), set(merge.stack.names), "the adapter file")
+    _same_names(set(written), set(merge.factors), "the adapter file")
+    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
     updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
-    return Proof("adapter", len(written), _worst_update(updates, merge))
+    return Proof("adapter", len(merge.stack.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
 
 
 def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
     """Load the folder with stock PEFT onto the base: its own updates and hidden states must be those in memory."""
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
-    with _loaded_by_peft(model, folder, merge.prefix) as layers:
-        _same_names(set(layers), set(merge.stack.names), "PEFT's model")
+    with _loaded_by_peft(model, folder, merge) as (layers, whole):
+        _same_names(set(layers), set(merge.factors), "PEFT's model")
         updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
-        weights = _worst_update(updates, merge)
+        weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
         outputs = hidden_states(model, batch)
-    return _proof("adapter", len(merge.factors), weights, in_memory, outputs, bare, _dtype(model))
+    return _proof("adapter", len(merge.stack.names), weights, in_memory, outputs, bare, _dtype(model))
 
 
 def prove_full_model(
@@ -117,11 +123,9 @@ def prove_full_model(
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     try:
-        with quiet_loading():
-            loaded = AutoModel.from_pretrained(folder, **{DTYPE: _dtype(model)}).eval().to(batch.weight.device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        loaded = load_body(str(folder), str(_dtype(model)).removeprefix("torch."), str(batch.weight.device))
+    except NSCError as error:
         raise ProofError(f"transformers cannot load what was written to {folder}: {error}") from error
-    loaded.config.use_cache = False
     outputs = hidden_states(loaded, batch)
     return _proof("full model", len(merge.stack.names), weights, in_memory, outputs, bare, _dtype(model), coarsest)
 
@@ -165,18 +169,26 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
 
 
 @contextmanager
-def _loaded_by_peft(model: nn.Module, folder: Path, prefix: str) -> Iterator[dict[str, LoraLayer]]:
-    """PEFT's own layers, by their name in the body, while the adapter is on the model."""
-    shell: Any = model
+def _loaded_by_peft(
+    model: nn.Module, folder: Path, merge: Merge
+) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
+    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
+    prefix, shell = merge.prefix, cast(Any, model)
+    originals = {name: model.get_submodule(name) for name in merge.stack.dense}
     for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
         outer = nn.Module()
         outer.add_module(part, shell)
         shell = outer
     peft_model = PeftModel.from_pretrained(shell, folder)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
     try:
-        yield {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
     finally:
         peft_model.unload()
+        for name, original in originals.items():  # PEFT leaves its own there
+            replace_module(model, name, original)
 
 
 def _proof(
@@ -196,7 +208,7 @@ def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
     for name, written in updates:
-        expected = merge.update(name)
+        expected = cast(Tensor, merge.update(f"{name}.weight"))
         distance = (written.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)
         excess = max(0.0, distance.item() - merge.factors[name].error) if distance.isfinite() else distance.item()
         if not excess <= WEIGHT_TOLERANCE:
@@ -205,6 +217,22 @@ def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
                 f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
             )
         worst = max(worst, excess)
+    return worst
+
+
+def _worst_whole(written: Mapping[str, Tensor], merge: Merge, dtype: torch.dtype = torch.float32) -> float:
+    """Largest error of a layer written whole, relative to its largest entry, both rounded to ``dtype``."""
+    _same_names(set(written), set(merge.whole), "modules_to_save")
+    worst = 0.0
+    for name, tensor in written.items():
+        expected = merge.whole[name].to(dtype).double()
+        error = (tensor.to(dtype).double().cpu() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+        if not error <= WEIGHT_TOLERANCE:
+            raise ProofError(
+                f"{name} read back from disk differs from the merge in memory by {error:.1e} of its largest entry;"
+                " the export is wrong, do not use it"
+            )
+        worst = max(worst, error.item())
     return worst
 
 

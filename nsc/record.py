@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +28,7 @@ class Record:
 
     coefficients: (M, K).  modules: name in the base body -> (out, in).  adapters: task -> {path, fingerprint}.  prefix:
     of the written adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.  rank:
-    that the adapter was truncated to, if it was.
+    that the adapter was truncated to, if it was.  dense: parameters of the base that adapters fine-tuned whole.
     """
 
     base: str
@@ -41,6 +41,7 @@ class Record:
     targets: list[str]
     settings: dict[str, Any]
     rank: int | None = None
+    dense: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """coefficients.safetensors and merge.yaml."""
@@ -56,6 +57,7 @@ class Record:
             "targets": self.targets,
             "settings": self.settings,
             "rank": self.rank,
+            "dense": list(self.dense),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
         }
         text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
@@ -73,6 +75,7 @@ class Record:
             keys = ("base", "prefix", "start", "data", "targets", "settings")
             rest = {key: text[key] for key in keys}
             record = cls(coefficients=coefficients, modules=modules, adapters=adapters, rank=text.get("rank"), **rest)
+            record = replace(record, dense=tuple(text.get("dense", ())))
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"

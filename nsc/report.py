@@ -22,7 +22,8 @@ class Report:
     """Everything a reader of a merge wants to know. Lists run over tasks or modules, in the order of those fields.
 
     ratio_before, ratio_after: per task, the mean null-space ratio over its targets.  conditions: per task, the worst A
-    (a Gram's is its square); by module, None where an adapter is absent.  untrained: coefficients without gradient,
+    (a Gram's is its square); by module, None where an adapter has no factors.  absent: coefficients of an adapter that
+    does not touch the module.  untrained: coefficients without gradient,
     left at the start.  bounded: those stopped by max_drift.  truncation: module -> relative error, where a rank was
     asked for.  proofs: what was reloaded and compared.
     """
@@ -36,6 +37,7 @@ class Report:
     scales: dict[str, str]
     conditions: dict[str, str]
     conditions_by_module: dict[str, list[float | None]]
+    absent: list[str]
     merged_rank: int
     vllm_max_lora_rank: int | None
     targets: list[str] = field(default_factory=list)
@@ -85,6 +87,7 @@ def describe_stack(base: str, stack: Stack, coefficients: Tensor, start: float) 
         scales={task: _span([m.scales[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
         conditions={task: _worst_condition(stack, k) for k, task in _tasks(stack)},
         conditions_by_module={n: [g.condition if g else None for g in m.grams] for n, m in stack.modules.items()},
+        absent=_named(~stack.present, stack),
         merged_rank=rank,
         vllm_max_lora_rank=vllm_rank(rank),
         warnings=_gram_warnings(stack),
@@ -120,6 +123,22 @@ def describe_merge(
 def vllm_rank(rank: int) -> int | None:
     """The smallest max_lora_rank of vLLM that holds ``rank``; None if there is none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def vllm_limits(rank: int, whole: list[str]) -> list[str]:
+    """What vLLM would refuse in an adapter of this rank, with these layers in modules_to_save, and the remedy."""
+    limits = []
+    if vllm_rank(rank) is None:
+        limits.append(
+            f"vLLM cannot serve this adapter: its rank {rank} is above {VLLM_RANKS[-1]}, the most that max_lora_rank"
+            " takes; save it with a smaller --rank, or the whole model with --full"
+        )
+    if whole:
+        limits.append(
+            f"vLLM cannot serve this adapter: it does not load modules_to_save, here {', '.join(whole[:3])}"
+            f"{f' and {len(whole) - 3} more' * (len(whole) > 3)}; save the whole model with --full"
+        )
+    return limits
 
 
 def draw_heat_map(path: Path, report: Report) -> None:
@@ -200,7 +219,7 @@ def _coefficient_table(report: Report) -> str:
 
 
 def _absent(report: Report, module: str) -> list[bool]:
-    return [condition is None for condition in report.conditions_by_module[module]]
+    return [f"{module} ({task})" in report.absent for task in report.tasks]
 
 
 def _cell(text: str) -> str:

@@ -17,13 +17,20 @@ from nsc import families
 from nsc.adapters import Adapter
 from nsc.batch import Batch
 from nsc.errors import NSCError
-from nsc.export import checkpoint_folder, merged_factors, refuse_unstreamable, write_adapter, write_full_model
+from nsc.export import (
+    checkpoint_folder,
+    merged_factors,
+    merged_layers_whole,
+    refuse_unstreamable,
+    write_adapter,
+    write_full_model,
+)
 from nsc.feeds import feed_of
 from nsc.memory import free_memory
 from nsc.places import input_device
 from nsc.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.record import Record
-from nsc.report import Report, draw_heat_map, vllm_rank
+from nsc.report import Report, draw_heat_map, vllm_limits, vllm_rank
 from nsc.stack import Stack
 
 CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
@@ -70,17 +77,19 @@ class MergeResult:
         staging = partial / STAGING
         shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
         staging.mkdir(parents=True)
-        merge = Merge(
-            self.stack, self.coefficients, merged_factors(self.stack, self.coefficients, rank), self.record.prefix
-        )
+        factors = merged_factors(self.stack, self.coefficients, rank)
+        whole = {} if full else merged_layers_whole(self.record.base, self.stack, self.coefficients)
+        merge = Merge(self.stack, self.coefficients, factors, self.record.prefix, whole)
         if full:
             write_full_model(staging, self.record.base, self.stack, self.coefficients)
         else:
-            write_adapter(staging, merge.factors, self.record.prefix, self.record.base)
+            write_adapter(staging, factors, self.record.prefix, self.record.base, whole)
         proof = self._prove(staging, merge, full)
         truncation = {name: f.error for name, f in merge.factors.items()} if rank is not None and not full else {}
         top = max(f.A.shape[0] for f in merge.factors.values())
+        limits = [] if full else vllm_limits(top, list(self.stack.dense))
         report = replace(self.report, truncation=truncation, proofs=[str(proof)], full=full)
+        report = replace(report, warnings=report.warnings + limits)
         self._describe(staging, replace(report, merged_rank=top, vllm_max_lora_rank=vllm_rank(top)))
         replace(self.record, rank=rank).write(staging)
         _share(staging)

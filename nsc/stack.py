@@ -2,12 +2,14 @@
 
 A module's ``A`` (R, d) and ``B`` (m, R) hold all K adapters, segment k of rank r_k, which is 0 where adapter k does not
 touch the module. ``whitened`` gives every segment of ``A`` orthonormal rows without changing any product B_k A_k.
+
+A layer that adapters have fine-tuned whole, such as LLaVA's projector, is a row of the coefficients like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,29 +49,66 @@ class ModuleStack:
 
 
 @dataclass(frozen=True)
+class DenseStack:
+    """One linear layer that P of K adapters fine-tuned whole.
+
+    deltas: (P, m, d), W_k - W0.  bias_deltas: (P, m), b_k - b0, or None for a layer without bias.  present: K flags,
+    whose they are.
+    """
+
+    deltas: Tensor
+    bias_deltas: Tensor | None
+    present: list[bool]
+
+    def delta(self, coefficients: Tensor) -> Tensor:
+        """(m, d) float64: sum_k lam_k (W_k - W0) for ``coefficients`` of shape (K,)."""
+        return self._sum(self.deltas, coefficients)
+
+    def bias_delta(self, coefficients: Tensor) -> Tensor | None:
+        """(m,) float64: sum_k lam_k (b_k - b0), or None for a layer without bias."""
+        return None if self.bias_deltas is None else self._sum(self.bias_deltas, coefficients)
+
+    def _sum(self, deltas: Tensor, coefficients: Tensor) -> Tensor:
+        own = coefficients.double().cpu()[self.present].to(deltas.device)
+        return torch.tensordot(own, deltas.double(), dims=1)
+
+
+@dataclass(frozen=True)
 class Stack:
-    """All modules that any adapter touches, in the base model's own order."""
+    """All layers that any adapter changes.
+
+    modules: those with LoRA.  dense: those fine-tuned whole.  order: both, in the base model's own order; empty where
+    all carry LoRA and ``modules`` is in that order.
+    """
 
     tasks: tuple[str, ...]
     modules: dict[str, ModuleStack]
+    dense: dict[str, DenseStack] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
         """Module names, the rows of the coefficients."""
-        return list(self.modules)
+        return list(self.order or self.modules)
 
     @property
     def present(self) -> Tensor:
         """(M, K) bool: which adapter touches which module."""
-        return torch.tensor([module.present for module in self.modules.values()], dtype=torch.bool)
+        return torch.tensor([self.layer(name).present for name in self.names], dtype=torch.bool)
+
+    def layer(self, name: str) -> ModuleStack | DenseStack:
+        """Of either kind, by name."""
+        return self.dense[name] if name in self.dense else self.modules[name]
 
 
 def stack_adapters(
     adapters: Mapping[str, Adapter],  # by task
     matches: Mapping[str, Mapping[str, str]],  # task -> adapter's module name -> base's module name
     order: Sequence[str],  # module names of the base, in the model's own order
+    dense: Mapping[str, DenseStack] | None = None,  # base's module name -> what adapters fine-tuned whole
 ) -> Stack:
     """Put the factors of all adapters side by side, module by module, as they are stored (promoted to one dtype)."""
+    dense = dict(dense or {})
     by_base = {task: {base: name for name, base in matches[task].items()} for task in adapters}
     names = [name for name in order if any(name in by_base[task] for task in adapters)]
     found = {
@@ -92,12 +131,12 @@ def stack_adapters(
             grams=factored,
             gram_inverse=torch.block_diag(*[g.inverse for g in factored if g is not None]),
         )
-    return Stack(tuple(adapters), modules)
+    return Stack(tuple(adapters), modules, dense, tuple(name for name in order if name in modules or name in dense))
 
 
 def whitened(stack: Stack) -> Stack:
     """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model."""
-    return Stack(stack.tasks, {name: _whiten(module) for name, module in stack.modules.items()})
+    return replace(stack, modules={name: _whiten(module) for name, module in stack.modules.items()})
 
 
 def _whiten(module: ModuleStack) -> ModuleStack:

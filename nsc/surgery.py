@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nsc.batch import Batch
 from nsc.costs import layer_plan
 from nsc.places import is_plain, run_device
-from nsc.stack import ModuleStack, Stack
-from nsc_kernels import MergedLoRALinear, Siblings
+from nsc.stack import DenseStack, ModuleStack, Stack
+from nsc_kernels import MergedDenseLinear, MergedLoRALinear, Siblings
 
 
 @contextmanager
@@ -24,14 +25,15 @@ def merged_layers(
 ) -> Iterator[dict[str, MergedLoRALinear]]:
     """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, K).
 
+    Where adapters fine-tuned a layer whole it is a MergedDenseLinear, which is no target and shares no input.
     plans: of modules that are not to run by their factors, as ``choose_plans`` finds them.
     The model is changed in place and is exactly what it was on leaving, also after an exception. Factors are cast to
     the dtype and device in which the layer that they join computes.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
     dtype = next(model.parameters()).dtype
-    layers = {
-        name: _merged_layer(originals[name], stack.modules[name], row, (plans or {}).get(name, "factors"), dtype)
+    layers: dict[str, Any] = {
+        name: _merged_layer(originals[name], stack.layer(name), row, (plans or {}).get(name, "factors"), dtype)
         for name, row in zip(stack.names, lam.unbind(0), strict=True)
     }
     try:
@@ -49,7 +51,7 @@ def merged_layers(
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
     """Point every layer at its row of ``lam`` (M, K), on its own device; the next forward is differentiable in it."""
     for layer, row in zip(layers.values(), lam, strict=True):
-        layer.lam = row.to(layer.lora_A.device)
+        layer.lam = row.to(layer.lam.device)
 
 
 def share_inputs(
@@ -60,6 +62,7 @@ def share_inputs(
     Which they are is seen in a forward of ``batch``; one row is enough. A layer that runs by its weights takes part
     only where it is one of ``targets``, which need u.
     """
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, MergedLoRALinear)}
     for names in _readers(model, layers, batch):
         members = [layers[name] for name in names if layers[name].plan == "factors" or name in targets]
         if len(members) > 1:
@@ -112,12 +115,15 @@ def _readers(model: nn.Module, layers: Mapping[str, MergedLoRALinear], batch: Ba
 
 def _merged_layer(
     linear: nn.Module,
-    module: ModuleStack,
+    module: ModuleStack | DenseStack,
     row: Tensor,
     plan: str,
     dtype: torch.dtype,  # of the model, for a layer whose weight is stored in integers
-) -> MergedLoRALinear:
+) -> MergedLoRALinear | MergedDenseLinear:
     stored, device = next(linear.parameters()).dtype, run_device(linear)
-    dtype = stored if stored.is_floating_point else dtype
-    A, B = (t.to(device=device, dtype=dtype) for t in (module.A, module.B))
-    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, row.detach().to(device), plan=plan)
+    to: Any = {"device": device, "dtype": stored if stored.is_floating_point else dtype}
+    row = row.detach().to(device)
+    if isinstance(module, DenseStack):
+        bias = None if module.bias_deltas is None else module.bias_deltas.to(**to)
+        return MergedDenseLinear(linear, module.deltas.to(**to), bias, module.present, row)
+    return MergedLoRALinear(linear, module.A.to(**to), module.B.to(**to), module.ranks, module.scales, row, plan=plan)

@@ -7,6 +7,7 @@ One alphabet of shapes everywhere:
     G (R, R)   block-diagonal (A_k A_k')^-1          R = sum r_k; segment k is offsets[k]:offsets[k+1]
 """
 
+from nsc_kernels.dense import MergedDenseLinear
 from nsc_kernels.gram import GramCache, GramFactor, gram_inverse
 from nsc_kernels.lora_down import lora_down, lora_fork
 from nsc_kernels.lora_fold import lora_fold
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GramCache",
     "GramFactor",
+    "MergedDenseLinear",
     "MergedLoRALinear",
     "Siblings",
     "gram_inverse",

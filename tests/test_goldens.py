@@ -1,21 +1,29 @@
-"""The official implementation's numbers on a tiny LLaMA and a tiny ViT. See the manifest."""
+"""The official implementation's numbers on a tiny LLaMA, a tiny ViT and a tiny LLaVA. See the manifest."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from nsc.adapters import read_adapter
 from nsc.config import MergeConfig
+from nsc.dense import dense_stacks, split_saved
 from nsc.families import choose_targets, linear_shapes, load_body
 from nsc.images import collate_images, tokens_seen
 from nsc.learn import initial_gradient, learn
+from nsc.merging import body_of
 from nsc.names import resolve
 from nsc.objective import Batch, NullSpaceObjective
 from nsc.stack import stack_adapters, whitened
 from nsc.surgery import merged_layers
+from nsc.towers import ImageTower
+from nsc.vlm import places
 
 GOLDEN = Path(__file__).parent / "golden/nsc"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -29,25 +37,47 @@ FORMS = [
     ("llama_r4_pad", "ref64masked", False),
     ("vit_r4_o", "official", False),
     ("vit_r4_o", "ref64", False),
+    ("llava_r4", "official", True),
+    ("llava_r4", "ref64", True),
 ]
+OLD = transformers.__version__.startswith("4.")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> Path:
+    """The models, LLaVA's as transformers 4 wants its image tower's names."""
+    if not OLD:
+        return GOLDEN
+    folder = tmp_path_factory.mktemp("golden")
+    for name in {case["model"] for case in MANIFEST["cases"].values()}:
+        shutil.copytree(GOLDEN / name, folder / name)
+    change = lambda tensors: {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in tensors.items()}  # noqa: E731
+    file = folder / "llava_tiny/model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}")
-def golden(request):
+def golden(request, bases):
     name, source, padding_counts = request.param
     case = MANIFEST["cases"][name]
     dtype = torch.float32 if source == "official" else torch.float64
     expected = np.load(GOLDEN / case["expected"])
     values = {key: np.nan_to_num(expected[f"{source}_{key}"]) for key in ("ratio", "loss", "grad", "lam")}
-    model = load_body(str(GOLDEN / case["model"]), dtype="float32").to(dtype)
+    base = str(bases / case["model"])
+    model = load_body(base, dtype="float32").to(dtype)
     adapters = {Path(path).name: read_adapter(GOLDEN / path) for path in case["adapters"]}
     shapes = linear_shapes(model)
     matches = {task: resolve(task, adapter.factors, shapes) for task, adapter in adapters.items()}
-    stack = stack_adapters(adapters, matches, list(shapes))
-    here = resolve("golden", case["modules"], shapes)  # the manifest names modules as transformers 5 does
+    _, whole = split_saved(adapters, matches, body_of(base, model), [])
+    stack = stack_adapters(adapters, matches, list(shapes), dense_stacks(base, whole))
+    # the manifest names modules as transformers 5 does
+    here = resolve("golden", case["modules"], shapes)
     case = case | {key: [here[name] for name in case[key]] for key in ("modules", "targets", "untrained_modules")}
     data = np.load(GOLDEN / case["inputs"])
-    if "pixel_values_0" in data:
+    if "pixel_values_0" in data and "input_ids_0" in data:
+        batch = read_prompts(data, len(adapters), model, dtype)
+    elif "pixel_values_0" in data:
         batch = read_images(data, len(adapters), model, case["targets"], dtype)
     else:
         batch = read_tokens(data, len(adapters), padding_counts, dtype)
@@ -59,6 +89,15 @@ def read_images(data, tasks: int, model: torch.nn.Module, targets: list[str], dt
     pixels = [torch.from_numpy(data[f"pixel_values_{k}"]).to(dtype) for k in range(tasks)]
     whose = [k for k, images in enumerate(pixels) for _ in images]
     return collate_images(list(torch.cat(pixels)), whose, tokens_seen(model, targets, pixels[0][0]))
+
+
+def read_prompts(data, tasks: int, model: torch.nn.Module, dtype: torch.dtype) -> Batch:
+    """All tasks' prompts in one right-padded batch, their images as features of the frozen tower."""
+    batch = read_tokens(data, tasks, True, dtype)
+    pixels = torch.cat([torch.from_numpy(data[f"pixel_values_{k}"]) for k in range(tasks)]).to(dtype)
+    features = ImageTower(model).features(pixels)[:, 1:]
+    place = places(batch.inputs["input_ids"] == model.image_token)
+    return replace(batch, inputs={**batch.inputs, "features": features[:, None], "place": place})
 
 
 def read_tokens(data, tasks: int, padding_counts: bool, dtype: torch.dtype) -> Batch:

@@ -1,0 +1,96 @@
+"""The body of LLaVA's architecture without host syncs: token embeddings, projected image features, language model.
+
+transformers' own forward compares counts of placeholders and features within a step, which no CUDA graph can hold.
+Here each token is told beforehand which feature takes its place, so the same values come of gathers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc.errors import NSCError
+
+PARTS = ("multi_modal_projector", "language_model")
+
+
+class ImageTextBody(nn.Module):
+    """The parts of a LLaVA under their own names, fed with features instead of pixels.
+
+    model: what transformers gives, kept as ``stock``, with which all parts are shared. Raises NSCError, saying why, for
+    a model that feeds its images otherwise.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        require_llava(model.config)  # type: ignore[arg-type]  # transformers' models have one
+        if lacking := [part for part in PARTS if not hasattr(model, part)]:
+            raise NSCError(f"{type(model).__name__} has no {lacking[0]}: {_ONLY}")
+        for name, part in model.named_children():
+            self.add_module(name, part)
+        self.config: Any = model.config
+        self.__dict__["stock"] = model  # no submodule: its parts are ours
+
+    @property
+    def text(self) -> nn.Module:
+        """The language model's body: transformers 4 has an LM head around it."""
+        return self.language_model.base_model  # type: ignore[return-value, union-attr]
+
+    @property
+    def image_token(self) -> int:
+        """The id of the placeholders."""
+        return image_token_of(self.config)  # type: ignore[return-value]  # it is required
+
+    def forward(self, input_ids: Tensor, features: Tensor, place: Tensor, **text: Any) -> Any:
+        """input_ids: (b, L).  features: (b, I, P, h), of the I images of each row.  place: (b, L) int64, which of the
+        row's I x P features stands there, -1 for a token of text.  text: what else the language model takes.
+
+        What the language model returns: the first of it is (b, L, d), its last hidden states.
+        """
+        embedded = self.text.get_input_embeddings()(input_ids)  # type: ignore[operator]
+        projected = self.multi_modal_projector(features.flatten(0, 1))  # type: ignore[operator]
+        projected = projected.reshape(len(features), -1, embedded.shape[-1]).to(embedded)
+        index = place.clamp_min(0)[..., None].expand_as(embedded)
+        inputs = torch.where((place >= 0)[..., None], projected.gather(1, index), embedded)
+        return self.text(inputs_embeds=inputs, use_cache=False, **text)
+
+
+_ONLY = (
+    "nsc feeds images with text to models of LLaVA's structure (a tower whose hidden states vision_feature_layer picks,"
+    " multi_modal_projector, language_model)"
+)
+
+
+def takes_images_and_text(config: Any) -> bool:
+    """Whether a model of this config puts images where its text has placeholders."""
+    return hasattr(config, "vision_config") and image_token_of(config) is not None
+
+
+def image_token_of(config: Any) -> int | None:
+    """The id of an image's placeholders: ``image_token_id``, or as transformers 4 calls it."""
+    return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+
+
+def require_llava(config: Any) -> None:
+    """Raise NSCError, saying why, if a model of this config feeds its images otherwise than LLaVA."""
+    kind = config.model_type
+    if hasattr(config, "image_grid_pinpoints"):
+        raise NSCError(f"{kind} cuts images in tiles, whose number depends on the image: not supported; {_ONLY}")
+    if not hasattr(config, "vision_feature_layer"):
+        raise NSCError(f"{kind} has no vision_feature_layer: the tokens of its images are made otherwise; {_ONLY}")
+
+
+def refuse_moving_tower(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise NSCError if one of the layers that adapters change lies in the image tower, which is run only once."""
+    if isinstance(model, ImageTextBody):
+        inside = [name for name in names if not name.startswith(PARTS)]
+        if inside:
+            raise NSCError(
+                f"{inside[0]} and {len(inside) - 1} more layers of the image tower are changed by an adapter, but its"
+                " features are made once and kept; train with target_modules inside the language model only"
+            )
