@@ -87,6 +87,7 @@ def compare(base: Path, adapters: Mapping[str, Path], merged: Path | None, file:
     """The table: fine-tuned, base, the plain sum at the scale that is best on these very rows, NSC if it is there."""
     exams = {task: load(task, "test")[:ROWS] for task in TASKS}
     kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = {key: value for key, value in kept.items() if not key.endswith("NSC")}  # merged anew each time
 
     def scores(name: str, change: Callable[[nn.Module], nn.Module], tasks: Collection[str] = TASKS) -> Scores:
         if any(f"{task}, {name}" not in kept for task in tasks):

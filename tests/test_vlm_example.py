@@ -16,6 +16,8 @@ import vlm
 import vlm_base
 from easyvqa import Row, Scene
 
+import nsc
+
 PROMPT = "word0 word1"
 
 
@@ -160,3 +162,19 @@ def test_questions_become_tasks(tmp_path, images, monkeypatch):
         json.loads(line) for line in easyvqa.write_unlabelled("color", tmp_path / "c.jsonl", 9).read_text().splitlines()
     ]
     assert rows == [{"image": str(folder / "images/0.png"), "prompt": "what color is the shape?"}]
+
+
+def test_the_table_holds_a_merge_and_keeps_its_scores(base, adapters, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(vlm, "TASKS", dict.fromkeys(adapters))
+    monkeypatch.setattr(vlm, "SCALES", (0.4, 1))
+    monkeypatch.setattr(vlm, "load", lambda task, part: rows)
+    monkeypatch.setattr(easyvqa, "load", lambda task, part: rows)
+    data = {task: easyvqa.write_unlabelled(task, tmp_path / f"{task}.jsonl", 4) for task in adapters}
+    result = nsc.merge(base, adapters, data, steps=2, batch_size=1, progress=False)
+    result.save(tmp_path / "merged")
+    taken = []
+    monkeypatch.setattr(vlm, "accuracy", lambda model, processor, rows: taken.append(rows) or 0.5)
+    tables = [vlm.compare(base, adapters, tmp_path / "merged", tmp_path / "scores.json") for _ in range(2)]
+    assert len(taken) == 2 * 5 + 2  # the second time only the merge's
+    assert tables[0] == tables[1]
+    assert tables[0].split("\n")[0].split() == ["task", "metric", "fine-tuned", "base", "sum", "x", "0.4", "NSC"]
