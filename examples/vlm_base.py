@@ -140,7 +140,8 @@ def answer_logits(model: nn.Module, processor: LlavaProcessor, rows: Sequence[Ro
     lengths = torch.tensor([len(ids) for ids in processor.tokenizer(answers).input_ids])[:, None]
     n = int(lengths.max())
     labels = inputs["input_ids"][:, -n:].masked_fill(torch.arange(n) < n - lengths, -100)
-    return model(**inputs, logits_to_keep=n + 1, use_cache=False).logits[:, :-1], labels
+    before = inputs["input_ids"].shape[1] - 1 + torch.arange(-n, 0)  # as positions: a slice copies the head's weight
+    return model(**inputs, logits_to_keep=before, use_cache=False).logits, labels
 
 
 def question(processor: LlavaProcessor, prompt: str) -> str:
