@@ -44,8 +44,6 @@ def load_body(
             if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
                 options.setdefault("device_map", {"": place})
         config = AutoConfig.from_pretrained(base)
-        if takes_images_and_text(config):
-            require_llava(config)
         with quiet_loading():
             model, info = _auto_class(config).from_pretrained(
                 base, **{DTYPE: precision}, output_loading_info=True, **options
@@ -141,11 +139,12 @@ def tied_outputs(base: str) -> list[str]:
 def main_input(base: str) -> str:
     """What the body's forward takes first, such as input_ids or pixel_values, or both; no weight is read.
 
-    Raises NSCError if there is no such base, or no body for it.
+    Raises NSCError if there is no such base, or no body for it, or one that takes both otherwise than LLaVA.
     """
     try:
         config = AutoConfig.from_pretrained(base)
         if takes_images_and_text(config):
+            require_llava(config)
             return IMAGES_AND_TEXT
         found = transformers.MODEL_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:

@@ -84,12 +84,15 @@ def _image_batches(
 
 
 def _prompt_batches(
-    base: str, model: nn.Module, targets: Sequence[str], prompts: Mapping[str, list[Prompt]], config: MergeConfig
-) -> tuple[PromptBatches, list[Batch]]:
+    base: str, model: nn.Module, targets: Sequence[str], prompts: Mapping[str, list[Prompt]], config: MergeConfig,
+    *generate: Any,
+) -> tuple[PromptBatches, list[Batch]]:  # fmt: skip
     assert isinstance(model, ImageTextBody)
+    if (positions := getattr(config, "positions", "prompt")) != "prompt":
+        raise NSCError(f"positions {positions} of answers to images are not made yet; give positions prompt here")
     processor = families.load_processor(base)
     features = FeatureStore(image_features(model, processor))
-    first = next(iter(prompts.values()))[0]
+    first = next(prompt for rows in prompts.values() for prompt in rows)
     writer = writer_of(model, processor, features(first.image), config.max_length)
     require_same_forward(model, writer, first, features(first.image))
     how = {

@@ -69,7 +69,7 @@ class DenseStack:
         return None if self.bias_deltas is None else self._sum(self.bias_deltas, coefficients)
 
     def _sum(self, deltas: Tensor, coefficients: Tensor) -> Tensor:
-        own = coefficients.double().cpu()[self.present].to(deltas.device)
+        own = coefficients.double().cpu()[: len(self.present)][self.present].to(deltas.device)
         return torch.tensordot(own, deltas.double(), dims=1)
 
 

@@ -51,7 +51,7 @@ def merged_layers(
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
     """Point every layer at its row of ``lam`` (M, K), on its own device; the next forward is differentiable in it."""
     for layer, row in zip(layers.values(), lam, strict=True):
-        layer.lam = row.to(layer.lam.device)
+        layer.lam = row[: layer.lam.numel()].to(layer.lam.device)
 
 
 def share_inputs(

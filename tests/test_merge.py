@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ADAPTERS, KINDS
 from safetensors.torch import load_file
-from tiny import dense_updates, peft_adapter, random_factors, rewrite, save_base, tiny_llama, write_adapter
+from tiny import dense_updates, random_factors, rewrite, save_base, write_adapter
 from transformers import AutoModel, AutoModelForCausalLM
 
 import nsc
@@ -135,13 +135,6 @@ def test_an_adapter_of_another_architecture(tmp_path, base, texts):
     foreign = write_adapter(tmp_path / "a", random_factors(["transformer.h.0.attn.c_attn"]))
     with pytest.raises(NameMismatch, match=r"(?s)transformer\.h\.0\.attn\.c_attn.*closest in the base: 'layers"):
         merge(base, {"a": foreign}, {"a": texts["plain"]})
-
-
-def test_modules_to_save_within_the_body(tmp_path, base, texts):
-    model = tiny_llama("AutoModelForCausalLM")
-    adapter = peft_adapter(tmp_path / "a", model, target_modules=["v_proj"], modules_to_save=["gate_proj"])
-    with pytest.raises(NameMismatch, match=r"modules_to_save holds .*gate_proj.*retrain with LoRA"):
-        merge(base, {"a": adapter}, {"a": texts["plain"]})
 
 
 def damaged(adapters, tmp_path, change):

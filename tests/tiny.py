@@ -17,6 +17,11 @@ LLAMA = dict(
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 WORDS = [f"word{i}" for i in range(LLAMA["vocab_size"] - 4)]
+CHAT = (  # the user's words around the image, as LLaVA's template puts them
+    "{% for message in messages %}word1 {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}word2{% endif %}"
+)
 VISION = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=8, patch_size=4
 )
@@ -121,16 +126,43 @@ def save_image_base(path: Path, **config: Any) -> Path:
     return path
 
 
+def save_llava_base(path: Path, chat_template: str | None = CHAT, **text: Any) -> Path:
+    """A random LLaVA with a processor, as a folder that the Auto classes load; ``text`` is of its language model."""
+    import transformers
+
+    size = {"height": VISION["image_size"], "width": VISION["image_size"]}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**(LLAMA | {"vocab_size": 65, "initializer_range": 0.2} | text)),
+        vision_config=transformers.CLIPVisionConfig(**VISION), image_token_index=64, initializer_range=0.2,
+    )  # fmt: skip
+    model = _from_config(transformers.AutoModelForImageTextToText, config, 0)
+    for name, parameter in model.named_parameters():
+        if "multi_modal_projector" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
+    transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(size=size, crop_size=size), tokenizer=word_tokenizer("<image>"),
+        patch_size=VISION["patch_size"], vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=chat_template,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
 def save_tokenizer(path: Path) -> None:
-    """A word-level tokenizer over WORDS, without special tokens in its output."""
+    """``word_tokenizer`` as a folder."""
+    word_tokenizer().save_pretrained(path)
+
+
+def word_tokenizer(*more: str) -> Any:
+    """A word-level tokenizer over WORDS and ``more`` special tokens, without special tokens in its output."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS, *more])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(more), **special)
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
