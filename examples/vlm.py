@@ -95,20 +95,20 @@ def compare(base: Path, adapters: Mapping[str, Path], merged: Path | None, file:
             model = change(model).to(torch.bfloat16).eval()
             for task in tasks:
                 kept[f"{task}, {name}"] = accuracy(model, processor, exams[task])
+                print(f"{task}, {name}: {kept[f'{task}, {name}']:.3f}", flush=True)
                 file.write_text(json.dumps(kept, indent=1) + "\n")
         return {task: kept[f"{task}, {name}"] for task in tasks}
 
     alone: Scores = {}
     for task, folder in adapters.items():
         alone |= scores("fine-tuned", partial(PeftModel.from_pretrained, model_id=folder), [task])
-    merges = {"base": scores("base", lambda model: model)}
+    base_alone = scores("base", lambda model: model)
+    learned = {"NSC": scores("NSC", partial(PeftModel.from_pretrained, model_id=merged))} if merged else {}
     sums = {scale: scores(f"sum x {scale:g}", partial(add_scaled, adapters=adapters, scale=scale)) for scale in SCALES}
     for scale, values in sums.items():
         print(f"plain sum x {scale:g}: {mean_share(values, alone):.1%} of fine-tuned", flush=True)
     best = max(SCALES, key=lambda scale: mean_share(sums[scale], alone))
-    merges[f"sum x {best:g}"] = sums[best]
-    if merged:
-        merges["NSC"] = scores("NSC", partial(PeftModel.from_pretrained, model_id=merged))
+    merges = {"base": base_alone, f"sum x {best:g}": sums[best], **learned}
     return format_table(alone, merges, dict.fromkeys(exams, "exact"))
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/vlm"))
     parser.add_argument("--tower-steps", type=int, default=1600)
     parser.add_argument("--projector-steps", type=int, default=250)
-    parser.add_argument("--adapter-steps", type=int, default=300)
+    parser.add_argument("--adapter-steps", type=int, default=160)
     parser.add_argument("--steps", type=int, default=100, help="of the merge")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the merge")
     parser.add_argument("--no-merge", action="store_true", help="everything but NSC")

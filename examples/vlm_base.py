@@ -41,20 +41,22 @@ END = "<|im_end|>"
 
 def prepare_vlm(language_model: Path, out: Path, tower_steps: int, steps: int) -> Path:
     """Train tower and projector and write the whole into ``out``/base, each unless it is there; return the folder."""
+    base = out / "base"
+    if base.exists():
+        return base
+    torch.manual_seed(0)
     model, processor = assemble(language_model, KEPT, VISION)
-    tower, base = tower_of(model), out / "base"
+    tower = tower_of(model)
     if not (out / "tower").exists():
-        torch.manual_seed(0)
         train_tower(tower, processor, tower_steps)
         tower.save_pretrained(out / "tower")
-    if not base.exists():
-        tower.load_state_dict(CLIPVisionModel.from_pretrained(out / "tower").state_dict())
-        model.requires_grad_(False).to(torch.bfloat16)
-        projector = [p for name, p in model.named_parameters() if "multi_modal_projector" in name]
-        rows = [Row(scene.image, "", scene.caption) for scene in scenes("train")]
-        fit(model, processor, projector, rows, steps, lr=2e-3, name="projector")
-        model.float().save_pretrained(base)
-        processor.save_pretrained(base)
+    tower.load_state_dict(CLIPVisionModel.from_pretrained(out / "tower").state_dict())
+    model.requires_grad_(False).to(torch.bfloat16)
+    projector = [p for name, p in model.named_parameters() if "multi_modal_projector" in name]
+    rows = [Row(scene.image, "", scene.caption) for scene in scenes("train")]
+    fit(model, processor, projector, rows, steps, lr=2e-3, name="projector")
+    model.float().save_pretrained(base)
+    processor.save_pretrained(base)
     return base
 
 
