@@ -165,7 +165,6 @@ def test_questions_become_tasks(tmp_path, images, monkeypatch):
 
 
 def test_the_table_holds_a_merge_and_keeps_its_scores(base, adapters, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(vlm, "TASKS", dict.fromkeys(adapters))
     monkeypatch.setattr(vlm, "SCALES", (0.4, 1))
     monkeypatch.setattr(vlm, "load", lambda task, part: rows)
     monkeypatch.setattr(easyvqa, "load", lambda task, part: rows)
