@@ -153,9 +153,19 @@ def main_input(base: str) -> str:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Every linear layer by name, in the model's own order -> (out_features, in_features)."""
-    modules = model.named_modules()
-    return {name: (m.out_features, m.in_features) for name, m in modules if isinstance(m, nn.Linear)}
+    """Every linear layer of a body by name, in the model's own order -> (out_features, in_features)."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _in_head(model, name)}
+    return {name: (m.out_features, m.in_features) for name, m in found.items()}
+
+
+def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of a body by name, by each of its names where it has several."""
+    return {n: p for n, p in model.named_parameters(remove_duplicate=False) if not _in_head(model, n)}
+
+
+def _in_head(model: nn.Module, name: str) -> bool:
+    """Whether a module or parameter belongs to the LM head that transformers 4 leaves in LLaVA's body."""
+    return isinstance(model, ImageTextBody) and name.startswith("language_model.lm_head")
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -158,7 +158,7 @@ def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[i
 
 def body_of(base: str, model: nn.Module) -> Body:
     """What ``split_saved`` must know of this base, of which ``model`` is the body."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = families.body_parameters(model)
     shared = Counter(map(id, parameters.values()))
     tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
     if outputs := families.tied_outputs(base):

@@ -22,7 +22,7 @@ from torch import nn
 
 from nsc import families
 from nsc.batch import Batch
-from nsc.bodies import refuse_moving_tower
+from nsc.bodies import ImageTextBody, refuse_moving_tower
 from nsc.config import MergeConfig
 from nsc.costs import Step, Work, linears_in_order
 from nsc.dense import dense_stacks, split_saved
@@ -201,6 +201,8 @@ def _predicted(
     model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], itemsize: int
 ) -> tuple[list[list[Work]], float | None, list[str]]:
     """Of every batch its work as ``nsc plan`` counts it, the bytes kept for a backward, and why there are none."""
+    if isinstance(model, ImageTextBody):
+        return [], None, ["nothing is predicted where images come with text: their tower is run once, not in a step"]
     try:
         linears = linears_in_order(model)
     except NSCError as error:

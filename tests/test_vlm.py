@@ -1,6 +1,7 @@
 """LLaVA from prompts to proof: its own forward and processor to the bit, packing, modality, and the same text again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -9,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tape import TapeRecorder
-from tiny import WORDS, random_factors, save_llava_base, write_adapter
+from tiny import WORDS, random_factors, rewrite, save_llava_base, write_adapter
 from typer.testing import CliRunner
 
 import nsc
@@ -210,6 +211,27 @@ def test_the_written_merge_generates_the_same_text(llava, result, questions, tmp
         told.append(expected)
         others.append(bare.generate(**own, do_sample=False, max_new_tokens=8))
     assert not all(torch.equal(a, b) for a, b in zip(told, others, strict=True))
+
+
+def test_an_adapter_with_the_other_transformers_names_is_the_same(llava, adapters, questions, result, tmp_path):
+    """Before and after 4.52 moved the language model and the projector into ``model``."""
+    before = (("language_model.model.", "model.language_model."), ("multi_modal_", "model.multi_modal_"))
+    renames = before if OLD else [(new, old) for old, new in before]
+
+    def other(name: str) -> str:
+        for own, theirs in renames:
+            name = name.replace(own, theirs)
+        return name
+
+    folder = Path(shutil.copytree(adapters["count"], tmp_path / "count"))
+    rewrite(folder / "adapter_model.safetensors", lambda t: [t.update({other(k): t.pop(k)}) for k in list(t)])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {key: list(map(other, config[key])) for key in ("target_modules", "modules_to_save")}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    mixed = nsc.merge(llava, adapters | {"count": folder}, questions, steps=5, lr=0.02, progress=False)
+    assert torch.equal(mixed.coefficients, result.coefficients)
+    assert mixed.save(tmp_path / "out").outputs < 1e-5
+    assert nsc.apply(tmp_path / "out").modules == result.modules
 
 
 def test_a_truncated_merge_is_proven_with_its_projector(result, tmp_path):
