@@ -46,9 +46,10 @@ class ImageTextBody(nn.Module):
         """The id of the placeholders."""
         return image_token_of(self.config)  # type: ignore[return-value]  # it is required
 
-    def forward(self, input_ids: Tensor, features: Tensor, place: Tensor, **text: Any) -> Any:
+    def forward(self, input_ids: Tensor, features: Tensor, place: Tensor, use_cache: bool = False, **text: Any) -> Any:
         """input_ids: (b, L).  features: (b, I, P, h), of the I images of each row.  place: (b, L) int64, which of the
-        row's I x P features stands there, -1 for a token of text.  text: what else the language model takes.
+        row's I x P features stands there, -1 for a token of text.  use_cache: whether keys and values are kept, for an
+        answer.  text: what else the language model takes.
 
         What the language model returns: the first of it is (b, L, d), its last hidden states.
         """
@@ -57,7 +58,7 @@ class ImageTextBody(nn.Module):
         projected = projected.reshape(len(features), -1, embedded.shape[-1]).to(embedded)
         index = place.clamp_min(0)[..., None].expand_as(embedded)
         inputs = torch.where((place >= 0)[..., None], projected.gather(1, index), embedded)
-        return self.text(inputs_embeds=inputs, use_cache=False, **text)
+        return self.text(inputs_embeds=inputs, use_cache=use_cache, **text)
 
 
 _ONLY = (

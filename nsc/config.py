@@ -135,6 +135,10 @@ class MergeConfig:
             self.modality == "both" or self.objective == "null-space",
             "the entropy is of what the model says, not of the tokens of one modality; leave modality at both",
         )
+        _require(
+            self.modality != "image" or self.positions == "prompt",
+            f"answers are text, so with positions {self.positions} no token of an image counts; leave modality at both",
+        )
         for task, value in (self.preferences or {}).items():
             _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
 

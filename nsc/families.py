@@ -20,6 +20,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
 )
@@ -84,37 +85,40 @@ def load_body(
 def _auto_class(config: Any) -> Any:
     """AutoModel, but for LLaVA in transformers 4, whose body is the whole model."""
     mapped = type(config) in transformers.MODEL_MAPPING
-    return AutoModel if mapped or not takes_images_and_text(config) else transformers.AutoModelForImageTextToText
+    return AutoModel if mapped or not takes_images_and_text(config) else AutoModelForImageTextToText
 
 
 def load_generating_head(base: str, model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight (V, d) and bias (V,), or None, of the layer by which a causal base names its next token.
 
-    model: its body, whose embeddings they are where the two are tied. Raises NSCError where the base generates nothing,
-    its checkpoint has no such layer, or its logits are changed behind it.
+    model: its body, whose token embeddings they are where the two are tied. Raises NSCError where the base generates
+    nothing, its checkpoint has no such layer, or its logits are changed behind it.
     """
     if not is_causal(model):
         raise NSCError(f"base {base!r} generates no tokens: its attention is not causal; give positions prompt")
     config = AutoConfig.from_pretrained(base)
-    text: Any = getattr(config, "text_config", config)
+    text, images = getattr(config, "text_config", config), takes_images_and_text(config)
     changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, n, None)]
     if changed:
         raise NSCError(f"base {base!r} changes its logits ({changed[0]}), which nsc does not follow")
     try:
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(config)
+            whole = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(config)
     except ValueError as error:
         raise NSCError(f"base {base!r} has no head that generates tokens: {error}") from error
     head = whole.get_output_embeddings()
-    if getattr(text, "tie_word_embeddings", False):
-        return model.get_input_embeddings().weight.detach(), None  # type: ignore[operator, union-attr]
+    if head.weight is whole.get_input_embeddings().weight:
+        body: Any = getattr(model, "text", model)
+        return body.get_input_embeddings().weight.detach(), None
     place = next(name for name, module in whole.named_modules() if module is head)
-    stored = read_tensors(base, [f"{place}.weight", f"{place}.bias"])
-    if f"{place}.weight" not in stored:
+    places = ["lm_head", "language_model.lm_head"] if images else [place]  # LLaVA's, in new and old checkpoints
+    stored = read_tensors(base, [f"{place}.{kind}" for place in places for kind in ("weight", "bias")])
+    found = next((place for place in places if f"{place}.weight" in stored), None)
+    if found is None:
         raise NSCError(
             f"base {base!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
         )
-    return stored[f"{place}.weight"], stored.get(f"{place}.bias")
+    return stored[f"{found}.weight"], stored.get(f"{found}.bias")
 
 
 def one_device(device: str) -> str:
@@ -244,7 +248,8 @@ def _in_head(model: nn.Module, name: str) -> bool:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether every attention layer sees only the past, so that right padding cannot reach a real token."""
+    """Whether every attention layer, of LLaVA's language model, sees only the past: right padding reaches no token."""
+    model = model.text if isinstance(model, ImageTextBody) else model
     flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     return bool(flags) and all(flags)
 

@@ -73,18 +73,30 @@ def _text_batches(
 
 def _with_answers(batches: TextBatches, config: MergeConfig, generate: Generate | None) -> TextBatches:
     """The same with the answers to all samples that are learned from or evaluated; only what computed them counts."""
-    if generate is None:
-        raise NSCError(f"positions {config.positions} need a model that generates; give positions prompt here")
+    generate = _required(generate, config)
     tokens = {task: list(rows) for task, rows in batches.tokens.items()}
     counted = {task: [slice(0, len(ids)) for ids in rows] for task, rows in tokens.items()}
-    needed = set(_evaluated(tokens, config))
-    for step in range(max(1, config.steps)):
-        needed |= {(task, i) for task, row in batches.drawn(step).items() for i in row}
-    places = sorted(needed)
-    answers = generate([tokens[task][i] for task, i in places])
-    for (task, i), answer in zip(places, answers, strict=True):
+    picks = _needed(batches, tokens, config)
+    answers = generate([tokens[task][i] for task, i in picks], None)
+    for (task, i), answer in zip(picks, answers, strict=True):
         tokens[task][i], counted[task][i] = with_answer(tokens[task][i], answer, config.positions)
     return replace(batches, tokens=tokens, counted=counted)
+
+
+def _needed(
+    batches: TextBatches | PromptBatches, samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> list[tuple[str, int]]:
+    """Task and number of each sample that is learned from or evaluated."""
+    needed = set(_evaluated(samples, config))
+    for step in range(max(1, config.steps)):
+        needed |= {(task, i) for task, row in batches.drawn(step).items() for i in row}
+    return sorted(needed)
+
+
+def _required(generate: Generate | None, config: MergeConfig) -> Generate:
+    if generate is None:
+        raise NSCError(f"positions {config.positions} need a model that generates; give positions prompt here")
+    return generate
 
 
 def _evaluated(tokens: Mapping[str, Sequence[Any]], config: MergeConfig) -> list[tuple[str, int]]:
@@ -114,25 +126,35 @@ def _prompt_batches(
     generate: Generate | None = None,
 ) -> tuple[PromptBatches, list[Batch]]:  # fmt: skip
     assert isinstance(model, ImageTextBody)
-    if config.positions != "prompt":
-        raise NSCError(
-            f"positions {config.positions} of answers to images are not made yet; give positions prompt here"
-        )
     processor = families.load_processor(base)
     features = FeatureStore(image_features(model, processor))
     first = next(prompt for rows in prompts.values() for prompt in rows)
     writer = writer_of(model, processor, features(first.image), config.max_length)
     require_same_forward(model, writer, first, features(first.image))
     how = {
-        "causal": families.is_causal(model.text), "shares_rows": can_share_rows(model.text),
+        "causal": families.is_causal(model), "shares_rows": can_share_rows(model.text),
         "few_shapes": config.graphs and obstacle(model) is None,
     }  # fmt: skip
     made = Prompts(features, model.image_token, pad_id_of(processor.tokenizer), config.modality, how)
-    ids = {task: [writer.ids(prompt) for prompt in rows] for task, rows in prompts.items()}
-    images = {task: [prompt.image for prompt in rows] for task, rows in prompts.items()}
-    batches = PromptBatches(ids, images, made, config.batch_size, config.seed)
+    samples = {task: [writer.sample(prompt) for prompt in rows] for task, rows in prompts.items()}
+    batches = PromptBatches(samples, made, config.batch_size, config.seed)
+    if config.positions != "prompt":
+        batches = _with_answers_to_images(batches, config, generate)
     fixed = replace(made, how=how | {"few_shapes": False})
-    return batches, replace(batches, prompts=fixed).first(config.evaluation_samples)
+    return batches, replace(batches, prompts=fixed).packed(_evaluated(batches.samples, config))
+
+
+def _with_answers_to_images(batches: PromptBatches, config: MergeConfig, generate: Generate | None) -> PromptBatches:
+    """As ``_with_answers``; an answer is text."""
+    generate = _required(generate, config)
+    samples = {task: list(rows) for task, rows in batches.samples.items()}
+    picks = _needed(batches, samples, config)
+    prompts = [samples[task][i] for task, i in picks]
+    answers = generate([s.ids for s in prompts], lambda j: batches.prompts.features(prompts[j].image))
+    for (task, i), answer in zip(picks, answers, strict=True):
+        ids, counted = with_answer(samples[task][i].ids, answer, config.positions)
+        samples[task][i] = samples[task][i]._replace(ids=ids, counted=counted)
+    return replace(batches, samples=samples)
 
 
 def _require_modality(config: MergeConfig, only: str) -> None:

@@ -11,21 +11,24 @@ P + G - 2, "last" the last of them, P + G - 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nsc import families
+from nsc.bodies import ImageTextBody
 from nsc.config import MergeConfig
 from nsc.entropy import Head
 from nsc.places import input_device
 from nsc.stack import Stack
 from nsc.surgery import merged_layers
+from nsc.vlm import places
 
-ROWS = 32  # prompts of one length that are continued together
+TOKENS = 4096  # of prompts of one length that are continued together
 
-Generate = Callable[[Sequence[Sequence[int]]], list[list[int]]]  # prompts -> answers
+Features = Callable[[int], Tensor]  # number of a prompt -> (P, h) of its image
+Generate = Callable[[Sequence[Sequence[int]], Features | None], list[list[int]]]  # prompts, images -> answers
 
 
 def generator(base: str, model: nn.Module, stack: Stack, config: MergeConfig) -> Generate:
@@ -38,21 +41,30 @@ def generator(base: str, model: nn.Module, stack: Stack, config: MergeConfig) ->
     stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
     ends = {stated} if isinstance(stated, int) else set(stated or ())
 
-    def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def generate(prompts: Sequence[Sequence[int]], features: Features | None = None) -> list[list[int]]:
         with merged_layers(model, stack, start):
-            return continue_prompts(model, head, prompts, config.max_new_tokens, ends)
+            return continue_prompts(model, head, prompts, config.max_new_tokens, ends, features)
 
     return generate
 
 
 @torch.no_grad()
 def continue_prompts(
-    model: nn.Module, head: Head, prompts: Sequence[Sequence[int]], most: int, ends: Collection[int] = ()
-) -> list[list[int]]:
-    """At most ``most`` greedy tokens behind each prompt, up to and with the first of ``ends``; a causal body's."""
+    model: nn.Module, head: Head, prompts: Sequence[Sequence[int]], most: int, ends: Collection[int] = (),
+    features: Features | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """At most ``most`` greedy tokens behind each prompt, up to and with the first of ``ends``; a causal body's.
+
+    features: of the image in each prompt, where ``model`` is an ImageTextBody.
+    """
     answers: list[list[int]] = [[] for _ in prompts]
     for alike in _of_one_length(prompts):
-        tokens = _greedy(model, head, torch.tensor([list(prompts[i]) for i in alike]), most)
+        inputs = {"input_ids": torch.tensor([list(prompts[i]) for i in alike])}
+        if features:
+            assert isinstance(model, ImageTextBody)
+            inputs["features"] = torch.stack([features(i)[None] for i in alike])
+            inputs["place"] = places(inputs["input_ids"] == model.image_token)
+        tokens = _greedy(model, head, inputs, most)
         for i, row in zip(alike, tokens.tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(row) if token in ends), most)
             answers[i] = row[:end]
@@ -66,19 +78,23 @@ def with_answer(prompt: Sequence[int], answer: Sequence[int], positions: str) ->
 
 
 def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Numbers of prompts of one length, at most ROWS together: no padding, so each is as if alone."""
+    """Numbers of prompts of one length, at most TOKENS together: no padding, so each is as if alone."""
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
-    return [all_[at : at + ROWS] for all_ in by_length.values() for at in range(0, len(all_), ROWS)]
+    found = []
+    for length, alike in by_length.items():
+        rows = max(TOKENS // length, 1)
+        found += [alike[at : at + rows] for at in range(0, len(alike), rows)]
+    return found
 
 
-def _greedy(model: nn.Module, head: Head, ids: Tensor, most: int) -> Tensor:
-    """(b, P) -> (b, most) on the CPU."""
-    ids, cache, said = ids.to(input_device(model)), None, []
-    for _ in range(most):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, last = output.past_key_values, output[0][:, -1]
-        ids = head.logits(last).argmax(-1, keepdim=True)
-        said.append(ids)
+def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: int) -> Tensor:
+    """(b, most) on the CPU; inputs: of rows of one length. What is said is text, also behind an image."""
+    device, text = input_device(model), getattr(model, "text", model)
+    output = model(**{name: x.to(device) for name, x in inputs.items()}, use_cache=True)
+    said = [head.logits(output[0][:, -1]).argmax(-1, keepdim=True)]
+    while len(said) < most:
+        output = text(input_ids=said[-1], past_key_values=output.past_key_values, use_cache=True)
+        said.append(head.logits(output[0][:, -1]).argmax(-1, keepdim=True))
     return torch.cat(said, 1).cpu()

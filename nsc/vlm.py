@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,19 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
     return _not_empty(found, place)
 
 
+class Sample(NamedTuple):
+    """What a row holds of a prompt.
+
+    ids: of the prompt, and of the answer behind it where there is one.  image: the prompt's.  prompt: how many of the
+    ids are the prompt's.  counted: which of them count, if their modality does.
+    """
+
+    ids: list[int]
+    image: Image
+    prompt: int
+    counted: slice
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Samples -> batches.
@@ -83,22 +96,36 @@ class Prompts:
     modality: str
     how: Mapping[str, Any]
 
-    def batches(self, ids: Sequence[list[int]], images: Sequence[Image], tasks: Sequence[int]) -> list[Batch]:
+    def batches(self, samples: Sequence[Sample], tasks: Sequence[int]) -> list[Batch]:
         """Packed as texts are, each image beside the row that it is in; samples of a task weigh the same."""
-        packed = pack(ids, tasks, self.pad_id, **self.how)
-        owners = pack([[i] * len(row) for i, row in enumerate(ids)], tasks, -1, **self.how)
-        counted = [self._counted(row) for row in ids]
-        weights = [1 / (n * list(tasks).count(task)) for n, task in zip(counted, tasks, strict=True)]
-        pairs = zip(packed, owners, strict=True)
-        return [self._with_images(batch, owner.inputs["input_ids"], images, weights) for batch, owner in pairs]
+        counted = [sample.counted for sample in samples]
+        packed = pack([sample.ids for sample in samples], tasks, self.pad_id, **self.how, counted=counted)
+        owners = pack([[i] * len(sample.ids) for i, sample in enumerate(samples)], tasks, -1, **self.how)
+        holders = pack([self._holds(sample) for sample in samples], tasks, 0, **self.how)
+        weights = [1 / (self.count(s) * list(tasks).count(task)) for s, task in zip(samples, tasks, strict=True)]
+        images = [sample.image for sample in samples]
+        planes = ((x.inputs["input_ids"], y.inputs["input_ids"] > 0) for x, y in zip(owners, holders, strict=True))
+        return [self._with_images(b, *of, images, weights) for b, of in zip(packed, planes, strict=True)]
 
-    def _counted(self, ids: list[int]) -> int:
-        """How many tokens of a prompt count."""
-        of_image = ids.count(self.image_token)
-        return {"both": len(ids), "text": len(ids) - of_image, "image": of_image}[self.modality]
+    def count(self, sample: Sample) -> int:
+        """How many tokens of a sample count. Raises DataError naming its image if none does."""
+        of_image = self._holds(sample)[sample.counted]
+        of = {"both": len(of_image), "text": len(of_image) - sum(of_image), "image": sum(of_image)}
+        if not of[self.modality]:
+            raise DataError(
+                f"{sample.image.name}: with modality {self.modality} none of its tokens counts; give it another text,"
+                " or modality both"
+            )
+        return of[self.modality]
 
-    def _with_images(self, batch: Batch, owner: Tensor, images: Sequence[Image], weights: Sequence[float]) -> Batch:
-        """owner: (b, L) the sample that each token is of, -1 for padding."""
+    def _holds(self, sample: Sample) -> list[int]:
+        """1 for each token in whose place a feature stands, else 0: an answer is text, even a placeholder in it."""
+        return [int(i < sample.prompt and token == self.image_token) for i, token in enumerate(sample.ids)]
+
+    def _with_images(
+        self, batch: Batch, owner: Tensor, holds: Tensor, images: Sequence[Image], weights: Sequence[float]
+    ) -> Batch:
+        """owner: (b, L) the sample that each token is of, -1 for padding.  holds: (b, L) whether a feature is there."""
         rows = [list(dict.fromkeys(i for i in row if i >= 0)) for row in owner.tolist()]
         made = {i: self.features(images[i]) for row in rows for i in row}
         some = next(iter(made.values()))
@@ -106,10 +133,10 @@ class Prompts:
         for r, row in enumerate(rows):
             for j, i in enumerate(row):
                 features[r, j] = made[i]
-        place = places((batch.inputs["input_ids"] == self.image_token) & (owner >= 0))
-        counts = {"both": owner >= 0, "text": (owner >= 0) & (place < 0), "image": place >= 0}[self.modality]
+        counts = (batch.weight > 0) & {"both": owner >= 0, "text": ~holds, "image": holds}[self.modality]
         weight = torch.where(counts, torch.tensor(weights, dtype=batch.weight.dtype)[owner], 0)
-        return Batch({**batch.inputs, "features": features, "place": place}, batch.task, weight, batch.segment)
+        inputs = {**batch.inputs, "features": features, "place": places(holds)}
+        return Batch(inputs, batch.task, weight, batch.segment)
 
 
 def places(here: Tensor) -> Tensor:
@@ -121,14 +148,18 @@ def places(here: Tensor) -> Tensor:
 class PromptBatches:
     """Batches as a pure function of the step, the same in every process and after every resume, as ``TextBatches``.
 
-    ids: task -> token ids of each prompt.  images: task -> its images.
+    samples: task -> its own. Raises DataError naming an image of which nothing counts.
     """
 
-    ids: Mapping[str, Sequence[list[int]]]
-    images: Mapping[str, Sequence[Image]]
+    samples: Mapping[str, Sequence[Sample]]
     prompts: Prompts
     batch_size: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for rows in self.samples.values():
+            for sample in rows:
+                self.prompts.count(sample)
 
     @property
     def shares_rows(self) -> bool:
@@ -137,21 +168,16 @@ class PromptBatches:
 
     def __call__(self, step: int) -> list[Batch]:
         """The batches of one step, on the CPU; their losses add up to the step's."""
-        drawn = [
-            (rows[i], self.images[task][i], k)
-            for k, (task, rows) in enumerate(self.ids.items())
-            for i in draw(len(rows), self.batch_size, step, f"{self.seed}/{task}")
-        ]
-        return self.prompts.batches(*map(list, zip(*drawn, strict=True)))  # type: ignore[arg-type]
+        return self.packed([(task, i) for task, row in self.drawn(step).items() for i in row])
 
-    def first(self, count: int) -> list[Batch]:
-        """Of the first ``count`` samples of each task."""
-        some = [
-            (ids, image, k)
-            for k, (task, rows) in enumerate(self.ids.items())
-            for ids, image in list(zip(rows, self.images[task], strict=True))[:count]
-        ]
-        return self.prompts.batches(*map(list, zip(*some, strict=True)))  # type: ignore[arg-type]
+    def packed(self, picks: Sequence[tuple[str, int]]) -> list[Batch]:
+        """The batches of some samples, each by its task and number; their losses add up to that of all."""
+        order = list(self.samples)
+        return self.prompts.batches([self.samples[t][i] for t, i in picks], [order.index(t) for t, _ in picks])
+
+    def drawn(self, step: int) -> dict[str, list[int]]:
+        """Task -> which of its samples this step takes."""
+        return {task: draw(len(x), self.batch_size, step, f"{self.seed}/{task}") for task, x in self.samples.items()}
 
 
 class Writer:
@@ -193,6 +219,11 @@ class Writer:
             raise DataError(f"{prompt.image.name}: its place is beyond {self.max_length} tokens; raise max_length")
         at = ids.index(self.image_token)
         return [*ids[:at], *[self.image_token] * self.expand, *ids[at + 1 :]]
+
+    def sample(self, prompt: Prompt) -> Sample:
+        """Without an answer: all of it counts."""
+        ids = self.ids(prompt)
+        return Sample(ids, prompt.image, len(ids), slice(0, len(ids)))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from plain import segments
 from torch import Tensor, nn
 
 from nsc.batch import Batch
-from nsc.stack import ModuleStack, Stack
+from nsc.stack import DenseStack, ModuleStack, Stack
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,27 @@ def merged_weight(weight: Tensor, module: ModuleStack, row: Tensor) -> Tensor:
     return weight
 
 
+def merged_parameters(
+    model: nn.Module, name: str, layer: ModuleStack | DenseStack, row: Tensor
+) -> dict[str, Tensor]:  # fmt: skip
+    """The weight of a layer, and its bias where adapters fine-tuned it whole."""
+    weight = model.get_parameter(f"{name}.weight")
+    if isinstance(layer, ModuleStack):
+        return {f"{name}.weight": merged_weight(weight, layer, row)}
+    parts = {"weight": layer.deltas, "bias": layer.bias_deltas}
+    own = row[torch.tensor(layer.present)]
+    return {
+        f"{name}.{kind}": model.get_parameter(f"{name}.{kind}") + torch.tensordot(own, deltas.double(), 1)
+        for kind, deltas in parts.items()
+        if deltas is not None
+    }
+
+
 def plain_loss(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, targets: list[str], how: Plain) -> Tensor:
     """() of a batch with one sample a row, differentiable in ``lam`` (M, C)."""
-    weights = {
-        f"{name}.weight": merged_weight(model.get_parameter(f"{name}.weight"), module, row)
-        for (name, module), row in zip(stack.modules.items(), lam, strict=True)
-    }
+    weights: dict[str, Tensor] = {}
+    for name, row in zip(stack.names, lam, strict=True):
+        weights |= merged_parameters(model, name, stack.layer(name), row)
     total = lam.new_zeros(())
     samples = torch.bincount(batch.task[:, 0], minlength=len(stack.tasks))
     for i in range(len(batch.task)):
