@@ -12,7 +12,7 @@ Paper: https://arxiv.org/abs/2310.02575 (AdaMerging, Eq. 5); on generated tokens
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -92,7 +92,7 @@ def entropy_of(
     rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
     there is no head, only some adapters carry one, or one is more than a linear layer.
     """
-    seen = {task: adapter for task, adapter in adapters.items() if task not in unseen}
+    seen = {task: _outside(model, adapter) for task, adapter in adapters.items() if task not in unseen}
     carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
     rows = "counted" if positions != "prompt" else "last" if families.is_causal(model) else "first"
     if not carrying:
@@ -104,7 +104,14 @@ def entropy_of(
             f"{', '.join(carrying)} carry a head and {', '.join(without)} none: their entropies are of different kinds;"
             " merge them by the null-space objective, or name those without a head as unseen"
         )
-    return Entropy([carried_head(a) if task in seen else None for task, a in adapters.items()], rows)
+    return Entropy([carried_head(seen[task]) if task in seen else None for task in adapters], rows)
+
+
+def _outside(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Without the layers inside the body that its task keeps, which are no head."""
+    ends = tuple(f".{name}" for name in families.linear_shapes(model))
+    kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
+    return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})
 
 
 def carried_head(adapter: Adapter) -> Head:

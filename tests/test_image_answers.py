@@ -12,7 +12,7 @@ import nsc
 from nsc import families
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.entropy import Head
+from nsc.entropy import Head, entropy_of
 from nsc.errors import DataError, NSCError
 from nsc.feeds import feed_of
 from nsc.generation import continue_prompts, generator
@@ -147,6 +147,19 @@ def test_from_answers_to_proof(llava, llava_adapters, questions, tmp_path, setti
     proof = result.save(tmp_path / "out")
     assert proof.outputs < 1e-5 < 1e-3 < proof.effect
     assert nsc.apply(tmp_path / "out").record.settings["positions"] == "full"
+
+
+def test_a_projector_that_a_task_keeps_is_no_head(llava, llava_adapters, questions):
+    some = {task: llava_adapters[task] for task in ("count", "color")}
+    kept = nsc.merge(
+        llava, some, {task: questions[task] for task in some}, objective="entropy", steps=0, batch_size=4,
+        keep_modules=["linear_1"], progress=False,
+    )  # fmt: skip
+    assert all(adapter.saved for adapter in kept.adapters.values())
+    body = families.load_body(str(llava))
+    own = families.load_generating_head(str(llava), body)[0]
+    for head in entropy_of(str(llava), body, kept.adapters, "prompt").heads:
+        assert torch.equal(head.weight, own)
 
 
 def test_an_answer_is_text_even_a_placeholder_in_it():
