@@ -178,8 +178,7 @@ def body_of(base: str, model: nn.Module) -> Body:
     shared = Counter(map(id, parameters.values()))
     tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
     if outputs := families.tied_outputs(base):
-        inputs = getattr(model, "text", model).get_input_embeddings()  # type: ignore[operator]
-        embeddings = getattr(inputs, "weight", None)  # an image model has none, whatever transformers 4 says is tied
+        embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
         tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
     return Body(families.linear_shapes(model), list(parameters), tied)
 
