@@ -26,7 +26,7 @@ def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     """``x`` in this shape; itself where it has it, which spares autograd a step."""
-    return x if x.shape == torch.Size(shape) else x.reshape(shape)
+    return x if tuple(x.shape) == tuple(shape) else x.reshape(shape)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The loop: the bound on drift, NaN, what is frozen, what a step reads, writes and leaves behind."""
 
 import gc
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -188,9 +189,13 @@ def test_a_step_leaves_nothing_behind(setting):
         if step not in (4, 20, 49):
             return batch
         gc.collect()
-        live = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in live}
-        seen.append((len(live), sum(storages.values())))
+        live, storages = 0, {}
+        for x in gc.get_objects():
+            if type(x) in (torch.Tensor, torch.nn.Parameter):
+                with suppress(NotImplementedError):  # torch 2.6 shows tensors that have no storage
+                    storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                    live += 1
+        seen.append((live, sum(storages.values())))
         return batch
 
     run(setting, replace(CONFIG, steps=50), batches=counting)
