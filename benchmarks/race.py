@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nsc.adapters import read_adapter
 from nsc.batch import Batch
 from nsc.families import linear_shapes
-from nsc.merging import match_adapters
+from nsc.fitting import match_adapters
 from nsc.stack import Stack, stack_adapters, whitened
 from nsc.steps import Floor, sharing_weights
 from nsc.targets import choose_targets

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from nsc import families
 from nsc.adapters import Adapter, read_adapter
 from nsc.batch import Batch
-from nsc.bodies import refuse_moving_tower
 from nsc.config import MergeConfig
 from nsc.dense import Body, dense_stacks, parameters_of, split_saved
 from nsc.distributed import Team, join
 from nsc.entropy import entropy_of
 from nsc.errors import DataError, NSCError
 from nsc.feeds import feed_of
+from nsc.fitting import fit, match_adapters
 from nsc.generation import generator
 from nsc.learn import goal_of, learn, printer, require_finite_ratios
-from nsc.names import check_coverage, check_shapes, check_towers, layout, resolve
+from nsc.names import layout
 from nsc.objective import Goal, NullSpaceObjective
 from nsc.passes import own_share
 from nsc.places import input_device
@@ -36,7 +36,6 @@ from nsc.result import MergeResult
 from nsc.sharding import shard_linears, shards_of
 from nsc.stack import Stack, by_rank, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers
-from nsc.targets import choose_targets
 
 Source = str | Path | Sequence[Any]
 
@@ -68,15 +67,7 @@ def merge(
     samples = read_data(data, read, feed.read, config.unseen)
     team = join(config.device)
     model = _load(base, config, team)
-    shapes = families.linear_shapes(model)
-    matches = match_adapters(read, shapes)
-    for task, mapping in matches.items():
-        check_towers(task, mapping, str(model.main_input_name))
-    read, whole = split_saved(read, matches, body_of(base, model), config.keep_modules)
-    stack = stack_adapters(read, matches, list(shapes), dense_stacks(base, whole))
-    stack = by_rank(stack) if config.granularity == "rank" else stack
-    refuse_moving_tower(model, stack.names)
-    targets = choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
+    read, matches, shapes, stack, targets = fit(base, model, read, config)
     if config.shard:
         shard_linears(model, team, families.one_device(config.device))
     say = printer(progress and team.first)
@@ -89,13 +80,15 @@ def merge(
     batches, evaluation = feed.batches(base, model, targets, samples, config, *continues)
     sure = config.objective == "null-space"
     entropy = None if sure else entropy_of(base, model, read, config.positions, config.unseen)
-    step = config.tokens_per_pass or sum(batch.tokens for batch in batches(0))
-    evaluation = [part for batch in evaluation for part in batch.within(step)]  # no more memory than a step
-    plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in batches(0)))
+    first_step = batches(0)
+    tokens = sum(batch.tokens for batch in first_step)
+    limit = config.tokens_per_pass or tokens  # no more memory than a step
+    evaluation = [part for batch in evaluation for part in batch.within(limit)]
+    plans = choose_plans(model, stack, config.layers, tokens)
     counted = ", ".join(f"{n} by {plan}" for plan, n in Counter(plans.values()).items())
     say(f"layers: {counted}; {'samples share rows' if batches.shares_rows else 'one sample a row'}")
     identity = _identity(base, read, samples, targets, config)
-    shapes_seen = [tuple(batch.task.shape) for batch in (*batches(0), *evaluation)]
+    shapes_seen = [tuple(batch.task.shape) for batch in (*first_step, *evaluation)]
     team.require_same((identity, config.to_dict(), shapes_seen), "base, adapters, data or settings")
     lean = whitened(stack)
     start = torch.full(stack.owned.shape, config.start)
@@ -113,7 +106,7 @@ def merge(
     report = replace(report, warnings=report.warnings + _base_warnings(base, read))
     record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
     say(report.summary())
-    sample, in_full = batches(0)[0], model if config.whole_base else None
+    sample, in_full = first_step[0], model if config.whole_base else None
     return MergeResult(learned.coefficients, report, record, read, stack, in_full, sample)
 
 
@@ -160,27 +153,6 @@ def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
         if not task or "/" in task or "\\" in task:
             raise NSCError(f"task name {task!r} must do as a file name: not empty, without / and \\")
     return {task: read_adapter(path, task) for task, path in adapters.items()}
-
-
-def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
-    """Task -> adapter's module name -> base's. Raises NameMismatch for anything that has no place, or another shape."""
-    matches = {}
-    for task, adapter in adapters.items():
-        matches[task] = resolve(task, adapter.factors, shapes)
-        check_shapes(adapter, matches[task], shapes)
-        check_coverage(adapter, matches[task], shapes)
-    return matches
-
-
-def body_of(base: str, model: nn.Module) -> Body:
-    """What ``split_saved`` must know of this base, of which ``model`` is the body."""
-    parameters = families.body_parameters(model)
-    shared = Counter(map(id, parameters.values()))
-    tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
-    if outputs := families.tied_outputs(base):
-        embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
-        tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
-    return Body(families.linear_shapes(model), list(parameters), tied)
 
 
 def fingerprint(adapter: Adapter) -> str:

@@ -22,20 +22,19 @@ from torch import nn
 
 from nsc import families
 from nsc.batch import Batch
-from nsc.bodies import ImageTextBody, refuse_moving_tower
+from nsc.bodies import ImageTextBody
 from nsc.config import MergeConfig
 from nsc.costs import Step, Work, linears_in_order
-from nsc.dense import dense_stacks, split_saved
 from nsc.devices import HARDWARE, Hardware, get_hardware, metric
 from nsc.errors import NSCError
 from nsc.feeds import feed_of
+from nsc.fitting import fit
 from nsc.learn import _peak_memory
 from nsc.memory import kept_bytes
-from nsc.merging import Source, body_of, match_adapters, read_adapters, read_data
+from nsc.merging import Source, read_adapters, read_data
 from nsc.places import input_device
-from nsc.stack import Stack, by_rank, stack_adapters, whitened
+from nsc.stack import Stack, whitened
 from nsc.steps import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
-from nsc.targets import choose_targets
 from nsc.timeline import profile_step
 
 WARMUP = 2
@@ -114,13 +113,8 @@ def profile_merge(
     model = families.load_body(str(base), config.dtype, config.device)
     device = input_device(model)
     datasheet = find_hardware(device, hardware, flops)
-    shapes = families.linear_shapes(model)
-    matches = match_adapters(read, shapes)
-    read, whole = split_saved(read, matches, body_of(str(base), model), config.keep_modules)
-    stack = stack_adapters(read, matches, list(shapes), dense_stacks(str(base), whole))
-    stack = by_rank(stack) if config.granularity == "rank" else stack
-    refuse_moving_tower(model, stack.names)
-    targets = choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
+    fitted = fit(str(base), model, read, config)
+    stack, targets = fitted.stack, fitted.targets
     batches = [batch.to(device) for batch in feed.batches(str(base), model, targets, samples, config)[0](0)]
     return measure(str(base), model, whitened(stack), targets, batches, config, steps, datasheet)
 

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from benchmarks.baseline import PerTaskLoop, split_by_task
 from nsc.adapters import read_adapter
 from nsc.families import linear_shapes
+from nsc.fitting import match_adapters
 from nsc.learn import initial_gradient
-from nsc.merging import match_adapters
 from nsc.packing import collate
 from nsc.stack import stack_adapters, whitened
 from nsc.targets import choose_targets

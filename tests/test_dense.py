@@ -13,8 +13,9 @@ from nsc.batch import Batch
 from nsc.dense import dense_stacks, split_saved
 from nsc.errors import NameMismatch, NSCError
 from nsc.families import linear_shapes, load_body
+from nsc.fitting import body_of, match_adapters
 from nsc.learn import initial_gradient, learn
-from nsc.merging import body_of, match_adapters, read_adapters
+from nsc.merging import read_adapters
 from nsc.packing import pack
 from nsc.stack import DenseStack, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers

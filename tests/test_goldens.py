@@ -15,9 +15,9 @@ from nsc.adapters import read_adapter
 from nsc.config import MergeConfig
 from nsc.dense import dense_stacks, split_saved
 from nsc.families import linear_shapes, load_body
+from nsc.fitting import body_of
 from nsc.images import collate_images, tokens_seen
 from nsc.learn import initial_gradient, learn
-from nsc.merging import body_of
 from nsc.names import resolve
 from nsc.objective import Batch, NullSpaceObjective
 from nsc.stack import stack_adapters, whitened
