@@ -1,0 +1,8 @@
+"""The other merging methods: pure functions in a dict, one file a family."""
+
+from nsc.methods import arithmetic
+from nsc.methods.method import LowRank, Method, Place, Updates
+
+METHODS: dict[str, Method] = {**arithmetic.METHODS}
+
+__all__ = ["METHODS", "LowRank", "Method", "Place", "Updates"]

@@ -1,0 +1,96 @@
+"""What to do with adapters, by name: a method, the space that it runs in, its settings, one scale, weights of tasks.
+
+ties    core-ties    knots-dare-ties    core-tsv    ...        [SPACE-]METHOD
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, get_type_hints
+
+from nsc.errors import NSCError
+from nsc.methods import METHODS, Method
+from nsc.settings import expected, typed
+from nsc.spaces import SPACES
+
+COMMON = ("scale", "weights", "isotropize")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method with everything chosen.
+
+    name: of METHODS.  space: of SPACES.  settings: the method's own.  scale: lambda, outside of everything, once.
+    weights: task -> w_k, 1 where it is not named.  isotropize: all singular values of the merged matrix become their
+    mean, in core space, or in full where the method is spectral.
+    """
+
+    name: str
+    space: str
+    settings: Any
+    scale: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    isotropize: bool = False
+
+    @property
+    def method(self) -> Method:
+        """The row of METHODS."""
+        return METHODS[self.name]
+
+    @property
+    def full_name(self) -> str:
+        """As ``read_recipe`` takes it."""
+        return self.name if self.space == "full" else f"{self.space}-{self.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: ``read_recipe(**recipe.to_dict())`` is the recipe again."""
+        own = {k: v for k, v in asdict(self.settings).items() if not hasattr(v, "shape")}
+        return {
+            "method": self.full_name, **own, "scale": self.scale, "weights": dict(self.weights),
+            "isotropize": self.isotropize,
+        }  # fmt: skip
+
+
+def names() -> list[str]:
+    """Every name that ``read_recipe`` takes: methods, and with its prefix each other space that they can run in."""
+    return [name if space == "full" else f"{space}-{name}" for name, m in METHODS.items() for space in m.spaces]
+
+
+def read_recipe(method: str, **settings: Any) -> Recipe:
+    """The recipe of a name and its settings, each in its place.
+
+    Raises NSCError for a method or setting that there is not, naming the nearest, and for a value that cannot be.
+    """
+    space, name = _split(method)
+    chosen = METHODS[name]
+    own = {f.name: f for f in fields(chosen.settings)}
+    kinds = get_type_hints(chosen.settings) | get_type_hints(Recipe)
+    for key, value in settings.items():
+        if key not in own and key not in COMMON:
+            there = sorted([*own, *COMMON])
+            raise NSCError(f"method {method} has no setting {key}; it has {', '.join(there)}")
+        try:
+            settings[key] = typed(value, dict[str, float] if key == "weights" else kinds[key])
+        except TypeError:
+            raise NSCError(f"{key} must be {expected(kinds[key])}, not {value!r}") from None
+    mine = chosen.settings(**{key: value for key, value in settings.items() if key in own})
+    recipe = Recipe(name, space, mine, **{key: value for key, value in settings.items() if key in COMMON})
+    if recipe.isotropize and space != "core" and not (space == "full" and chosen.spectral):
+        raise NSCError(f"isotropize needs the core space: give core-{name}, or leave it out")
+    return recipe
+
+
+def with_scale(recipe: Recipe, scale: float) -> Recipe:
+    """The same at another scale."""
+    return replace(recipe, scale=scale)
+
+
+def _split(method: str) -> tuple[str, str]:
+    space, dash, rest = method.partition("-")
+    space, name = (space, rest) if dash and space in SPACES and space != "full" else ("full", method)
+    if name not in METHODS or space not in METHODS[name].spaces:
+        close = difflib.get_close_matches(method, names(), n=1, cutoff=0.0)
+        raise NSCError(f"there is no method {method}; did you mean {close[0]}? `nsc methods` lists all")
+    return space, name
