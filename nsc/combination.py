@@ -1,4 +1,4 @@
-"""A recipe on a stack of adapters: each layer's merged update, made when it is asked for, one layer in memory at a time."""
+"""A recipe on a stack of adapters: each layer's merged update, made when asked for, one layer in memory at a time."""
 
 from __future__ import annotations
 
