@@ -134,7 +134,7 @@ def apply(
     matches = match_adapters(read, record.modules)
     body = Body(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
-    stack = stack_adapters(read, matches, list(record.modules), dense_stacks(record.base, whole))
+    stack = stack_adapters(read, matches, record.modules, dense_stacks(record.base, whole))
     stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack
     if record.coefficients.shape != stack.owned.shape:
         raise NSCError(
