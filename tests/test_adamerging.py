@@ -204,11 +204,13 @@ def test_a_clipped_merge_stays_within_zero_and_one(base, adapters, texts, vision
     targets = dict(target_modules=["o_proj", "attention.output.dense"], target_blocks="all") if carried else {}
     settings = {**LEARNED[method].settings, **FAST, **targets, "lr": 0.5, "batch_size": 2}
     whole = nsc.merge(base, adapters, data, **{**settings, "steps": 6})
-    assert whole.coefficients.min() == 0 and whole.coefficients.max() <= 1
+    lam = whole.coefficients
+    assert lam.min() >= 0 and lam.max() <= 1 and ((lam == 0) | (lam == 1)).any()
     if method == "adamerging-task":
         assert (whole.coefficients == whole.coefficients[0]).all()
     nsc.merge(base, adapters, data, **settings, checkpoint=tmp_path / "state.pt")
-    assert torch.load(tmp_path / "state.pt")["theta"].min() < 0  # the parameter itself goes on
+    theta = torch.load(tmp_path / "state.pt")["theta"]
+    assert theta.min() < 0 or theta.max() > 1  # the parameter itself goes on
     resumed = nsc.merge(base, adapters, data, **{**settings, "steps": 6}, checkpoint=tmp_path / "state.pt", resume=True)
     assert torch.equal(resumed.coefficients, whole.coefficients)
     whole.save(tmp_path / "out")
