@@ -79,7 +79,7 @@ def merge(
     continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
     batches, evaluation = feed.batches(base, model, targets, samples, config, *continues)
     sure = config.objective == "null-space"
-    entropy = None if sure else entropy_of(base, model, read, config.positions, config.unseen)
+    entropy = None if sure else entropy_of(base, model, read, config.positions, config.unseen, config.reduction)
     first_step = batches(0)
     tokens = sum(batch.tokens for batch in first_step)
     limit = config.tokens_per_pass or tokens  # no more memory than a step

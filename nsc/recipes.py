@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
+from nsc.config import LEARNED
 from nsc.errors import NSCError
 from nsc.methods import METHODS, Method
 from nsc.settings import expected, typed
@@ -80,6 +81,28 @@ def read_recipe(method: str, **settings: Any) -> Recipe:
     if recipe.isotropize and space != "core" and not (space == "full" and chosen.spectral):
         raise NSCError(f"isotropize needs the core space: give core-{name}, or leave it out")
     return recipe
+
+
+def split_learned(method: str) -> tuple[str | None, str | None]:
+    """What learns coefficients, of LEARNED, and the recipe that takes them: of "nsc+ties", or "nsc" or "ties" alone.
+
+    Raises NSCError for a name that there is not, naming the nearest, and for parts in another order or number.
+    """
+    learned, plus, recipe = method.partition("+")
+    if plus and (learned not in LEARNED or recipe in ("", *LEARNED) or "+" in recipe):
+        raise NSCError(
+            f"{method} is not what learns coefficients and one method that takes them, such as nsc+ties; they are"
+            f" learned by {', '.join(LEARNED)}"
+        )
+    if plus:
+        _split(recipe)
+        return learned, recipe
+    if method in LEARNED:
+        return method, None
+    if method not in names():
+        close = difflib.get_close_matches(method, [*LEARNED, *names()], n=1, cutoff=0.0)
+        raise NSCError(f"there is no method {method}; did you mean {close[0]}? `nsc methods` lists all")
+    return None, method
 
 
 def with_scale(recipe: Recipe, scale: float) -> Recipe:
