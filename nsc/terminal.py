@@ -17,8 +17,8 @@ OF_COMMAND = ("config", "setting", "resume")  # what says no setting by itself
 def given(context: typer.Context) -> dict[str, Any]:
     """The options on the command line by the names of the settings, those that are written differently there read."""
     read: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "adapter": ("adapters", lambda pairs: pairs(pairs, "--adapter")),
-        "data": ("data", lambda pairs: pairs(pairs, "--data")),
+        "adapter": ("adapters", lambda values: pairs(values, "--adapter")),
+        "data": ("data", lambda values: pairs(values, "--data")),
         "out": ("out", str),
         "coefficients": ("coefficients", str),
         "target_module": ("target_modules", tuple),
