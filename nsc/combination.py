@@ -13,6 +13,7 @@ from torch import Tensor
 from nsc.errors import NSCError
 from nsc.merged import run_as_one
 from nsc.methods import LowRank, Place, Updates
+from nsc.methods.spectral import isotropize
 from nsc.recipes import Recipe
 from nsc.spaces import SPACES, View
 from nsc.stack import ModuleStack, Stack
@@ -82,7 +83,7 @@ class Combination:
         view = self._view(updates)
         assert method.on_matrices is not None
         merged = method.on_matrices(view.X, settings, view.place)
-        return view.lift(merged)
+        return view.lift(isotropize(merged, view.place) if self.recipe.isotropize else merged)
 
     def _on_matrices(self, view: View) -> Tensor:
         """With the scale in it."""
