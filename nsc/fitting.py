@@ -49,7 +49,7 @@ def put_on(base: str, model: nn.Module, adapters: Mapping[str, Adapter], config:
     for task, mapping in matches.items():
         check_towers(task, mapping, str(model.main_input_name))
     kept, whole = split_saved(adapters, matches, body_of(base, model), config.keep_modules)
-    stack = stack_adapters(kept, matches, list(shapes), dense_stacks(base, whole))
+    stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
     stack = by_rank(stack) if config.granularity == "rank" else stack
     refuse_moving_tower(model, stack.names)
     return Fitted(kept, matches, shapes, stack, [])

@@ -187,7 +187,7 @@ def apply(
     matches = match_adapters(read, record.modules)
     body = Body(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
-    stack = stack_adapters(read, matches, list(record.modules), dense_stacks(record.base, whole))
+    stack = stack_adapters(read, matches, record.modules, dense_stacks(record.base, whole))
     stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack
     lam = record.coefficients
     if lam is not None and lam.shape != stack.owned.shape:
