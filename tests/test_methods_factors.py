@@ -131,6 +131,19 @@ def test_an_absent_adapter_is_left_out_but_counts_in_a_mean(method, settings):
     torch.testing.assert_close(found, share * run(given, method, **settings), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", FACTORS)
+def test_the_factoring_of_an_update_matters_to_all_but_sums(method):
+    """Rows of one A enlarged and columns of its B made smaller: the same updates."""
+    given = of("wide", "L1")
+    gauge = torch.ones(12, dtype=torch.float64)
+    gauge[3] = 10
+    A, B = (gauge[:, None] * given.A[0], *given.A[1:]), (given.B[0] / gauge, *given.B[1:])
+    turned = replace(given, A=A, B=B)
+    torch.testing.assert_close(turned.deltas(), given.deltas())
+    change = (run(turned, method) - run(given, method)).norm() / run(given, method).norm()
+    assert change < 1e-12 if method == "task-arithmetic" else change > 0.01
+
+
 @pytest.mark.parametrize("method", ["linear", "robustmerge"])
 def test_unequal_ranks_are_refused(method):
     with pytest.raises(NSCError, match=rf"{method}.*ranks must be equal.*L0.*task0 2, task1 4, task2 6.*core-ties"):

@@ -8,14 +8,17 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from merging import dense
 from safetensors.torch import load_file
 from tiny import linears, peft_adapter, rewrite, tiny_llama
 from torch import nn
 
 import nsc
 from nsc.adapters import read_adapter
-from nsc.errors import AdapterError, NameMismatch, UnsupportedAdapter
+from nsc.combination import Combination
+from nsc.errors import AdapterError, NameMismatch, NSCError, UnsupportedAdapter
 from nsc.names import check_shapes, resolve
+from nsc.recipes import names, read_recipe
 from nsc.refusals import REFUSED_FIELDS, VERA_UNDERSTOOD
 from nsc.stack import stack_adapters
 
@@ -44,9 +47,9 @@ def saved(tmp_path) -> Path:
 def stack_on(model: nn.Module, path: Path):
     shapes = linears(model)
     adapter = read_adapter(path)
-    names = resolve("a", adapter.factors, shapes)
-    check_shapes(adapter, names, shapes)
-    return stack_adapters({"a": adapter}, {"a": names}, shapes)
+    match = resolve("a", adapter.factors, shapes)
+    check_shapes(adapter, match, shapes)
+    return stack_adapters({"a": adapter}, {"a": match}, shapes)
 
 
 def test_factors_are_those_of_peft_in_layers_of_every_shape(tmp_path):
@@ -174,6 +177,27 @@ def test_inspection(saved, tmp_path):
     assert "q_proj x 4: rank 6, scale 1" in text and "VeRA: conditions and overlaps" in text
     (broken,) = nsc.inspect([configure(saved, save_projection=False)])
     assert any("save_projection=False" in problem for problem in broken.problems)
+
+
+SINGULAR = {"tsv", "core-tsv", "iso-c", "iso-cts"}  # two adapters that share A span half of the core's columns
+
+
+@pytest.mark.parametrize("method", names())
+def test_every_method_takes_vera_or_refuses_it(tmp_path, method):
+    for seed, task in enumerate(("mnli", "qnli")):
+        vera(tmp_path / task, seed, target_modules=["down_proj"], layers_to_transform=[0])
+    model = tiny_llama("AutoModelForCausalLM")
+    adapters = {task: read_adapter(tmp_path / task) for task in ("mnli", "qnli")}
+    shapes = linears(model)
+    matches = {task: resolve(task, adapter.factors, shapes) for task, adapter in adapters.items()}
+    merged = Combination(stack_adapters(adapters, matches, shapes), read_recipe(method))
+    (name,) = merged.names
+    if method in SINGULAR:
+        with pytest.raises(NSCError, match="as with VeRA"):
+            merged.update(name)
+    else:
+        update = dense(merged.update(name))
+        assert update.shape == (32, 48) and update.isfinite().all() and update.any()
 
 
 def test_two_vera_adapters_and_a_lora_merge(base, tmp_path, texts):
