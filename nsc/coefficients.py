@@ -3,6 +3,7 @@
     lam = link(theta)        theta (M, C); at granularity "task" (1, C), the same row for every module
 
     identity  theta        softplus  log(1 + e^theta)        sigmoid  1/(1 + e^-theta)        exp  e^theta
+    clip      theta within [0, 1], without gradient outside
     softmax   K start softmax(theta) over the K tasks that have the module
 
 Every link starts where all coefficients are ``start``, and a bound is one of coefficients: each stays within its reach
@@ -22,7 +23,7 @@ from nsc.stack import Stack
 
 Link = Callable[[Tensor], Tensor]
 
-# Of each link but softmax: itself, and its inverse, infinite at the ends of its range.
+# Of each link but softmax: itself, and its inverse, infinite at the ends of an open range.
 LINKS: dict[str, tuple[Link, Link]] = {
     "identity": (lambda theta: theta, lambda lam: lam),
     "softplus": (
@@ -31,6 +32,7 @@ LINKS: dict[str, tuple[Link, Link]] = {
     ),
     "sigmoid": (torch.sigmoid, lambda lam: lam.clamp(0, 1).logit()),
     "exp": (torch.exp, lambda lam: lam.clamp_min(0).log()),
+    "clip": (lambda theta: theta.clamp(0, 1), lambda lam: lam),
 }
 
 

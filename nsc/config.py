@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from nsc.errors import NSCError
 
@@ -26,10 +26,45 @@ CHOICES = {
     "positions": ("prompt", "last", "full"),
     "modality": ("both", "text", "image"),
     "granularity": ("layer", "task", "rank"),
-    "link": ("identity", "softplus", "sigmoid", "exp", "softmax"),
+    "link": ("identity", "softplus", "sigmoid", "exp", "clip", "softmax"),
     "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("constant", "linear", "cosine"),
     "objective": ("null-space", "entropy", "both"),
+    "reduction": ("mean", "sum"),
+}
+
+
+class LearnedMethod(NamedTuple):
+    """A method that learns coefficients from data.
+
+    line: what it does, for a list.  source: where it is from.  settings: what it has beside MergeConfig's defaults.
+    """
+
+    line: str
+    source: str
+    settings: dict[str, Any]
+
+
+_ADAMERGING: dict[str, Any] = {
+    "objective": "entropy", "link": "clip", "start": 0.3, "max_drift": None,
+    "optimizer": "adam", "lr": 1e-3, "batch_size": 16, "steps": 500,
+}  # fmt: skip
+LEARNED = {
+    "nsc": LearnedMethod(
+        "a coefficient for each layer and task that keeps activations out of each adapter's null space",
+        "https://arxiv.org/abs/2603.26317",
+        {},
+    ),
+    "adamerging": LearnedMethod(
+        "a coefficient for each layer and task that makes the merged model sure of what it says",
+        "https://arxiv.org/abs/2310.02575",
+        _ADAMERGING,
+    ),
+    "adamerging-task": LearnedMethod(
+        "the same with one coefficient for each task",
+        "https://arxiv.org/abs/2310.02575",
+        {**_ADAMERGING, "granularity": "task"},
+    ),
 }
 BLOCKS = ("all", "half", "quarter", "one")  # the last ones, of the depth of the model
 
@@ -58,8 +93,9 @@ class MergeConfig:
     generated one, or the "full" generation of at most ``max_new_tokens``.  modality: of the tokens that count, where
     rows hold images and text.  granularity: a coefficient for each "layer" and task, each "task", or each "rank" row of
     an adapter.  link: from the parameter that is optimised to the coefficient.  preferences: task -> its weight in the
-    loss, 1 where it is not named.  objective: "null-space", "entropy" or "both" added.  quantile: of a sample's tokens,
-    in place of their mean.  unseen: tasks whose adapters are merged without any data.
+    loss, 1 where it is not named.  objective: "null-space", "entropy" or "both" added.  reduction: of the entropies
+    of a sample's generated tokens, their "mean" or "sum".  quantile: of a sample's tokens, in place of their mean.
+    unseen: tasks whose adapters are merged without any data.
     """
 
     steps: int = 500
@@ -94,6 +130,7 @@ class MergeConfig:
     optimizer: str = "adamw"
     schedule: str = "constant"
     objective: str = "null-space"
+    reduction: str = "mean"
     quantile: float | None = None
     unseen: tuple[str, ...] = ()
 
@@ -121,7 +158,7 @@ class MergeConfig:
             not isinstance(blocks, str) or blocks in BLOCKS,
             f"target_blocks must be numbers or one of {', '.join(BLOCKS)}, not {blocks}",
         )
-        inside = {"identity": True, "sigmoid": 0 < start < 1}.get(self.link, start > 0)
+        inside = {"identity": True, "clip": 0 <= start <= 1, "sigmoid": 0 < start < 1}.get(self.link, start > 0)
         _require(inside, f"link {self.link} cannot give a coefficient of {start}; choose another start or link")
         _require(
             self.link != "softmax" or self.granularity != "rank",
@@ -130,6 +167,10 @@ class MergeConfig:
         _require(self.quantile is None or 0 <= self.quantile <= 1, f"quantile is from 0 to 1, not {self.quantile}")
         _require(
             self.quantile is None or self.objective != "entropy", "quantile is of null-space ratios, not of the entropy"
+        )
+        _require(
+            self.reduction == "mean" or self.objective != "null-space",
+            "reduction sum is of the entropies of generated tokens; leave it at mean, or take the objective entropy",
         )
         _require(
             self.modality == "both" or self.objective == "null-space",

@@ -1,6 +1,6 @@
 """The other objective: how unsure the merged model is of what it says, on each task's rows.
 
-    loss = sum over tasks of pref_k mean over samples, and a sample's rows, of H(softmax(head_k(h)))
+    loss = sum over tasks of pref_k mean over samples, and mean or sum over a sample's rows, of H(softmax(head_k(h)))
     H(p) = - sum_c p_c log p_c
 
 h: the body's last hidden states. A task's head is the one that its adapter carries, or else the base's own over its
@@ -38,10 +38,14 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Entropy:
-    """heads: of each task, None of one without rows.  rows: the "first" or "last" of a sample's, or all that count."""
+    """heads: of each task, None of one without rows.  rows: the "first" or "last" of a sample's, or all that count.
+
+    reduction: of all that count, the "mean" or "sum".
+    """
 
     heads: Sequence[Head | None]
     rows: str
+    reduction: str = "mean"
 
     def __call__(self, states: Tensor, batch: Batch, preferences: Tensor) -> Tensor:
         """() for ``states`` (b, L, d), with a weight (K,) for each task, in float32 at least.
@@ -53,7 +57,7 @@ class Entropy:
                 f"the body returns {tuple(states.shape)} for tokens {tuple(batch.task.shape)}: the entropy needs a row"
                 " for each; choose targets that see all tokens"
             )
-        weight = row_weights(batch, self.rows).to(preferences.dtype)
+        weight = row_weights(batch, self.rows, self.reduction).to(preferences.dtype)
         task, states = batch.task.flatten(), states.flatten(0, 1)
         total = weight.new_zeros(())
         for k, head in enumerate(self.heads):
@@ -69,13 +73,18 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(-1)
 
 
-def row_weights(batch: Batch, rows: str) -> Tensor:
-    """(b L,): a whole sample's weight on the "first" or "last" of its tokens that count; or as the batch has it."""
+def row_weights(batch: Batch, rows: str, reduction: str = "mean") -> Tensor:
+    """(b L,): a whole sample's weight on the "first" or "last" of its tokens that count; or as the batch has it.
+
+    Under reduction "sum", the whole sample's weight on each that counts.
+    """
     weight = batch.weight.flatten()
-    if rows not in ("first", "last"):
+    if rows not in ("first", "last") and reduction == "mean":
         return weight
     sample, place = batch.samples(), torch.arange(len(weight), device=weight.device)
     whole = torch.zeros_like(weight).index_add(0, sample, weight)[sample]
+    if rows not in ("first", "last"):
+        return torch.where(weight > 0, whole, 0)
     last = rows == "last"
     counted = torch.where(weight > 0, place, -1 if last else len(place))
     edge = torch.zeros_like(place).scatter_reduce(
@@ -85,8 +94,9 @@ def row_weights(batch: Batch, rows: str) -> Tensor:
 
 
 def entropy_of(
-    base: str, model: nn.Module, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str] = ()
-) -> Entropy:
+    base: str, model: nn.Module, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str] = (),
+    reduction: str = "mean",
+) -> Entropy:  # fmt: skip
     """By the heads that adapters carry, or by the base's own where none does, and on generated positions.
 
     rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
@@ -97,14 +107,15 @@ def entropy_of(
     rows = "counted" if positions != "prompt" else "last" if families.is_causal(model) else "first"
     if not carrying:
         head = Head(*families.load_generating_head(base, model))
-        return Entropy([head if task in seen else None for task in adapters], rows)
+        return Entropy([head if task in seen else None for task in adapters], rows, reduction)
     if len(carrying) < len(seen):
         without = sorted(set(seen) - set(carrying))
         raise NSCError(
             f"{', '.join(carrying)} carry a head and {', '.join(without)} none: their entropies are of different kinds;"
             " merge them by the null-space objective, or name those without a head as unseen"
         )
-    return Entropy([carried_head(seen[task]) if task in seen else None for task in adapters], rows)
+    heads = [carried_head(seen[task]) if task in seen else None for task in adapters]
+    return Entropy(heads, rows, reduction)
 
 
 def _outside(model: nn.Module, adapter: Adapter) -> Adapter:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import nsc
+from nsc.catalogue import list_methods
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,8 +37,30 @@ def test_options_page(base, adapters, texts):
     names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
     names |= {"data": {task: texts[name] for task, name in of.items()}}
     blocks = snippets("docs/options.md")
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     exec("\n".join(blocks), names)
+
+
+def test_methods_page(base, adapters, texts, tmp_path, monkeypatch):
+    """Other methods on the same two tiny adapters, and a merge saved."""
+    monkeypatch.chdir(tmp_path)
+    of = {"mnli": "plain", "qnli": "pattern"}
+    names = {"nsc": nsc, "functools": functools, "torch": torch, "base": base, "texts": texts, "of": of}
+    names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
+    blocks = snippets("docs/methods.md")
+    assert len(blocks) == 6
+    exec("\n".join(blocks), names)
+    assert (tmp_path / "ties/adapter_model.safetensors").exists()
+
+
+def test_methods_page_names_every_method_and_setting():
+    page = (ROOT / "docs/methods.md").read_text()
+    rows = [line for line in page.split("## Spaces")[0].splitlines() if line.startswith("| `")]
+    for method in list_methods():
+        (row,) = [row for row in rows if f"`{method['name']}`" in row.split("|")[1]]
+        assert method["source"].rstrip("/") in row
+        assert all(f"`{key}`" in page for key in (method["settings"] if not method["learns"] else ()))
+        assert all(space in row for space in method["spaces"] if space != "full")
 
 
 def test_readme_snippet_of_the_op():
