@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import nsc
 from nsc.batch import Batch
 from nsc.config import LEARNED, MergeConfig
-from nsc.entropy import Entropy, Head
+from nsc.entropy import Entropy, Head, entropy_of
 from nsc.errors import NSCError
 from nsc.generation import continue_prompts, with_answer
 from nsc.learn import Learned, learn
-from nsc.packing import pack
+from nsc.packing import collate, pack
 from nsc.stack import ModuleStack, Stack, whitened
 from nsc.surgery import merged_layers
 from nsc_kernels import GramCache
@@ -215,6 +215,19 @@ def test_a_clipped_merge_stays_within_zero_and_one(base, adapters, texts, vision
     assert torch.equal(resumed.coefficients, whole.coefficients)
     whole.save(tmp_path / "out")
     assert torch.equal(nsc.apply(tmp_path / "out").coefficients, whole.coefficients)
+
+
+def test_heads_without_classes_are_refused_where_no_other_is_there(adapters, base):
+    """A regression's softmax is 1 whatever it says; beside a classifier it adds 0."""
+    model, saved = nsc.families.load_body(str(base), device="cpu"), {"score.weight": torch.ones(1, 32)}
+    read = {"a": replace(nsc.read_adapter(adapters["plain"], "a"), saved=saved)}
+    with pytest.raises(NSCError, match="the heads of a have one output each"):
+        entropy_of(str(base), model, read, "prompt")
+    read["b"] = replace(read["a"], saved={"score.weight": torch.eye(2, 32)})
+    alone, batch = entropy_of(str(base), model, read, "prompt"), collate([[5], [6]], [0, 1], 0, causal=False)
+    states = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+    said = states[1, 0, :2].softmax(0)
+    torch.testing.assert_close(alone(states, batch, torch.ones(2)), -(said * said.log()).sum())
 
 
 @pytest.mark.parametrize(
