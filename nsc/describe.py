@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsc.config import LEARNED, PAPER_REACH, MergeConfig
 from nsc.learn import Learned
-from nsc.recipes import Recipe, method_of
+from nsc.recipes import Recipe, method_of, split_learned
 from nsc.report import Report, vllm_rank
 from nsc.stack import Stack
 
@@ -32,7 +32,7 @@ def describe_stack(base: str, stack: Stack, coefficients: Tensor | None, start: 
         absent=_named(~stack.present, stack),
         merged_rank=rank,
         vllm_max_lora_rank=vllm_rank(rank),
-        warnings=_gram_warnings(stack) if method in LEARNED else [],
+        warnings=_gram_warnings(stack) if split_learned(method)[0] else [],
         method=method,
         **_about(method),
     )
@@ -80,7 +80,8 @@ def describe_merge(
 
 def _about(method: str) -> dict[str, Any]:
     """Line and source."""
-    entry = LEARNED[method] if method in LEARNED else method_of(method)
+    learned, name = split_learned(method)
+    entry = method_of(name) if name else LEARNED[learned or "nsc"]
     return {"line": entry.line, "source": entry.source}
 
 

@@ -65,13 +65,13 @@ def gather(
     of the method.
     """
     told = read_file(file, flags.get("method")) if file else Told({}, {})
-    job = {key: value for source in (told.job, flags) for key, value in source.items() if key in JOB}
+    method = flags.get("method") or told.job.get("method", "nsc")
+    learned, kinds = split_learned(method)[0], job_of(method)
+    job = {key: value for source in (told.job, flags) for key, value in source.items() if key in kinds}
     job |= {key: {**told.job.get(key, {}), **flags.get(key, {})} for key in ("adapters", "data")}
-    method = job.get("method", "nsc")
-    learned, _ = split_learned(method)
     assigned = dict(read_assignment(text, method) for text in assignments)
-    given = {key: value for key, value in flags.items() if key not in JOB}
-    presets = [source.get("preset") for source in (told.job, flags)]
+    given = {key: value for key, value in flags.items() if key not in kinds}
+    presets = [source.get("preset") if "preset" in kinds else None for source in (told.job, flags)]
     if any(presets) and not learned:
         raise NSCError(f"method {method} learns nothing, so that it has no preset; leave it out")
     said = preset_settings(presets[0]) | told.settings | preset_settings(presets[1]) | assigned | given
@@ -84,6 +84,13 @@ def gather(
     if missing:
         raise NSCError(f"a merge lacks {'; '.join(missing)}")
     return Job(**job, recipe=recipe), MergeConfig(**{**(LEARNED[learned].settings if learned else {}), **settings})
+
+
+def job_of(method: str) -> dict[str, Any]:
+    """The keys of a job with this method -> their types: a rank of its own goes before that of the written adapter, and
+    a preset of its own, where nothing is learned, before those of learning."""
+    learned, own = split_learned(method)[0], settings_of(method)
+    return {key: kind for key, kind in JOB.items() if key not in own or (learned and key != "rank")}
 
 
 def read_file(file: Path, method: str | None = None) -> Told:
@@ -104,21 +111,23 @@ def read_file(file: Path, method: str | None = None) -> Told:
     if not isinstance(nested, dict):
         raise NSCError(f"{file}: settings must be a mapping of settings to values, not {nested!r}")
     method = method or str(told.get("method", "nsc"))
-    kinds = settings_of(method)
-    job = {key: _checked(key, value, JOB, f"{file}: ") for key, value in told.items() if key in JOB}
-    rest = {**nested, **{key: value for key, value in told.items() if key not in JOB}}
+    of_job, kinds = job_of(method), settings_of(method)
+    job = {key: _checked(key, value, of_job, f"{file}: ") for key, value in told.items() if key in of_job}
+    rest = {**nested, **{key: value for key, value in told.items() if key not in of_job}}
     where = f"{file}: " if method == "nsc" else f"{file}: of method {method}, "
-    return Told(job, {key: _checked(key, value, kinds, where, JOB) for key, value in rest.items()})
+    return Told(job, {key: _checked(key, value, kinds, where, of_job) for key, value in rest.items()})
 
 
 def _of_record(told: Mapping[str, Any], file: Path, method: str | None) -> dict[str, Any]:
     """Of a saved merge.yaml, what says the same merge again; by another method, on the same base and adapters."""
-    kept = {key: value for key, value in told.items() if key in {"settings", *JOB}}
+    kept = {key: value for key, value in told.items() if key in {"settings", *JOB} and value is not None}
     kept["adapters"] = {task: entry["path"] for task, entry in told["adapters"].items()}
     learned, _ = split_learned(kept["method"])
     if method not in (None, kept["method"]):
         of_any = {key: value for key, value in kept["settings"].items() if key in OF_BASE}
         return {key: kept[key] for key in ("base", "adapters", "data")} | {"settings": of_any}
+    if told.get("masks"):
+        raise NSCError(f"{file} is of a merge with masks given in Python; replay it with nsc apply {file.parent}")
     if not learned and (file.parent / COEFFICIENTS).exists():
         kept["coefficients"] = str(file.parent)
     return kept
