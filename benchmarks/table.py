@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from merges import BUDGET
 from predict import GPUS
 from step_targets import cpu_targets, step_targets
 from targets import Results, duration, targets
@@ -49,6 +50,12 @@ OVERHEAD = (
     " kernels' launches alone, prepared beforehand. `graph`: device time in a CUDA graph. On a CPU, `public` and `op`"
     " leave the kernels out, and `registered` and `reference` both run the reference: in the forward they differ by the"
     " dispatcher. The least of all rounds: other work on the machine only adds."
+)
+METHODS = (
+    f"Six adapters of rank 16 on q_proj (4096 x 4096) and v_proj (1024 x 4096). All 64 layers, empty where it would be more"
+    f" than {BUDGET:.0f} seconds; one block, q and v; the most memory held beyond the factors. Dense: one block by the"
+    " formulation as it is usually written, in full space; `knots` is the SVD of [D_1 .. D_6] and a sum, the least that a"
+    " method in such a basis must do. Linear, LoRA-LEGO and RobustMerge are never dense."
 )
 
 
@@ -169,6 +176,26 @@ def overhead_table(entries: Entries) -> str:
     return markdown(["µs a call", *ways], rows)
 
 
+def methods_table(entries: Entries) -> str:
+    """Every merging method, beside its dense formulation where that was measured on the same device."""
+    results, rows = Results(entries), []
+    for info in (entry["extra_info"] for entry in entries if entry["extra_info"]["side"] == "nsc"):
+        other = results.find("method", side="dense", method=info["against"])
+        dense = other["extra_info"] if other else None
+        whole = EMPTY if info["whole"] is None else duration(info["whole"])
+        cells = [f"{info['against']}, {duration(dense['block'])}", f"{dense['block'] / info['block']:.3g}x",
+                 megabytes(dense)] if dense else [EMPTY] * 3  # fmt: skip
+        rows.append([f"`{info['method']}`", whole, duration(info["block"]), megabytes(info), *cells])
+    return markdown(
+        ["method", "64 layers", "one block", "memory", "dense, one block", "dense over nsc", "its memory"], rows
+    )
+
+
+def megabytes(info: dict[str, Any]) -> str:
+    """The peak of a method, where the system counts it."""
+    return EMPTY if info["peak_bytes"] is None else f"{info['peak_bytes'] / 1e6:.0f} MB"
+
+
 def _timed(entries: Entries) -> list[tuple[dict[str, Any], float]]:
     """What was measured, and the median in seconds."""
     return [(entry["extra_info"], entry["stats"]["median"]) for entry in entries]
@@ -213,6 +240,7 @@ TABLES: dict[str, Callable[[Devices], str]] = {
     "step": by_device("step", step_table, STEPS),
     "ops": by_device("op", ops_table, OPS),
     "layer": by_device("layer", layer_table),
+    "methods": by_device("method", methods_table, METHODS),
     "overhead": by_device("overhead", overhead_table, OVERHEAD),
 }
 
