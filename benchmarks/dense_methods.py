@@ -2,9 +2,9 @@
 
     D (K, m, d) = s_k B_k A_k  ->  (m, d)
 
-They give what nsc gives, which tests hold at small shapes. TSV-M, Iso-C and Iso-CTS leave singular vectors of zeros out,
-as nsc does: with them the result is arbitrary. Linear, LoRA-LEGO and RobustMerge are methods of the factors and never
-dense.
+They give what nsc gives, which tests hold at small shapes. TSV-M, Iso-C and Iso-CTS leave singular vectors of zeros
+out, as nsc does: with them the result is arbitrary. Linear, LoRA-LEGO and RobustMerge work on factors and have no dense
+formulation.
 """
 
 from __future__ import annotations
@@ -103,15 +103,28 @@ def cart(D: Tensor, fraction: float = 0.12, prior: float = 2.0) -> Tensor:
 
 
 def iso_c(D: Tensor) -> Tensor:
-    """The sum with all its singular values their mean. https://arxiv.org/abs/2502.04959"""
+    """The sum, all its singular values made their mean. https://arxiv.org/abs/2502.04959"""
     U, S, V = true_triplets(D.sum(0))
     return S.mean() * U @ V.T
+
+
+def iso_cts(D: Tensor, common: float = 0.8) -> Tensor:
+    """Most directions those of the sum, the others of what they leave of each task, all with one singular value."""
+    U, S, V = true_triplets(D.sum(0))
+    own = round((len(S) - int(common * len(S))) / len(D))
+    shared = len(S) - own * len(D)
+    parts = [(U[:, :shared], S[:shared], V[:, :shared])]
+    for update in D:
+        rest = torch.linalg.svd(update - parts[0][0] @ (parts[0][0].T @ update), full_matrices=False)
+        parts.append((rest.U[:, :own], rest.S[:own], rest.Vh[:own].T))
+    U, S, V = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+    return S.mean() * orthogonal(U) @ orthogonal(V).T
 
 
 def knots(D: Tensor, merge: Dense = task_arithmetic) -> Tensor:
     """U of [D_1 .. D_K], and what ``merge`` makes of the tasks' parts of S V'. https://arxiv.org/abs/2410.19735"""
     U, S, Vh = torch.linalg.svd(torch.cat(list(D), 1), full_matrices=False)
-    kept = S > tolerance(S, D)
+    kept = tolerance(S, D) < S
     parts = (S[kept, None] * Vh[kept]).chunk(len(D), 1)
     return U[:, kept] @ merge(torch.stack(parts))
 
@@ -119,7 +132,7 @@ def knots(D: Tensor, merge: Dense = task_arithmetic) -> Tensor:
 def true_triplets(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S and V without singular values that are zero up to rounding."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-    kept = S > tolerance(S, X)
+    kept = tolerance(S, X) < S
     return U[:, kept], S[kept], Vh[kept].T
 
 

@@ -42,9 +42,10 @@ FORMULATIONS: dict[str, Dense] = {
     "tsv": dense_methods.tsv,
     "cart": dense_methods.cart,
     "iso-c": dense_methods.iso_c,
+    "iso-cts": dense_methods.iso_cts,
     "knots": dense_methods.knots,
 }
-SPECTRAL = ("tsv", "cart", "iso-c")
+SPECTRAL = ("tsv", "cart")
 
 
 def formulation(name: str) -> str | None:

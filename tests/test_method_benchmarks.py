@@ -119,7 +119,8 @@ def entry(side: str, method: str, block: float, **info) -> dict:
 
 def test_the_table_sets_each_method_beside_its_formulation():
     entries = [
-        entry("dense", "knots", 100.0, peak_bytes=2 * 10**9), entry("nsc", "knots-ties", 0.5, against="knots", whole=9.0),
+        entry("dense", "knots", 100.0, peak_bytes=2 * 10**9),
+        entry("nsc", "knots-ties", 0.5, against="knots", whole=9.0),
         entry("nsc", "tsv", 0.25, against="tsv", peak_bytes=None), entry("nsc", "lego", 0.25, against=None),
     ]  # fmt: skip
     shown = table.TABLES["methods"]({"cpu": entries})
