@@ -106,9 +106,10 @@ SIDES = {"nsc": of_nsc, "dense": of_dense}
 def measure(
     side: str, name: str, shapes: dict[str, tuple[int, int]] = SHAPES, rank: int = RANK, blocks: int = BLOCKS
 ) -> dict[str, Any]:
-    """Seconds and CPU seconds of one block (medians), seconds of all blocks if that was measured, and peak bytes.
+    """Seconds of one block (median), of all blocks if that was measured, the same on the clock, and peak bytes.
 
-    The peak is beyond the factors, of everything run here; what libraries take when they are first used is not in it.
+    Without a GPU seconds are CPU seconds, in which other work on the machine is not. The peak is beyond the factors, of
+    everything run here; what libraries take when they are first used is not in it.
     """
     SIDES[side](name, updates(1, SMALL, 2))()
     layers = updates(blocks if side == "nsc" else 1, shapes, rank)
@@ -118,11 +119,12 @@ def measure(
     took = [_timed(one)]
     while len(took) < ROUNDS and sum(seconds for seconds, _ in took) < ENOUGH:
         took.append(_timed(one))
-    block, cpu = (median(values) for values in zip(*took, strict=True))
-    whole = _timed(every)[0] if side == "nsc" and block * blocks <= BUDGET else None
+    block, clock_block = (median(values) for values in zip(*took, strict=True))
+    fits = side == "nsc" and block * blocks <= BUDGET
+    whole, clock_whole = _timed(every) if fits else (None, None)
     return {
-        "block": block, "cpu_block": cpu, "rounds": len(took), "whole": whole, "blocks": blocks, "layers": len(layers),
-        "peak_bytes": peak(), "factor_bytes": held, "load_average": os.getloadavg()[0], "dtype": "float32",
+        "block": block, "clock_block": clock_block, "rounds": len(took), "whole": whole, "clock_whole": clock_whole,
+        "blocks": blocks, "layers": len(layers), "peak_bytes": peak(), "factor_bytes": held, "load_average": os.getloadavg()[0], "dtype": "float32",
     }  # fmt: skip
 
 
@@ -131,7 +133,8 @@ def _timed(run: Callable[[], None]) -> tuple[float, float]:
     started, cpu = time.perf_counter(), time.process_time()
     run()
     synchronize()
-    return time.perf_counter() - started, time.process_time() - cpu
+    clock, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return (clock if CUDA else cpu), clock
 
 
 def peak_counter() -> Callable[[], int | None]:

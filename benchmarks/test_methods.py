@@ -41,7 +41,7 @@ def test_dense(benchmark: BenchmarkFixture, formulation: str, pytestconfig: pyte
 
 
 def kept(benchmark: BenchmarkFixture, side: str, name: str) -> None:
-    """Measure once; the recorded time is that of one block."""
+    """Measure once; the time kept is that of one block."""
 
     def run() -> None:
         found = merges.measure(side, name) if CUDA else measured_alone(side, name)

@@ -98,7 +98,7 @@ def test_shapes_are_those_of_the_issue():
 @pytest.mark.parametrize(("side", "name"), [("nsc", "task-arithmetic"), ("dense", "knots")])
 def test_a_measurement(side, name):
     found = merges.measure(side, name, {"q": (200, 300)}, 4, 3)
-    assert found["block"] > 0 and found["cpu_block"] > 0 and (found["whole"] is None) == (side == "dense")
+    assert found["block"] > 0 and found["clock_block"] > 0 and (found["whole"] is None) == (side == "dense")
     assert found["layers"] == (3 if side == "nsc" else 1)
     assert found["factor_bytes"] == found["layers"] * 6 * 4 * 500 * 4
 
