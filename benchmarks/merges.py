@@ -124,7 +124,8 @@ def measure(
     whole, clock_whole = _timed(every) if fits else (None, None)
     return {
         "block": block, "clock_block": clock_block, "rounds": len(took), "whole": whole, "clock_whole": clock_whole,
-        "blocks": blocks, "layers": len(layers), "peak_bytes": peak(), "factor_bytes": held, "load_average": os.getloadavg()[0], "dtype": "float32",
+        "blocks": blocks, "layers": len(layers), "peak_bytes": peak(), "factor_bytes": held, "dtype": "float32",
+        "load_average": os.getloadavg()[0],
     }  # fmt: skip
 
 
