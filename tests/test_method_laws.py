@@ -11,15 +11,12 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from merging import dense
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nsc.combination import Combination, stack_of
 from nsc.errors import NSCError
@@ -244,6 +241,16 @@ def test_twice_the_same_whatever_the_global_generator(name):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@everyone
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_gives_what_the_cpu_gives(name):
+    combination = Combination(stack_of(layers()), recipe(name), device="cuda")
+    assert {part.device.type for part in parts(combination)} == {"cuda"}
+    on_gpu = [dense(combination.update(layer)).cpu() for layer in combination.names]
+    assert same(on_gpu, merge(layers(), name))
+
+
 def test_another_process_gives_the_same():
     """With other hashes of strings, so that no set's order is in a result."""
     code = "import json, test_method_laws as t; print(json.dumps(t.probes()))"
@@ -257,62 +264,3 @@ def probes() -> dict[str, float]:
     """One number of each method that depends on all entries."""
     weigh = {shape: torch.linspace(1, 2, shape[0] * shape[1]).double().view(shape) for shape in LAYERS.values()}
     return {name: sum((D * weigh[D.shape]).abs().sum().item() for D in merge(layers(), name)) for name in NAMES}
-
-
-DECOMPOSITIONS = ("svd", "eig", "linalg_qr", "geqrf", "cholesky", "solve", "inv_ex")
-WIDE = {"wide": (1200, 800)}
-R = 12
-
-
-class Largest(TorchDispatchMode):
-    """The most entries of any tensor that is made, and the shapes that go into decompositions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries, self.decomposed = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        self.entries = max([self.entries, *(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor))])
-        name = func.__name__.split(".")[0]
-        if any(word in name for word in DECOMPOSITIONS):
-            self.decomposed.append((name, tuple(args[0].shape[-2:])))
-        return made
-
-
-@cache
-def seen(name: str) -> tuple[Largest, LowRank | Tensor]:
-    stack = stack_of(layers(shapes=WIDE))
-    with Largest() as largest:
-        update = Combination(stack, recipe(name)).update("wide")
-    return largest, update
-
-
-@everyone
-def test_no_decomposition_of_anything_d_sized(name):
-    """A QR of stacked factors is as tall as the layer; everything else is R x R at most."""
-    for decomposition, (p, q) in seen(name)[0].decomposed:
-        assert (min if "linalg_qr" in decomposition else max)(p, q) <= R, (decomposition, p, q)
-
-
-ENTRIES = ("ties", "dare", "dare-ties", "emr", "fr")  # element-wise on the dense update
-
-
-@everyone
-def test_no_dense_update_where_factors_suffice(name):
-    largest, update = seen(name)
-    if name in ENTRIES:
-        assert update.shape == WIDE["wide"]
-    else:
-        assert isinstance(update, LowRank) and len(update.A) <= R
-        assert largest.entries < 1200 * 800 / 4
-
-
-def test_decompositions_are_seen():
-    with Largest() as largest:
-        torch.linalg.svd(torch.randn(30, 20))
-        torch.linalg.svdvals(torch.randn(3, 2))
-        torch.linalg.qr(torch.randn(7, 5))
-        torch.linalg.eigh(torch.eye(6))
-    assert [shape for _, shape in largest.decomposed] == [(30, 20), (3, 2), (7, 5), (6, 6)]
-    assert largest.entries == 900
