@@ -182,13 +182,21 @@ def methods_table(entries: Entries) -> str:
     for info in (entry["extra_info"] for entry in entries if entry["extra_info"]["side"] == "nsc"):
         other = results.find("method", side="dense", method=info["against"])
         dense = other["extra_info"] if other else None
-        whole = EMPTY if info["whole"] is None else duration(info["whole"])
-        cells = [f"{info['against']}, {duration(dense['block'])}", f"{dense['block'] / info['block']:.3g}x",
-                 megabytes(dense)] if dense else [EMPTY] * 3  # fmt: skip
-        rows.append([f"`{info['method']}`", whole, duration(info["block"]), megabytes(info), *cells])
+        whole = EMPTY if info["whole"] is None else spent(info["whole"])
+        cells = [EMPTY] * 3
+        if dense:
+            ratio = dense["block"] / info["block"]
+            times = f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+            cells = [f"{info['against']}, {spent(dense['block'])}", times, megabytes(dense)]
+        rows.append([f"`{info['method']}`", whole, spent(info["block"]), megabytes(info), *cells])
     return markdown(
         ["method", "64 layers", "one block", "memory", "dense, one block", "dense over nsc", "its memory"], rows
     )
+
+
+def spent(seconds: float) -> str:
+    """A duration that may be minutes."""
+    return f"{seconds:.3g} s" if seconds >= 1 else duration(seconds)
 
 
 def megabytes(info: dict[str, Any]) -> str:
