@@ -196,7 +196,7 @@ def methods_table(entries: Entries) -> str:
 
 def spent(seconds: float) -> str:
     """A duration that may be minutes."""
-    return f"{seconds:.3g} s" if seconds >= 1 else duration(seconds)
+    return f"{seconds:.{0 if seconds >= 100 else 2}f} s" if seconds >= 1 else duration(seconds)
 
 
 def megabytes(info: dict[str, Any]) -> str:

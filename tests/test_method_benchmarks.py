@@ -124,6 +124,6 @@ def test_the_table_sets_each_method_beside_its_formulation():
         entry("nsc", "tsv", 0.25, against="tsv", peak_bytes=None), entry("nsc", "lego", 0.25, against=None),
     ]  # fmt: skip
     shown = table.TABLES["methods"]({"cpu": entries})
-    assert "| `knots-ties` | 9 s | 500 ms | 3 MB | knots, 100 s | 200x | 2000 MB |" in shown
+    assert "| `knots-ties` | 9.00 s | 500 ms | 3 MB | knots, 100 s | 200x | 2000 MB |" in shown
     assert "| `tsv` |  | 250 ms |  |  |  |  |" in shown and "| `lego` |  | 250 ms | 3 MB |  |  |  |" in shown
     assert shown.count("**CPU x**") == 1
