@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 
-.PHONY: demo test check interpret aot bench tables gpu clean
+.PHONY: demo test check interpret aot bench tables gpu gpu-methods clean
 
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
@@ -36,9 +36,13 @@ gpu:                         ## CUDA tests and benchmarks with the python3 at ha
 	@status=0; export PYTHONPATH=$(CURDIR); \
 	parallel=$$(python3 -c "import xdist; print('-n 8')" 2>/dev/null); \
 	timeout -k 10 240 python3 -m pytest tests -q -k cuda --continue-on-collection-errors $$parallel || status=1; \
-	timeout -k 10 330 python3 -m pytest benchmarks --benchmark-only -q --benchmark-columns=median,iqr,rounds || status=1; \
+	timeout -k 10 330 python3 -m pytest benchmarks --ignore=benchmarks/test_methods.py --benchmark-only -q \
+		--benchmark-columns=median,iqr,rounds || status=1; \
 	python3 -W ignore benchmarks/table.py targets || status=1; \
 	exit $$status
+
+gpu-methods:                 ## every merging method and its dense formulation, into the same file
+	PYTHONPATH=$(CURDIR) python3 -m pytest benchmarks/test_methods.py --benchmark-only --dense -q
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

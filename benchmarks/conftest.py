@@ -16,8 +16,9 @@ WRITTEN = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--base FOLDER, --results FOLDER."""
+    """--base FOLDER, --results FOLDER, --dense."""
     parser.addoption("--base", help="folder of SmolLM2-135M; default: random weights of its shapes (the same times)")
+    parser.addoption("--dense", action="store_true", help="measure the dense formulations of merging methods too")
     parser.addoption("--results", type=Path, default=record.HERE / "results", help="folder for the numbers")
 
 

@@ -50,6 +50,13 @@ OVERHEAD = (
     " leave the kernels out, and `registered` and `reference` both run the reference: in the forward they differ by the"
     " dispatcher. The least of all rounds: other work on the machine only adds."
 )
+METHODS = (
+    "Six adapters of rank 16 on q_proj (4096 x 4096) and v_proj (1024 x 4096): all 64 layers, empty where by the time"
+    " of one block it would take too long; one block, q and v; the most memory held beyond the factors. Dense: one"
+    " block by the formulation as it is usually written, in full space; `knots` is the SVD of [D_1 .. D_6] and a sum,"
+    " the least that a method in such a basis must do. Linear, LoRA-LEGO and RobustMerge have none. On a CPU all times"
+    " are CPU seconds, in which other work on the machine is not."
+)
 
 
 def load(folder: Path = ROOT / "benchmarks" / "results") -> Devices:
@@ -169,6 +176,34 @@ def overhead_table(entries: Entries) -> str:
     return markdown(["µs a call", *ways], rows)
 
 
+def methods_table(entries: Entries) -> str:
+    """Every merging method, beside its dense formulation where that was measured on the same device."""
+    results, rows = Results(entries), []
+    for info in (entry["extra_info"] for entry in entries if entry["extra_info"]["side"] == "nsc"):
+        other = results.find("method", side="dense", method=info["against"])
+        dense = other["extra_info"] if other else None
+        whole = EMPTY if info["whole"] is None else spent(info["whole"])
+        cells = [EMPTY] * 3
+        if dense:
+            ratio = dense["block"] / info["block"]
+            times = f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+            cells = [f"{info['against']}, {spent(dense['block'])}", times, megabytes(dense)]
+        rows.append([f"`{info['method']}`", whole, spent(info["block"]), megabytes(info), *cells])
+    return markdown(
+        ["method", "64 layers", "one block", "memory", "dense, one block", "dense over nsc", "its memory"], rows
+    )
+
+
+def spent(seconds: float) -> str:
+    """A duration that may be minutes."""
+    return f"{seconds:.{0 if seconds >= 100 else 2}f} s" if seconds >= 1 else duration(seconds)
+
+
+def megabytes(info: dict[str, Any]) -> str:
+    """The peak of a method, where the system counts it."""
+    return EMPTY if info["peak_bytes"] is None else f"{info['peak_bytes'] / 1e6:.0f} MB"
+
+
 def _timed(entries: Entries) -> list[tuple[dict[str, Any], float]]:
     """What was measured, and the median in seconds."""
     return [(entry["extra_info"], entry["stats"]["median"]) for entry in entries]
@@ -213,6 +248,7 @@ TABLES: dict[str, Callable[[Devices], str]] = {
     "step": by_device("step", step_table, STEPS),
     "ops": by_device("op", ops_table, OPS),
     "layer": by_device("layer", layer_table),
+    "methods": by_device("method", methods_table, METHODS),
     "overhead": by_device("overhead", overhead_table, OVERHEAD),
 }
 
