@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from nsc.cli_compare import compare
+from nsc.terminal import pairs as _pairs
+from nsc.terminal import plain_errors as _plain_errors
 
 app = typer.Typer(
     name="nsc",
@@ -216,6 +217,9 @@ def profile(
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else format_profile(found))
 
 
+app.command()(compare)
+
+
 def _finish(proof: Any, out: Path) -> None:
     typer.echo(f"proof: {proof}\nwritten to {out}")
 
@@ -248,41 +252,3 @@ def _whole(text: str, option: str) -> int:
     if not text.isdigit():
         raise NSCError(f"{option} must be a whole number or auto, not {text!r}")
     return int(text)
-
-
-def _pairs(values: Sequence[str], option: str) -> dict[str, str]:
-    from nsc.errors import NSCError
-
-    pairs: dict[str, str] = {}
-    for value in values:
-        task, equals, place = value.partition("=")
-        if not (task and equals and place):
-            raise NSCError(f"{option} {value!r} must read TASK=PLACE")
-        if task in pairs:
-            raise NSCError(f"{option} names task {task} twice")
-        pairs[task] = place
-    return pairs
-
-
-@contextmanager
-def _plain_errors(out: Path | None = None) -> Iterator[None]:
-    """User errors in words and exit code 1; an interrupt says how to go on with ``out``, with exit code 130."""
-    from nsc.errors import NSCError
-
-    try:
-        yield
-    except NSCError as error:
-        typer.echo(f"nsc{_rank()}: {error}", err=True)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        from nsc.result import CHECKPOINT, partial_folder
-
-        saved = out is not None and (partial_folder(out) / CHECKPOINT).exists()
-        remedy = "the coefficients so far are saved, go on with --resume" if saved else "nothing was saved"
-        typer.echo(f"nsc{_rank()}: interrupted; {remedy}", err=True)
-        sys.exit(130)
-
-
-def _rank() -> str:
-    """Which process speaks, where torchrun or accelerate started several."""
-    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
