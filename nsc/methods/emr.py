@@ -1,0 +1,74 @@
+"""EMR-Merging: one update of elected signs and largest magnitudes; a mask and a rescaler recover each task's own.
+
+    g = sign mean_k D_k, - for 0        tau = g max_k |D_k| [D_k g > 0]
+    M_k = [D_k g > 0]                   l_k = sum over layers of mean |D_k| / sum over layers of mean |M_k tau|
+
+Source: https://arxiv.org/abs/2405.17461. What is merged is tau alone. The K updates l_k M_k tau are those of
+``emr_tasks``; l_k sums means of tensors as the original's code does, where the paper's formula sums entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc.methods.entries import by_rows, row_blocks
+from nsc.methods.method import Matrices, Method, Place
+
+
+@dataclass(frozen=True)
+class EmrSettings:
+    """There is nothing to choose."""
+
+
+def emr(X: Tensor, settings: EmrSettings, place: Place) -> Tensor:
+    """(p, q): tau of w_k X_k, for X (K, p, q)."""
+    weights = place.weights.to(X)[:, None, None]
+    return by_rows(lambda block: _unified(block * weights)[0], X)
+
+
+def emr_tasks(matrices: Matrices) -> Iterator[tuple[str, Tensor]]:
+    """Of each layer its name and the K updates (K, p, q), l_k M_k tau; all layers are seen once before the first."""
+    rescalers = emr_rescalers(matrices)
+    for place, X in matrices():
+        tau, agree = _unified(place.weighted(X))
+        yield place.name, agree * tau * rescalers.to(X)[:, None, None]
+
+
+def emr_rescalers(matrices: Matrices) -> Tensor:
+    """(K,) float64: l_k; 1 for a task without any update."""
+    own: Tensor | float = 0.0
+    unified: Tensor | float = 0.0
+    for place, X in matrices():
+        weights = place.weights.to(X)[:, None, None]
+        for block in row_blocks(X):
+            block = block * weights
+            tau, agree = _unified(block)
+            own = own + _sums(block) / X[0].numel()
+            unified = unified + _sums(agree * tau) / X[0].numel()
+    own, unified = torch.as_tensor(own), torch.as_tensor(unified)
+    return torch.where(unified > 0, own / unified, 1)
+
+
+def _unified(X: Tensor) -> tuple[Tensor, Tensor]:
+    """tau (p, q), and M (K, p, q)."""
+    sign = torch.where(X.mean(0) > 0, 1, -1).to(X)
+    aligned = X * sign
+    return aligned.amax(0).clamp_min(0) * sign, aligned > 0
+
+
+def _sums(X: Tensor) -> Tensor:
+    return X.abs().sum((1, 2), dtype=torch.float64)
+
+
+METHODS = {
+    "emr": Method(
+        "elected signs with the largest magnitude among those who voted so",
+        "https://arxiv.org/abs/2405.17461",
+        EmrSettings,
+        on_matrices=emr,
+    ),
+}

@@ -1,0 +1,40 @@
+"""Element-wise work on K large matrices, some rows at a time: what lies between X and the result stays small.
+
+On a CPU the blocks stay in its cache, which makes them faster than whole matrices too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nsc.errors import NSCError
+
+CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 27  # entries of all K together
+
+
+def row_blocks(X: Tensor) -> tuple[Tensor, ...]:
+    """Views of X (K, p, q) by rows: (K, b, q) each."""
+    limit = CPU_BLOCK if X.device.type == "cpu" else GPU_BLOCK
+    return X.split(max(1, limit // max(1, X[:, :1].numel())), dim=1)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+    """(p, q): ``function``, which sees no further than one entry of the K, on the blocks of X (K, p, q)."""
+    return torch.cat([function(block) for block in row_blocks(X)])
+
+
+def require_fraction(name: str, value: float, zero: bool) -> None:
+    """Raise NSCError unless 0 < value <= 1, or 0 <= value < 1 where ``zero`` is the neutral value."""
+    if not (0 <= value < 1 if zero else 0 < value <= 1):
+        span = "at least 0 and below 1" if zero else "above 0 and at most 1"
+        raise NSCError(f"{name} is a fraction {span}, not {value}; percent is not taken: give 0.2 for 20 %")
+
+
+def require_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    """Raise NSCError unless ``value`` is one of them."""
+    if value not in choices:
+        words = [str(choice) for choice in choices if choice is not None]
+        raise NSCError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, not {value!r}")
