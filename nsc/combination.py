@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsc.methods import LowRank, Place, Updates
+from nsc.methods.spectral import isotropize
 from nsc.recipes import Recipe
 from nsc.spaces import SPACES, View
 from nsc.stack import DenseStack, ModuleStack, Stack
@@ -58,7 +59,7 @@ class Combination:
         view = self._view(updates)
         assert method.on_matrices is not None
         merged = method.on_matrices(view.X, settings, view.place)
-        return view.lift(merged)
+        return view.lift(isotropize(merged, view.place) if self.recipe.isotropize else merged)
 
     def _view(self, updates: Updates) -> View:
         """In the recipe's space; a spectral method sees the full space in the factors' span."""

@@ -1,8 +1,15 @@
 """The other merging methods: pure functions in a dict, one file a family."""
 
-from nsc.methods import arithmetic, dare, emr, fr, ties
+from nsc.methods import arithmetic, dare, emr, fr, spectral, ties
 from nsc.methods.method import LowRank, Method, Place, Updates
 
-METHODS: dict[str, Method] = {**arithmetic.METHODS, **ties.METHODS, **dare.METHODS, **emr.METHODS, **fr.METHODS}
+METHODS: dict[str, Method] = {
+    **arithmetic.METHODS,
+    **ties.METHODS,
+    **dare.METHODS,
+    **spectral.METHODS,
+    **emr.METHODS,
+    **fr.METHODS,
+}
 
 __all__ = ["METHODS", "LowRank", "Method", "Place", "Updates"]

@@ -1,0 +1,236 @@
+"""Methods of singular values and directions. A change of basis goes through them: each runs in the factors' span.
+
+    X_k = U_k diag(S_k) V_k'      U_k, V_k: true directions only, of singular values above the rounding of float32
+    polar(U) = P Q'   of  U = P S Q':   the nearest matrix with orthonormal columns
+
+tsv       D = polar([U_1 .. U_K]) diag(S_1 .. S_K) polar([V_1 .. V_K])',   of each task its first directions
+cart      D = T + prior sum_k rank_q(X_k - T),   T = mean_k X_k
+iso-c     D = mean(S) U V'   of  U diag(S) V' = sum_k X_k
+iso-cts   D = mean(S) polar(U) polar(V)',  most directions those of the sum, the others of what they leave of each X_k
+svd       D = the nearest matrix of one rank to sum_k w_k D_k
+
+The originals decompose dense updates, in which directions of singular value zero are arbitrary, and TSV and Iso let
+them take part. Here they do not; what has no answer without them is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc.errors import NSCError
+from nsc.methods.method import LowRank, Method, Place, Updates
+
+NULL = 1e-6  # of the largest: singular values below this are rounding of float32 factors
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Nothing to choose."""
+
+
+@dataclass(frozen=True)
+class CartSettings:
+    """ratio: of the size, the rank of what each task keeps of its own.  prior: its weight beside the mean; None: 2 in
+    full and 0.1 in core space.  rounding: of that rank, "down" or "up"; None: down in full and up in core space.
+    """
+
+    ratio: float = 0.12
+    prior: float | None = None
+    rounding: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_share("ratio", self.ratio)
+        if self.rounding not in (None, "down", "up"):
+            raise NSCError(f"rounding must be down or up, not {self.rounding!r}")
+
+
+@dataclass(frozen=True)
+class IsoCtsSettings:
+    """common: the fraction of directions that the tasks share; the others are divided between them."""
+
+    common: float = 0.8
+
+    def __post_init__(self) -> None:
+        _require_share("common", self.common)
+
+
+@dataclass(frozen=True)
+class SvdSettings:
+    """rank: of the merged adapter; None: the largest of the layer's adapters.  split: where singular values go, "sqrt"
+    (to both factors alike) or "B" (all of them, as in PEFT).
+    """
+
+    rank: int | None = None
+    split: str = "sqrt"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise NSCError(f"rank must be at least 1, not {self.rank}")
+        if self.split not in ("sqrt", "B"):
+            raise NSCError(f"split must be sqrt or B, not {self.split!r}")
+
+
+def tsv(X: Tensor, settings: NoSettings, place: Place) -> Tensor:
+    """TSV-M. The ``place.size`` slots are shared alike by the tasks that change this layer.
+
+    https://arxiv.org/abs/2412.00081. Raises NSCError where the directions that are kept are linearly dependent.
+    """
+    found = [triplets for triplets in map(_triplets, place.weighted(X)) if len(triplets[1])]
+    if not found:
+        return torch.zeros_like(X[0])
+    slots = max(1, place.size // len(found))
+    U, S, V = _joined([_first(triplets, slots) for triplets in found])
+    return (_polar(U, "tsv", place) * S) @ _polar(V, "tsv", place).T
+
+
+def cart(X: Tensor, settings: CartSettings, place: Place) -> Tensor:
+    """The mean, and of each task's difference from it the part of low rank. https://arxiv.org/abs/2412.12153"""
+    X = place.weighted(X)
+    in_core = place.space == "core"
+    up = settings.rounding == "up" if settings.rounding else in_core
+    rank = max(1, (math.ceil if up else math.floor)(settings.ratio * place.size))
+    prior = (0.1 if in_core else 2.0) if settings.prior is None else settings.prior
+    mean = X.mean(0)
+    U, S, Vh = torch.linalg.svd(X - mean, full_matrices=False)
+    return mean + prior * ((U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank]).sum(0)
+
+
+def iso_c(X: Tensor, settings: NoSettings, place: Place) -> Tensor:
+    """The sum with equal singular values. https://arxiv.org/abs/2502.04959. Raises NSCError as ``isotropize`` does."""
+    return isotropize(place.weighted(X).sum(0), place)
+
+
+def isotropize(matrix: Tensor, place: Place) -> Tensor:
+    """All singular values of a merged matrix (p, q) become their mean.
+
+    Raises NSCError where it is singular: the mean would go to directions that are arbitrary.
+    """
+    U, S, V = _regular(matrix, place)
+    return S.mean() * U @ V.T
+
+
+def iso_cts(X: Tensor, settings: IsoCtsSettings, place: Place) -> Tensor:
+    """The sum's first directions and some of each task's own, all with one singular value.
+
+    https://arxiv.org/abs/2502.04959. Raises NSCError where the sum is singular or the directions linearly dependent.
+    """
+    X = place.weighted(X)
+    merged = _regular(X.sum(0), place)
+    present = [x for x in X if x.any()]
+    own, shared = _divide(len(merged[1]), len(present), settings.common)
+    common = _first(merged, shared)
+    rests = [_triplets(x - common[0] @ (common[0].T @ x), torch.linalg.matrix_norm(x, 2)) for x in present]
+    U, S, V = _joined([common, *(_first(rest, own) for rest in rests)])
+    return S.mean() * _polar(U, "iso-cts", place) @ _polar(V, "iso-cts", place).T
+
+
+def truncated(updates: Updates, settings: SvdSettings) -> LowRank:
+    """The weighted sum at a lower rank, through QR of its factors; exact where ``rank`` is no lower than it has."""
+    weighted = [w * b for w, b in zip(updates.weights, updates.scaled(), strict=True)]
+    left, B = torch.linalg.qr(torch.cat(weighted, 1))
+    right, A = torch.linalg.qr(torch.cat([a.double() for a in updates.A]).T)
+    U, S, Vh = torch.linalg.svd(B @ A.T, full_matrices=False)
+    rank = settings.rank or max(updates.ranks)
+    U, S, V = _first((U, S, Vh.T), rank)
+    on_B, on_A = (S.sqrt(), S.sqrt()) if settings.split == "sqrt" else (S, torch.ones_like(S))
+    return LowRank(left @ (U * on_B), (right @ (V * on_A)).T)
+
+
+Triplets = tuple[Tensor, Tensor, Tensor]  # U (p, r), S (r,), V (q, r)
+
+
+def _triplets(matrix: Tensor, largest: Tensor | None = None) -> Triplets:
+    """The true singular triplets: of values above NULL of the largest, or of what is to count as such."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = int((NULL * (S[:1] if largest is None else largest) < S).sum())
+    return _first((U, S, Vh.T), rank)
+
+
+def _first(triplets: Triplets, count: int) -> Triplets:
+    U, S, V = triplets
+    return U[:, :count], S[:count], V[:, :count]
+
+
+def _joined(parts: list[Triplets]) -> Triplets:
+    U, S, V = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+    return U, S, V
+
+
+def _regular(matrix: Tensor, place: Place) -> Triplets:
+    triplets = _triplets(matrix)
+    rank, size = len(triplets[1]), min(matrix.shape)
+    if 0 < rank < size:
+        raise NSCError(
+            f"{place.name}: the merged matrix is singular (rank {rank} of {size}), so its singular values cannot become "
+            "equal: in which directions they would is arbitrary. It is so where adapters share a factor, as with VeRA, "
+            "where one is given twice or with weight 0, and after trimming. Leave isotropize out, or take "
+            "task-arithmetic or cart"
+        )
+    return triplets
+
+
+def _polar(columns: Tensor, method: str, place: Place) -> Tensor:
+    P, S, Qh = torch.linalg.svd(columns, full_matrices=False)
+    if len(S) and (len(S) < columns.shape[1] or S[-1] <= NULL * S[0]):
+        raise NSCError(
+            f"{place.name}: {method} makes the {columns.shape[1]} singular directions of all adapters orthogonal, but "
+            "they are linearly dependent, so the answer is arbitrary. It is so where adapters share a factor, as with "
+            "VeRA, and where one is given twice. Leave out the one given twice, or take cart or ties"
+        )
+    return P @ Qh
+
+
+def _divide(size: int, tasks: int, fraction: float) -> tuple[int, int]:
+    """How many directions each task has of its own, and how many are common."""
+    own = round((size - int(size * fraction)) / max(tasks, 1))
+    own = min(own, size // max(tasks, 1))
+    return own, size - own * tasks
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise NSCError(f"{name} must be a fraction above 0 and at most 1, not {value}; percent is not taken")
+
+
+METHODS = {
+    "svd": Method(
+        "the sum of all updates, cut to one rank",
+        "https://github.com/huggingface/peft",
+        SvdSettings,
+        on_factors=truncated,
+    ),
+    "tsv": Method(
+        "TSV-M: every task's first singular directions, made orthogonal to each other",
+        "https://arxiv.org/abs/2412.00081",
+        NoSettings,
+        on_matrices=tsv,
+        spaces=("full", "core"),
+        spectral=True,
+    ),
+    "cart": Method(
+        "the mean, and of each task's difference from it the part of low rank",
+        "https://arxiv.org/abs/2412.12153",
+        CartSettings,
+        on_matrices=cart,
+        spaces=("full", "core"),
+        spectral=True,
+    ),
+    "iso-c": Method(
+        "the sum with equal singular values",
+        "https://arxiv.org/abs/2502.04959",
+        NoSettings,
+        on_matrices=iso_c,
+        spectral=True,
+    ),
+    "iso-cts": Method(
+        "the sum's first directions and some of each task's own, with equal singular values",
+        "https://arxiv.org/abs/2502.04959",
+        IsoCtsSettings,
+        on_matrices=iso_cts,
+        spectral=True,
+    ),
+}
