@@ -1,6 +1,6 @@
 """The other merging methods: pure functions in a dict, one file a family."""
 
-from nsc.methods import arithmetic, dare, emr, fr, spectral, ties
+from nsc.methods import arithmetic, dare, emr, fr, lego, robustmerge, spectral, ties
 from nsc.methods.method import LowRank, Method, Place, Updates
 
 METHODS: dict[str, Method] = {
@@ -8,8 +8,10 @@ METHODS: dict[str, Method] = {
     **ties.METHODS,
     **dare.METHODS,
     **spectral.METHODS,
+    **lego.METHODS,
     **emr.METHODS,
     **fr.METHODS,
+    **robustmerge.METHODS,
 }
 
 __all__ = ["METHODS", "LowRank", "Method", "Place", "Updates"]

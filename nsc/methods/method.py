@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from nsc.errors import NSCError
+
+Part = TypeVar("Part")
 
 
 class LowRank(NamedTuple):
@@ -76,6 +80,28 @@ class Updates:
     def scaled(self) -> tuple[Tensor, ...]:
         """K of s_k B_k (m, r_k), float64: the scale is in them, once; the weight is not."""
         return tuple(s * b.double() for s, b in zip(self.scales, self.B, strict=True))
+
+    def weighted(self) -> tuple[Tensor, ...]:
+        """K of w_k s_k B_k (m, r_k), float64."""
+        return tuple(w * b for w, b in zip(self.weights, self.scaled(), strict=True))
+
+    def present(self) -> Updates:
+        """Without the adapters that do not touch the layer."""
+        here = [k for k, rank in enumerate(self.ranks) if rank]
+
+        def of(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+            return tuple(parts[k] for k in here)
+
+        return Updates(self.name, of(self.tasks), of(self.A), of(self.B), of(self.scales), of(self.weights))
+
+    def require_one_rank(self, method: str) -> None:
+        """Raises NSCError where ranks differ, for a method that combines factors entry by entry."""
+        if len(set(self.ranks)) > 1:
+            ranks = ", ".join(f"{task} {rank}" for task, rank in zip(self.tasks, self.ranks, strict=True))
+            raise NSCError(
+                f"{method} combines factors entry by entry, so ranks must be equal; in {self.name} they are {ranks}."
+                " Choose a method that takes any ranks, such as task-arithmetic, svd or core-ties"
+            )
 
     def deltas(self) -> Tensor:
         """(K, m, d): D_k, without weights, in float32, or float64 where the factors are."""

@@ -1,0 +1,75 @@
+"""RobustMerge: factors trimmed to their largest entries; what A lost is given back to the columns of B.
+
+    trim(X) keeps |x| >= the int(|X| (1 - density))-th smallest of a matrix
+    g_k[i] = |A_k[i, :]|_1 / |trim(A_k)[i, :]|_1,   raised to their int(r quantile)-th smallest (from 0) of adapter k
+    A = fuse sum_k trim(A_k)      B[:, i] = fuse sum_k g_k[i] trim(w_k s_k B_k)[:, i] / sum_k g_k[i]      D = B A
+
+https://arxiv.org/abs/2502.17159, https://github.com/AuroraZengfh/RobustMerge, whose only scale is the first adapter's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc.errors import NSCError
+from nsc.methods.method import LowRank, Method, Updates
+
+
+@dataclass(frozen=True)
+class RobustMergeSettings:
+    """density: the share of each factor's entries that is kept.  quantile: to which smaller gains are raised.  fuse: by
+    which both merged factors are multiplied.
+    """
+
+    density: float = 0.2
+    quantile: float = 0.8
+    fuse: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise NSCError(f"density must lie in (0, 1], not {self.density}: it is the share kept, not a percentage")
+        if not 0 <= self.quantile < 1:
+            raise NSCError(f"quantile must lie in [0, 1), not {self.quantile}")
+
+
+def robustmerge(updates: Updates, settings: RobustMergeSettings) -> LowRank:
+    """At one adapter's rank; A is summed and B averaged. Adapters without this layer are left out.
+
+    Where trimming leaves nothing of a row of A_k, the original divides by 0 and all of D is NaN. Here such a row's gain
+    is 0, raised like other small ones; where no adapter has a gain, the column of B is 0, as is the row of A. Raises
+    NSCError for unequal ranks.
+    """
+    updates = updates.present()
+    updates.require_one_rank("robustmerge")
+    A, B = torch.stack([a.double() for a in updates.A]), torch.stack(updates.weighted())
+    kept = trim(A, settings.density)
+    left = kept.abs().sum(2)
+    gain = torch.where(left > 0, A.abs().sum(2) / left, 0)
+    least = gain.sort(1).values[:, int(gain.shape[1] * settings.quantile), None]
+    gain = gain.maximum(least)
+    total = gain.sum(0)
+    shares = torch.where(total > 0, gain / total, 0)
+    merged = (shares[:, None] * trim(B, settings.density)).sum(0)
+    return LowRank(settings.fuse * merged, settings.fuse * kept.sum(0))
+
+
+def trim(X: Tensor, density: float) -> Tensor:
+    """(K, p, q): of each matrix the entries from the int(p q (1 - density))-th smallest in magnitude; ties are kept."""
+    place = int(X[0].numel() * (1 - density))
+    if not place:
+        return X
+    threshold = X.abs().flatten(1).kthvalue(place).values
+    return X * (X.abs() >= threshold[:, None, None])
+
+
+METHODS = {
+    "robustmerge": Method(
+        "trimmed factors, A summed and B averaged by what trimming took from A",
+        "https://arxiv.org/abs/2502.17159",
+        RobustMergeSettings,
+        on_factors=robustmerge,
+    ),
+}
