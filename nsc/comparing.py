@@ -206,7 +206,7 @@ def _record(
     }
     made = {
         "command": sys.argv, "when": time.strftime("%Y-%m-%d %H:%M:%S"), "device": f"{device.type} {name}",
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "torch": str(torch.__version__),
     }  # fmt: skip
     read = stage.fitted.adapters
     return {
