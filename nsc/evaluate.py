@@ -123,7 +123,7 @@ def normalised(score: float, alone: float, higher: bool) -> tuple[float, str]:
         return math.nan, f"the adapter alone reaches {alone:.3g}"
     if not higher and score <= 0:
         return math.nan, f"the metric is {score:.3g}, of which nothing is a share"
-    return 100 * part / whole, ""
+    return part / whole * 100, ""
 
 
 def _functional(name: str) -> Any:

@@ -89,7 +89,8 @@ def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = DEF
 
     The model is left as it was.
     """
-    lam = torch.ones(len(merged.names), 1, device=input_device(model))
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    lam = torch.ones(len(merged.names), 1, dtype=dtype, device=input_device(model))
     with torch.no_grad(), merged_layers(model, merged, lam) as layers:
 
         def at(scale: float) -> float:

@@ -97,7 +97,8 @@ def row_of(name: str, stage: Stage, exams: Mapping[str, Exam], planned: Planned 
     assert alone is not None
     try:
         row, stack, lam = _merge(name, stage, planned)
-        with merged_layers(stage.model, stack, lam.to(input_device(stage.model), torch.float32)):
+        dtype = torch.promote_types(next(stage.model.parameters()).dtype, torch.float32)
+        with merged_layers(stage.model, stack, lam.to(input_device(stage.model), dtype)):
             scores = {task: exam.score(stage.model) for task, exam in exams.items()}
     except NSCError as error:
         return Row(name, refused=" ".join(str(error).split()))
