@@ -117,7 +117,7 @@ def _prepare(
         raise NSCError("layers that tasks keep to themselves (keep_modules) cannot be scored in one model")
     samples = read_data(data, read, feed.read, common.unseen) if data else {}
     rows = _labelled(base, test, read)
-    model = families.load_body(base, common.dtype, common.device)
+    model = families.load_body(base, common.dtype, common.device, common.weights, common.device_map)
     fitted = fit(base, model, read, replace(common, granularity="layer"))
     say(f"base {base}: {len(fitted.stack.names)} layers merged, {len(fitted.targets)} measured")
     exams = exams_of(base, model, fitted.adapters, rows, common.max_length, metrics)
@@ -227,5 +227,6 @@ def _line(row: Row) -> str:
     if row.refused:
         return f"{row.method}: refused: {row.refused}"
     scale = "" if row.scale is None else f" at scale {row.scale:g}"
-    seconds = f"{row.preparation:.1f} s preparing, {row.optimisation:.1f} s learning, {row.search:.1f} s searching"
-    return f"{row.method}{scale}: {row.mean:.1f} % of fine-tuned ({seconds})"
+    took = {"preparing": row.preparation, "learning": row.optimisation, "searching": row.search}
+    seconds = "".join(f", {x:.1f} s {what}" for what, x in took.items() if x)
+    return f"{row.method}{scale}: {row.mean:.1f} % of fine-tuned{seconds}"

@@ -7,8 +7,8 @@ What does not depend on the scale is done once: the merge itself, its factors in
 taken relative to that of the bare base, which is far from 0; relative to the adapter's own, a task that its adapter has
 all but solved would decide alone.
 
-Ratios need no labels, but they do not ask what the model says: docs/merging.md tells how they go with the scale, and
-why the range is bounded.
+Ratios need no labels, but they do not ask what the model says: docs/comparing.md tells how they go with the scale,
+and why the range is bounded.
 """
 
 from __future__ import annotations
@@ -114,18 +114,20 @@ class LabelledLoss:
 
 
 class NullSpaceRatio:
-    """Mean over tasks, and each one's targets, of the null-space ratios of unlabeled rows in a merged model.
+    """Mean over tasks with rows, and each one's targets, of the null-space ratios of unlabeled rows in a merged model.
 
     stack: of the adapters themselves.  batches: of all tasks' rows, weighted as by ``nsc.packing.pack``. Raises
-    TargetError where an adapter has none of the targets.
+    TargetError where an adapter with rows has none of the targets.
     """
 
     def __init__(self, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], device: torch.device) -> None:
         self.targets, self.batches = list(targets), [batch.to(device) for batch in batches]
-        present = torch.tensor([stack.modules[name].present for name in targets]).double()
-        if orphans := [task for task, n in zip(stack.tasks, present.sum(0), strict=True) if not n]:
+        rows = torch.cat([batch.task[batch.weight > 0].cpu() for batch in batches])
+        counted = rows.bincount(minlength=len(stack.tasks)) > 0  # (K,)
+        present = torch.tensor([stack.modules[name].present for name in targets]).double() * counted
+        if orphans := [t for t, n, seen in zip(stack.tasks, present.sum(0), counted, strict=True) if seen and not n]:
             raise TargetError(f"adapter {', '.join(orphans)} has none of the targets; choose others by target_modules")
-        self.share = (present / present.sum(0) / len(stack.tasks)).to(device)  # (T, K)
+        self.share = (present / present.sum(0).clamp_min(1) / counted.sum()).to(device)  # (T, K)
         modules = whitened(stack).modules
         self.A = {name: modules[name].A.to(device) for name in targets}
         self.offsets = {n: torch.tensor([0, *modules[n].ranks], device=device).cumsum(0) for n in targets}

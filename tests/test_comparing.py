@@ -8,6 +8,7 @@ import torch
 import transformers
 import yaml
 from test_cli import refused, run
+from test_docs import snippets
 from tiny import WORDS, random_factors, write_adapter
 
 import nsc
@@ -268,3 +269,11 @@ def test_peak_memory_sees_what_was_held_for_a_moment():
     del held
     assert size * 0.9 < peak.growth() < size * 2
     assert PeakMemory(torch.device("cpu")).growth() < size / 2  # the peak before it is forgotten
+
+
+def test_the_python_of_the_page(base, heads, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = snippets("docs/comparing.md")
+    names = {"base": base, "adapters": heads, "data": {}, "test": rows["test"]}
+    exec(code, names)
+    assert names["found"].row("ties").scale == 0.4 and (tmp_path / "compared/compare.md").exists()
