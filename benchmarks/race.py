@@ -68,7 +68,7 @@ def read_stack(carrier: peft.PeftModel, folder: Path, model: nn.Module) -> Stack
     carrier.save_pretrained(folder)
     adapters = {task: read_adapter(folder / task) for task in carrier.peft_config}
     shapes = linear_shapes(model)
-    return whitened(stack_adapters(adapters, match_adapters(adapters, shapes), list(shapes)))
+    return whitened(stack_adapters(adapters, match_adapters(adapters, shapes), shapes))
 
 
 def random_stack(model: nn.Module, tasks: int, folder: Path) -> Stack:

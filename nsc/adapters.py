@@ -1,17 +1,20 @@
-"""PEFT LoRA checkpoints, read straight from safetensors: no base model, no PEFT.
+"""PEFT LoRA and VeRA checkpoints, read straight from safetensors: no base model, no PEFT.
 
-    delta W = scale * B @ A,    A: (r, d)   B: (m, r)   scale = alpha / r, or alpha / sqrt(r) for rsLoRA
+    LoRA    delta W = scale * B @ A,    A: (r, d)   B: (m, r)   scale = alpha / r, or alpha / sqrt(r) for rsLoRA
+    VeRA    delta W = diag(lambda_b) B diag(lambda_d) A,    A and B the first columns and rows of what all modules share
 
 Whatever would make the update anything else is refused by name, never ignored: a merge with a wrong delta
 raises nothing by itself.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nsc.errors import AdapterError, UnsupportedAdapter
-from nsc.refusals import LORA_KEY, saved_name, unsupported
+from nsc.refusals import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name, unsupported
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -29,11 +32,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One module's update ``scale * B @ A``, in the dtype it was stored in."""
+    """One module's update ``scale * B @ A``, in the dtype it was stored in; of VeRA in float32 at least.
+
+    wide: whether A has columns beyond the module's d, which only the base tells: ``narrowed`` leaves them out.
+    """
 
     A: Tensor  # (r, d)
     B: Tensor  # (m, r)
     scale: float
+    wide: bool = False
 
     @property
     def rank(self) -> int:
@@ -44,6 +51,10 @@ class LoraFactors:
     def is_zero(self) -> bool:
         """Whether the update is zero because a factor is: training starts there."""
         return self.scale == 0 or not self.A.any() or not self.B.any()
+
+    def narrowed(self, d: int) -> LoraFactors:
+        """For a module of d inputs: the first d columns of a wide A, otherwise the same."""
+        return replace(self, A=self.A[:, :d], wide=False) if self.wide else self
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A plain LoRA adapter. Names are relative to the model class it was trained on (no ``base_model.model.``)."""
+    """A plain LoRA or VeRA adapter. Module names are as in the model class it was trained on, without PEFT's prefix."""
 
     name: str
     path: Path
@@ -84,7 +95,7 @@ class Adapter:
 
 
 def read_adapter(path_or_hub_id: str | Path, name: str | None = None) -> Adapter:
-    """Read a PEFT LoRA adapter from a local folder or, where there is none, from the Hub.
+    """Read a PEFT LoRA or VeRA adapter from a local folder or, where there is none, from the Hub.
 
     ``name`` defaults to the folder's. Raises UnsupportedAdapter, listing every unsupported feature, and AdapterError
     where the adapter is missing, broken, contradicts its config or was never trained.
@@ -116,19 +127,15 @@ def refuse_unsupported(checkpoint: Checkpoint) -> None:
     if features := unsupported(checkpoint.config, checkpoint.tensors):
         listed = "".join(f"\n  - {feature}" for feature in features)
         raise UnsupportedAdapter(
-            f"{checkpoint.error('cannot be merged, it is not plain LoRA on linear layers')}{listed}"
+            f"{checkpoint.error('cannot be merged, it is not plain LoRA or VeRA on linear layers')}{listed}"
         )
 
 
 def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
     """Module name -> factors with their scale. Raises AdapterError naming the module or tensor at fault."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in checkpoint.tensors.items():
-        if match := LORA_KEY.fullmatch(key):
-            pair = pairs.setdefault(match["module"], {})
-            if match["side"] in pair:
-                raise checkpoint.error(f"'{key}' is there under two adapter names; save one adapter a folder")
-            pair[match["side"]] = _checked(checkpoint, key, tensor)
+    if checkpoint.config.get("peft_type") == "VERA":
+        return _read_vera(checkpoint)
+    pairs = _by_module(checkpoint, LORA_KEY)
     if not pairs:
         raise checkpoint.error("no lora_A / lora_B tensor in it; is it a LoRA adapter saved by PEFT?")
     return {module: _pair_up(checkpoint, module, pair) for module, pair in pairs.items()}
@@ -167,6 +174,42 @@ def _matching(patterns: Mapping[str, float] | None, module: str) -> list[float]:
     return found or [value for pattern, value in patterns.items() if pattern == module]
 
 
+def _by_module(checkpoint: Checkpoint, pattern: re.Pattern[str], ndim: int = 2) -> dict[str, dict[str, Tensor]]:
+    """Module -> side -> the tensor whose key matches; the module is "" where the pattern has none."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in checkpoint.tensors.items():
+        if match := pattern.fullmatch(key):
+            sides = found.setdefault(match.groupdict().get("module", ""), {})
+            if match["side"] in sides:
+                raise checkpoint.error(f"'{key}' is there under two adapter names; save one adapter a folder")
+            sides[match["side"]] = _checked(checkpoint, key, tensor, ndim)
+    return found
+
+
+def _read_vera(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
+    """lambda_d folded into A, which stays as wide as the widest module's, and lambda_b into the rows of B it scales."""
+    shared = _by_module(checkpoint, VERA_SHARED).get("", {})
+    if shared.keys() != {"A", "B"}:
+        raise checkpoint.error("no vera_A and vera_B in it, as save_projection=True saves them")
+    A, B = (shared[side].to(torch.promote_types(shared[side].dtype, torch.float32)) for side in "AB")
+    rank, stated = len(A), checkpoint.config.get("r")
+    if not rank == B.shape[1] == stated:
+        shapes = f"vera_A {(*A.shape,)} and vera_B {(*B.shape,)}, while {CONFIG} says r = {stated}"
+        raise checkpoint.error(f"the ranks disagree: {shapes}; save or copy the adapter again")
+    factors = {}
+    for module, scales in _by_module(checkpoint, VERA_KEY, ndim=1).items():
+        if missing := {"b", "d"} - scales.keys():
+            raise checkpoint.error(f"module '{module}' has no vera_lambda_{missing.pop()}; save the adapter again")
+        b, d = scales["b"], scales["d"]
+        if len(d) != rank or len(b) > len(B):
+            shapes = f"vera_lambda_d {(*d.shape,)} and vera_lambda_b {(*b.shape,)}"
+            raise checkpoint.error(f"module '{module}': {shapes} do not fit vera_A {(*A.shape,)}, vera_B {(*B.shape,)}")
+        factors[module] = LoraFactors(d[:, None] * A, b[:, None] * B[: len(b)], 1.0, wide=True)
+    if not factors:
+        raise checkpoint.error("no vera_lambda_b / vera_lambda_d tensor in it; is it a VeRA adapter saved by PEFT?")
+    return factors
+
+
 def _pair_up(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> LoraFactors:
     """Check that A and B belong together and agree with the config; the scale would be a guess otherwise."""
     if missing := {"A", "B"} - pair.keys():
@@ -195,7 +238,7 @@ def _stated_rank(checkpoint: Checkpoint, module: str) -> float:
 def _checked(checkpoint: Checkpoint, key: str, tensor: Tensor, ndim: int = 2) -> Tensor:
     """The tensor itself, once it is a finite floating-point tensor of ``ndim`` dimensions."""
     if tensor.ndim != ndim:
-        raise checkpoint.error(f"tensor '{key}' has shape {(*tensor.shape,)}; the factors of linear layers are 2-D")
+        raise checkpoint.error(f"tensor '{key}' has shape {(*tensor.shape,)}; it must be {ndim}-D in a linear layer")
     if tensor.dtype not in DTYPES:
         raise checkpoint.error(f"tensor '{key}' is {tensor.dtype}; save the adapter in float16, bfloat16 or float32")
     if not tensor.isfinite().all():

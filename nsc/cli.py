@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nsc.cli_compare import compare
-from nsc.terminal import pairs as _pairs
-from nsc.terminal import plain_errors as _plain_errors
+from nsc.terminal import given, pairs, plain_errors
 
 app = typer.Typer(
     name="nsc",
@@ -38,7 +36,7 @@ def merge(
     config: Annotated[Path | None, typer.Option(help="YAML file of what is said here; flags go before it.")] = None,
     preset: Annotated[str, typer.Option(help="The paper's settings: vit, llama, llava or paper; or fast.")] = "paper",
     setting: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of MergeConfig; repeat.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the method; repeat.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the optimiser, instead of the preset's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, instead of the preset's.")] = None,
@@ -65,27 +63,37 @@ def merge(
         str | None, typer.Option(help="auto, balanced...: all GPUs, CPU and disk, by accelerate; instead of device.")
     ] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Split the base over the processes of torchrun.")] = False,
+    method: Annotated[str, typer.Option(help="Instead of nsc: one that `nsc methods` lists, or nsc+ONE.")] = "nsc",
+    scale: Annotated[float | None, typer.Option(help="Of all that another method merges, once.")] = None,
+    density: Annotated[float | None, typer.Option(help="Of TIES: the fraction of entries kept.")] = None,
+    drop: Annotated[float | None, typer.Option(help="Of DARE: the fraction of entries dropped.")] = None,
+    coefficients: Annotated[
+        Path | None, typer.Option(help="Folder of an earlier merge: its coefficients as weights of another method.")
+    ] = None,
     rank: Rank = None,
     full: Full = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted merge of OUT.")] = False,
 ) -> None:
-    """Learn coefficients from unlabeled data, write the merge to OUT, and prove it by reloading."""
-    with _plain_errors():
+    """Learn coefficients from unlabeled data, or take another method; write the merge to OUT, prove it by reloading."""
+    with plain_errors():
         from nsc.settings import gather
 
-        job, settings = gather(_given(context), setting or (), config)
+        job, settings = gather(given(context), setting or (), config)
         out = Path(job.out)
-    with _plain_errors(out):
+    with plain_errors(out):
         from nsc.distributed import join
         from nsc.errors import NSCError
         from nsc.merging import merge as run
         from nsc.result import CHECKPOINT, partial_folder, refuse_output
 
-        refuse_output(out, job.base, job.rank, job.full)
+        refuse_output(out, job.base, job.rank, job.full, job.recipe)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not resume:
             raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")
-        result = run(job.base, job.adapters, job.data, settings, checkpoint=checkpoint, resume=resume)
+        result = run(
+            job.base, job.adapters, job.data, settings, method=job.recipe or job.method,
+            coefficients=job.coefficients, checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
         if join(settings.device).first:
             _finish(result.save(out, rank=job.rank, full=job.full), out)
 
@@ -101,15 +109,24 @@ def apply(
     full: Full = False,
 ) -> None:
     """Replay a recorded merge, at the recorded rank, without learning; the base is needed only for --full."""
-    with _plain_errors():
+    with plain_errors():
         from nsc.errors import NSCError
         from nsc.merging import apply as run
 
         if (rank is not None) + exact + full > 1:
             raise NSCError("--rank, --exact and --full exclude one another: give one of them")
-        result = run(record, adapters=_pairs(adapter or [], "--adapter"), base=base)
+        result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
         kept = result.record.rank if rank is None and not (exact or full) else rank
         _finish(result.save(out, rank=kept, full=full), out)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Every method of merging by name, with the spaces that it runs in, what it does, and where it is from."""
+    with plain_errors():
+        from nsc.catalogue import format_methods, list_methods
+
+        typer.echo(json.dumps(list_methods(), indent=1) if as_json else format_methods(list_methods()))
 
 
 @app.command()
@@ -118,7 +135,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Ranks, scales, targets, conditions, overlaps and unsupported features of adapters. No base model is read."""
-    with _plain_errors():
+    with plain_errors():
         from dataclasses import asdict
 
         from nsc.inspection import format_inspection
@@ -154,13 +171,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Predict time, memory and launch of a merge from shapes alone, before anything is downloaded or run."""
-    with _plain_errors():
+    with plain_errors():
         from nsc.devices import get_hardware
         from nsc.plan import format_plan, plan_merge
 
         predicted = plan_merge(
             base,
-            _pairs(adapter or [], "--adapter"),
+            pairs(adapter or [], "--adapter"),
             rank=rank,
             tasks=tasks,
             lora_modules=tuple(lora_module or ("q_proj", "v_proj")),
@@ -196,13 +213,13 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Run a few real steps and say where their time goes, and how near they come to the frozen base alone."""
-    with _plain_errors():
+    with plain_errors():
         from nsc.profiling import format_profile, profile_merge
 
         found = profile_merge(
             base,
-            _pairs(adapter, "--adapter"),
-            _pairs(data, "--data"),
+            pairs(adapter, "--adapter"),
+            pairs(data, "--data"),
             steps=steps_timed,
             hardware=hardware,
             flops=flops,
@@ -222,33 +239,3 @@ app.command()(compare)
 
 def _finish(proof: Any, out: Path) -> None:
     typer.echo(f"proof: {proof}\nwritten to {out}")
-
-
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The options on the command line by the names of the settings, those that are written differently there read."""
-    read: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "adapter": ("adapters", lambda pairs: _pairs(pairs, "--adapter")),
-        "data": ("data", lambda pairs: _pairs(pairs, "--data")),
-        "out": ("out", str),
-        "target_module": ("target_modules", tuple),
-        "target_block": ("target_blocks", tuple),
-        "max_drift": ("max_drift", lambda drift: None if drift < 0 else drift),
-        "tokens_per_pass": (
-            "tokens_per_pass", lambda text: None if text == "auto" else _whole(text, "--tokens-per-pass"),
-        ),
-    }  # fmt: skip
-    given = {}
-    for option, value in context.params.items():
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
-            name, convert = read.get(option, (option, lambda value: value))
-            given[name] = convert(value)
-    return given
-
-
-def _whole(text: str, option: str) -> int:
-    from nsc.errors import NSCError
-
-    if not text.isdigit():
-        raise NSCError(f"{option} must be a whole number or auto, not {text!r}")
-    return int(text)

@@ -26,13 +26,13 @@ Link = Callable[[Tensor], Tensor]
 # Of each link but softmax: itself, and its inverse, infinite at the ends of an open range.
 LINKS: dict[str, tuple[Link, Link]] = {
     "identity": (lambda theta: theta, lambda lam: lam),
-    "clip": (lambda theta: theta.clamp(0, 1), lambda lam: lam),
     "softplus": (
         lambda theta: torch.logaddexp(theta, torch.zeros_like(theta)),
         lambda lam: lam.clamp_min(0) + (-torch.expm1(-lam.clamp_min(0))).log(),
     ),
     "sigmoid": (torch.sigmoid, lambda lam: lam.clamp(0, 1).logit()),
     "exp": (torch.exp, lambda lam: lam.clamp_min(0).log()),
+    "clip": (lambda theta: theta.clamp(0, 1), lambda lam: lam),
 }
 
 

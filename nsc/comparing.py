@@ -28,9 +28,9 @@ from nsc.errors import DataError, NSCError
 from nsc.evaluate import Exam, exams_of
 from nsc.feeds import feed_of
 from nsc.fitting import fit
+from nsc.inputs import Source, absolute, fingerprint, read_adapters, read_data
 from nsc.labelled import Labelled, read_labelled
 from nsc.learn import printer
-from nsc.merging import Source, _absolute, fingerprint, read_adapters, read_data
 from nsc.places import input_device
 from nsc.recipes import read_recipe, split_learned
 from nsc.result import partial_folder
@@ -67,7 +67,7 @@ def compare(
     its own.  resume: rows that an interrupted comparison left are kept. Raises a subclass of NSCError for anything that
     concerns all methods, or a name or setting that there is not.
     """
-    out, base, validation = Path(out), _absolute(base), validation or {}
+    out, base, validation = Path(out), absolute(base), validation or {}
     planned = {name: _plan(name, config, settings, search) for name in methods}
     _refuse(out, planned, data, validation, search, settings)
     say = printer(progress)
@@ -220,7 +220,7 @@ def _record(
 
 
 def _place(source: Source) -> str:
-    return _absolute(source) if isinstance(source, (str, Path)) else f"{len(source)} samples given in Python"
+    return absolute(source) if isinstance(source, (str, Path)) else f"{len(source)} samples given in Python"
 
 
 def _line(row: Row) -> str:

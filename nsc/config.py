@@ -26,7 +26,7 @@ CHOICES = {
     "positions": ("prompt", "last", "full"),
     "modality": ("both", "text", "image"),
     "granularity": ("layer", "task", "rank"),
-    "link": ("identity", "clip", "softplus", "sigmoid", "exp", "softmax"),
+    "link": ("identity", "softplus", "sigmoid", "exp", "clip", "softmax"),
     "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("constant", "linear", "cosine"),
     "objective": ("null-space", "entropy", "both"),

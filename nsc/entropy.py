@@ -100,7 +100,7 @@ def entropy_of(
     """By the heads that adapters carry, or by the base's own where none does, and on generated positions.
 
     rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
-    there is no head, only some adapters carry one, or one is more than a linear layer.
+    there is no head, only some adapters carry one, one is more than a linear layer, or all have a single output.
     """
     seen = {task: _outside(model, adapter) for task, adapter in adapters.items() if task not in unseen}
     carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
@@ -115,6 +115,11 @@ def entropy_of(
             " merge them by the null-space objective, or name those without a head as unseen"
         )
     heads = [carried_head(seen[task]) if task in seen else None for task in adapters]
+    if all(head is None or len(head.weight) == 1 for head in heads):
+        raise NSCError(
+            f"the heads of {', '.join(carrying)} have one output each, which is no class: their entropy is always 0;"
+            " use the null-space objective"
+        )
     return Entropy(heads, rows, reduction)
 
 

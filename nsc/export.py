@@ -1,4 +1,4 @@
-"""Coefficients -> files: a PEFT adapter (exact concatenation, or truncated), or the whole model shard by shard."""
+"""A merge -> files: a PEFT adapter (its exact factors, or truncated), or the whole model shard by shard."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from torch import Tensor
 from nsc.checkpoints import WEIGHT_FILES, checkpoint_folder, read_tensors, shapes_in, shard_names
 from nsc.errors import NSCError
 from nsc.families import tower_keys
+from nsc.merged import Merged, parameter_update, whole_updates
+from nsc.methods import LowRank
 from nsc.names import resolve
-from nsc.stack import DenseStack, ModuleStack, Stack
 
+DENSE_REMEDY = "no exact adapter holds it; give --rank to truncate it, or --full for the whole model"
+OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the range finder
 OWN_FILES = ("readme.md", ".gitattributes")  # of the base's repository, not of the model
 
 
@@ -34,46 +37,24 @@ class MergedFactors:
     error: float = 0.0
 
 
-def merged_factors(stack: Stack, coefficients: Tensor, rank: int | None = None) -> dict[str, MergedFactors]:
-    """Every layer's update by exact concatenation, ``[lam_k s_k B_k] [A_k]``, or the best one of at most ``rank``.
+def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedFactors]:
+    """The update of every layer that carries LoRA: as its factors are, or the best one of at most ``rank``.
 
-    coefficients: (M, K). Raises NSCError for a rank below 1.
+    Raises NSCError for a rank below 1, and for a dense update without a rank.
     """
     if rank is not None and rank < 1:
         raise NSCError(f"rank must be 1 or more, not {rank}")
-    rows = dict(zip(stack.names, coefficients, strict=True))
-    if rank is None:
-        return {name: _concatenated(module, rows[name]) for name, module in stack.modules.items()}
-    return {name: _truncated(module, rows[name], rank) for name, module in stack.modules.items()}
+    whole = set(merged.whole)
+    return {name: _factors(name, merged.update(name), rank) for name in merged.names if name not in whole}
 
 
-def merged_layers_whole(base: str, stack: Stack, coefficients: Tensor) -> dict[str, Tensor]:
+def merged_layers_whole(base: str, merged: Merged) -> dict[str, Tensor]:
     """Every parameter that adapters fine-tuned whole, by name, as the merge has it: float32, base and update together.
 
     Raises NSCError if the base has no safetensors checkpoint that holds them.
     """
-    stored = read_layers(base, list(stack.dense)) if stack.dense else {}
-    updates = dense_updates(stack, coefficients)
-    return {name: (stored[name].double() + update).float() for name, update in updates.items()}
-
-
-def dense_updates(stack: Stack, coefficients: Tensor) -> dict[str, Tensor]:
-    """Parameter that adapters fine-tuned whole -> what the merge adds to it, float64 on the CPU."""
-    updates = Updates(stack, coefficients)
-    found = {f"{name}.{kind}": updates.of(f"{name}.{kind}") for name in stack.dense for kind in ("weight", "bias")}
-    return {name: update for name, update in found.items() if update is not None}
-
-
-def as_stack(factors: Mapping[str, MergedFactors], updates: Mapping[str, Tensor] | None = None) -> Stack:
-    """Merged factors as one adapter of scale 1, with what ``dense_updates`` gives, to run them in a model."""
-    updates = updates or {}
-    modules = {
-        name: ModuleStack(f.A, f.B, (f.A.shape[0],), (1.0,), (None,), gram_inverse=None) for name, f in factors.items()
-    }
-    biases = {name: update[None] for name, update in updates.items() if update.ndim == 1}
-    whole = {key.removesuffix(".weight"): update[None] for key, update in updates.items() if update.ndim == 2}
-    dense = {name: DenseStack(update, biases.get(f"{name}.bias"), [True]) for name, update in whole.items()}
-    return Stack(("merged",), modules, dense, (*modules, *dense))
+    stored = read_layers(base, merged.whole) if merged.whole else {}
+    return {name: (stored[name].double() + update).float() for name, update in whole_updates(merged).items()}
 
 
 def write_adapter(
@@ -114,43 +95,25 @@ def write_adapter(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def write_full_model(folder: Path, base: str, stack: Stack, coefficients: Tensor) -> None:
-    """The base's checkpoint with ``lam_k s_k B_k A_k`` or ``lam_k (W_k - W0)`` added, one shard in memory at a time.
+def write_full_model(folder: Path, base: str, merged: Merged) -> None:
+    """The base's checkpoint with the merge's updates added, one shard in memory at a time, and one layer's update.
 
     Shards, index, tied weights, dtypes and side files are the source's own. Raises NSCError if the base has no
     safetensors checkpoint or a merged layer is not in it.
     """
     source = checkpoint_folder(base)
-    shards, places = merged_places(source, stack.names)
-    updates = Updates(stack, coefficients)
+    shards, places = merged_places(source, merged.names)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata()
         for key in tensors.keys() & places.keys():
-            if (update := updates.of(places[key])) is not None:
+            if (update := parameter_update(merged, places[key])) is not None:
                 tensors[key] = (tensors[key].double() + update).to(tensors[key].dtype)
         save_file(tensors, folder / shard.name, metadata=metadata)
     for file in source.iterdir():
         if file.is_file() and file.suffix not in WEIGHT_FILES and file.name.lower() not in OWN_FILES:
             shutil.copyfile(file, folder / file.name)
-
-
-class Updates:
-    """What a merge adds to the base's parameters, made when it is asked for. coefficients: (M, K)."""
-
-    def __init__(self, stack: Stack, coefficients: Tensor) -> None:
-        self.stack = stack
-        self.rows = dict(zip(stack.names, coefficients, strict=True))
-
-    def of(self, parameter: str) -> Tensor | None:
-        """(m, d) or (m,) float64 on the CPU for a layer's weight or bias, None where the merge leaves it alone."""
-        name, _, kind = parameter.rpartition(".")
-        layer, row = self.stack.layer(name), self.rows[name]
-        if kind == "weight":
-            return layer.delta(row).cpu()
-        update = layer.bias_delta(row) if isinstance(layer, DenseStack) else None
-        return None if update is None else update.cpu()
 
 
 def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
@@ -174,18 +137,44 @@ def read_layers(base: str, names: Sequence[str]) -> dict[str, Tensor]:
     return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}
 
 
-def _concatenated(module: ModuleStack, row: Tensor) -> MergedFactors:
-    weighted = module.B.double() * module.column_weights(row)
-    return MergedFactors(module.A.float().cpu(), weighted.float().cpu())
+def _factors(name: str, update: LowRank | Tensor, rank: int | None) -> MergedFactors:
+    if rank is not None:
+        return _truncated(update, rank) if isinstance(update, LowRank) else _leading(update.double(), rank)
+    if not isinstance(update, LowRank):
+        raise NSCError(f"the update of {name} is dense: {DENSE_REMEDY}")
+    return MergedFactors(update.A.float().cpu(), update.B.float().cpu())
 
 
-def _truncated(module: ModuleStack, row: Tensor, rank: int) -> MergedFactors:
+def _truncated(update: LowRank, rank: int) -> MergedFactors:
     """QR of both factors, SVD of the small core: nothing of size (m, d) is ever formed."""
-    left, core_left = torch.linalg.qr(module.B.double() * module.column_weights(row))
-    right, core_right = torch.linalg.qr(module.A.double().mT)
+    left, core_left = torch.linalg.qr(update.B)
+    right, core_right = torch.linalg.qr(update.A.mT)
     u, sigma, vh = torch.linalg.svd(core_left @ core_right.mT)
     kept = min(rank, sigma.numel())
-    root = sigma[:kept].sqrt()
-    error = (sigma[kept:].norm() / sigma.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
-    A, B = (root[:, None] * vh[:kept]) @ right.mT, (left @ u[:, :kept]) * root
-    return MergedFactors(A.float().cpu(), B.float().cpu(), error)
+    error = sigma[kept:].norm() / sigma.norm().clamp_min(torch.finfo(sigma.dtype).tiny)
+    return _balanced(left @ u[:, :kept], sigma[:kept], vh[:kept] @ right.mT, error)
+
+
+def _leading(update: Tensor, rank: int) -> MergedFactors:
+    """Of a dense update (m, d), by a randomised range finder of fixed seed: no SVD of anything of size (m, d).
+
+    The error is the true one, whatever the finder missed: what is kept is a projection of the update, so the squares of
+    both norms differ by the square of the rest. https://arxiv.org/abs/0909.4061, Algorithms 4.4 and 5.1.
+    """
+    kept = min(rank, *update.shape)
+    width = min(kept + OVERSAMPLING, *update.shape)
+    probe = torch.randn(update.shape[1], width, dtype=update.dtype, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(update @ probe.to(update.device))[0]
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(update @ torch.linalg.qr(update.mT @ basis)[0])[0]
+    u, sigma, vh = torch.linalg.svd(basis.mT @ update, full_matrices=False)
+    u, sigma, vh = basis @ u[:, :kept], sigma[:kept], vh[:kept]
+    total = update.square().sum()
+    lost = (total - sigma.square().sum()).clamp_min(0) / total.clamp_min(torch.finfo(update.dtype).tiny)
+    return _balanced(u, sigma, vh, lost.sqrt())
+
+
+def _balanced(u: Tensor, sigma: Tensor, vh: Tensor, error: Tensor) -> MergedFactors:
+    """The root of each singular value on either side."""
+    root = sigma.sqrt()
+    return MergedFactors((root[:, None] * vh).float().cpu(), (u * root).float().cpu(), error.item())

@@ -82,6 +82,18 @@ def load_body(
     return model if options else model.to(place)
 
 
+def empty_body(base: str) -> nn.Module:
+    """The same body without weights, for the names and shapes of its layers. Raises NSCError if there is none."""
+    main_input(base)
+    config = body_config(base)
+    try:
+        with quiet_loading(), torch.device("meta"):
+            model = _auto_class(config).from_config(config)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise NSCError(f"base {base!r} cannot be built by transformers' AutoModel: {error}") from error
+    return ImageTextBody(model) if takes_images_and_text(config) else model
+
+
 def _auto_class(config: Any) -> Any:
     """AutoModel, but for LLaVA in transformers 4, whose body is the whole model."""
     mapped = type(config) in transformers.MODEL_MAPPING

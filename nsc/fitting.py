@@ -21,7 +21,8 @@ from nsc.targets import choose_targets
 class Fitted(NamedTuple):
     """Adapters on a base: what each task keeps for itself is still with them, what is merged is in ``stack``.
 
-    matches: task -> adapter's module name -> base's.  shapes: every linear of the base -> (out, in).
+    matches: task -> adapter's module name -> base's.  shapes: every linear of the base -> (out, in).  targets: what is
+    measured, where something is.
     """
 
     adapters: dict[str, Adapter]
@@ -32,7 +33,14 @@ class Fitted(NamedTuple):
 
 
 def fit(base: str, model: nn.Module, adapters: Mapping[str, Adapter], config: MergeConfig) -> Fitted:
-    """Put ``adapters`` on the body ``model`` of ``base``, and choose what is measured.
+    """Put ``adapters`` on the body ``model`` of ``base``, and choose what is measured. Raises as ``put_on`` does."""
+    fitted = put_on(base, model, adapters, config)
+    names = list(fitted.stack.modules)
+    return fitted._replace(targets=choose_targets(model, names, config.target_modules, config.target_blocks))
+
+
+def put_on(base: str, model: nn.Module, adapters: Mapping[str, Adapter], config: MergeConfig) -> Fitted:
+    """Put ``adapters`` on the body ``model`` of ``base``, of which shapes are enough; nothing is measured.
 
     Raises a subclass of NSCError, naming adapter and module, for anything that has no place there.
     """
@@ -41,11 +49,10 @@ def fit(base: str, model: nn.Module, adapters: Mapping[str, Adapter], config: Me
     for task, mapping in matches.items():
         check_towers(task, mapping, str(model.main_input_name))
     kept, whole = split_saved(adapters, matches, body_of(base, model), config.keep_modules)
-    stack = stack_adapters(kept, matches, list(shapes), dense_stacks(base, whole))
+    stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
     stack = by_rank(stack) if config.granularity == "rank" else stack
     refuse_moving_tower(model, stack.names)
-    targets = choose_targets(model, list(stack.modules), config.target_modules, config.target_blocks)
-    return Fitted(kept, matches, shapes, stack, targets)
+    return Fitted(kept, matches, shapes, stack, [])
 
 
 def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:

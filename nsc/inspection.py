@@ -107,7 +107,8 @@ def _examine(checkpoint: Checkpoint) -> tuple[AdapterReport, dict[str, Tensor]]:
         factors, saved = read_factors(checkpoint), tuple(read_saved(checkpoint))
     except AdapterError as error:
         return replace(report, problems=(*problems, str(error))), {}
-    grams = dict(zip(factors, GramCache().factor([f.A for f in factors.values()]), strict=True))
+    own = [name for name, f in factors.items() if not f.wide]
+    grams = dict(zip(own, GramCache().factor([factors[name].A for name in own]), strict=True))
     spaces = {name: (gram.whiten @ factors[name].A.double())[: gram.rank].float() for name, gram in grams.items()}
     numerics = _numerics(factors, grams)
     if len(numerics["zero"]) == len(factors):
@@ -126,8 +127,10 @@ def _targets(factors: Mapping[str, LoraFactors]) -> tuple[Target, ...]:
 
 
 def _numerics(factors: Mapping[str, LoraFactors], grams: Mapping[str, GramFactor]) -> dict:
-    """Conditions and ranks, as fields of AdapterReport."""
+    """Conditions and ranks, as fields of AdapterReport; without those of which only the base tells the width of A."""
     zero = tuple(name for name, f in factors.items() if f.is_zero)
+    if not grams:
+        return {"zero": zero}
     worst = max(grams, key=lambda name: grams[name].condition)
     return {
         "worst_condition": grams[worst].condition,
@@ -166,8 +169,10 @@ def _format_adapter(report: AdapterReport) -> list[str]:
         lines += [f"  {t.kind} x {t.blocks}: rank {rank}, scale {', '.join(f'{scale:g}' for scale in t.scales)}"]
     if report.saved:
         lines += [f"  saved whole: {', '.join(report.saved)}"]
-    if report.targets:
+    if report.worst_module:
         lines += [f"  worst condition {report.worst_condition:.3g} at {report.worst_module}"]
+    elif report.targets:
+        lines += ["  VeRA: conditions and overlaps are those of the part of A that each layer of a base takes"]
     for label, modules in (("rank-deficient A", report.deficient), ("zero update", report.zero)):
         if modules:
             lines += [f"  {label}: {modules[0]}" + f" and {len(modules) - 1} more" * (len(modules) > 1)]

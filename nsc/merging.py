@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,59 +15,109 @@ import torch
 from torch import Tensor, nn
 
 from nsc import families
-from nsc.adapters import Adapter, read_adapter
+from nsc.adapters import Adapter
 from nsc.batch import Batch
-from nsc.config import MergeConfig
-from nsc.dense import Body, dense_stacks, parameters_of, split_saved
+from nsc.combining import Coefficients, Masks, combine, combine_learned, replay, require_weights_of_tasks
+from nsc.config import LEARNED, MergeConfig
+from nsc.dense import Body, dense_stacks, split_saved
+from nsc.describe import describe_merge, describe_stack
 from nsc.distributed import Team, join
 from nsc.entropy import entropy_of
-from nsc.errors import DataError, NSCError
+from nsc.errors import NSCError
 from nsc.feeds import feed_of
 from nsc.fitting import fit, match_adapters
 from nsc.generation import generator
+from nsc.inputs import Source, absolute, base_warnings, fingerprint, read_adapters, read_data
 from nsc.learn import goal_of, learn, printer, require_finite_ratios
-from nsc.names import layout
 from nsc.objective import Goal, NullSpaceObjective
 from nsc.passes import own_share
 from nsc.places import input_device
+from nsc.recipes import Recipe, read_settings
 from nsc.record import Record
-from nsc.report import describe_merge, describe_stack
 from nsc.result import MergeResult
 from nsc.sharding import shard_linears, shards_of
 from nsc.stack import Stack, by_rank, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers
 
-Source = str | Path | Sequence[Any]
-
 
 def merge(
     base: str | Path,
     adapters: Mapping[str, str | Path],
-    data: Mapping[str, Source],
+    data: Mapping[str, Source] | None = None,
     config: MergeConfig | None = None,
     *,
+    method: str | Recipe = "nsc",
+    coefficients: Coefficients = None,
+    masks: Masks = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> MergeResult:
-    """Learn one coefficient per layer and task for merging ``adapters`` on ``base``, from unlabeled ``data``.
+    """Merge ``adapters`` on ``base``: learn one coefficient per layer and task from unlabeled ``data``, or by a method.
 
     base: folder or Hub id.  adapters: task -> PEFT folder or Hub id.  data: task -> what ``read_texts`` takes (JSONL or
     text file, ``hub:`` dataset, texts), or ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the
-    base takes images.  settings: fields of MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state
-    while learning; with ``resume`` the run goes on from it. Under torchrun or accelerate launch the processes share
-    each step and all return the same; the first one alone prints, keeps the checkpoint and should save. Raises a
-    subclass of NSCError that says what is wrong and where.
+    base takes images; not read by a method that learns nothing.  settings: of the method, by default fields of
+    MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state while learning; with ``resume`` the run
+    goes on from it. Under torchrun or accelerate launch the processes share each step and all return the same; the
+    first one alone prints, keeps the checkpoint and should save.
+
+    method: a name that ``nsc methods`` lists, "nsc+NAME" to learn coefficients first and use them as the weights of
+    another method, or what ``read_recipe`` read.  coefficients: (M, K), or the folder of an earlier merge, as weights
+    of a method that learns nothing.  masks: layer -> (K, p, q) bool, what a method that drops entries at random is to
+    keep. Raises a subclass of NSCError that says what is wrong and where.
     """
-    config = replace(config or MergeConfig(), **settings) if settings else config or MergeConfig()
+    recipe, name, config = _chosen(method, config, settings)
+    say = printer(progress and join(config.device).first)
+    if recipe and not recipe.learned:
+        if resume:
+            raise NSCError(f"method {recipe.label} learns nothing, so there is nothing to resume; leave it out")
+        result = combine(absolute(base), adapters, recipe, config, coefficients, masks, say)
+        say(result.report.summary())
+        return result
+    if coefficients is not None or (masks and not recipe):
+        what = "coefficients" if coefficients is not None else "masks"
+        raise NSCError(f"{what} are for other methods, such as task-arithmetic or dare; {name} learns its coefficients")
+    if recipe:
+        require_weights_of_tasks(recipe, config)
+    place = Path(checkpoint) if checkpoint else None
+    result = _learn(base, adapters, data or {}, config, name, place, resume, progress)
+    result = combine_learned(result, recipe, config, masks) if recipe else result
+    say(result.report.summary())
+    return result
+
+
+def _chosen(
+    method: str | Recipe, config: MergeConfig | None, settings: Mapping[str, Any]
+) -> tuple[Recipe | None, str, MergeConfig]:
+    """What is made of the adapters, the name of what learns, and its settings, over its own defaults."""
+    if isinstance(method, Recipe):
+        recipe: Recipe | None = method
+        ours = read_settings(method.label, settings)[1]
+        if others := sorted(set(settings) - {f.name for f in fields(MergeConfig)}):
+            raise NSCError(f"{others[0]} is given beside a recipe, which says all of it; say it there")
+    else:
+        recipe, ours = read_settings(method, settings)
+    name = (recipe.learned or "") if recipe else str(method)
+    if config is None:
+        return recipe, name, MergeConfig(**{**(LEARNED[name].settings if name else {}), **ours})
+    return recipe, name, replace(config, **ours)
+
+
+def _learn(
+    base: str | Path, adapters: Mapping[str, str | Path], data: Mapping[str, Source], config: MergeConfig, name: str,
+    checkpoint: Path | None, resume: bool, progress: bool,
+) -> MergeResult:  # fmt: skip
+    """The merge by learned coefficients, of which ``name`` in LEARNED has the kind."""
     read = read_adapters(adapters)
-    base = _absolute(base)
+    base = absolute(base)
     feed = feed_of(base)
     samples = read_data(data, read, feed.read, config.unseen)
     team = join(config.device)
     model = _load(base, config, team)
-    read, matches, shapes, stack, targets = fit(base, model, read, config)
+    fitted = fit(base, model, read, config)
+    read, stack, targets = fitted.adapters, fitted.stack, fitted.targets
     if config.shard:
         shard_linears(model, team, families.one_device(config.device))
     say = printer(progress and team.first)
@@ -98,14 +148,17 @@ def merge(
     goal = goal_of(stack.tasks, config, entropy)
     before = _ratios(model, lean, targets, evaluation, start, team, goal)
     learned = learn(
-        model, lean, targets, batches, config, checkpoint=Path(checkpoint) if checkpoint else None, resume=resume,
+        model, lean, targets, batches, config, checkpoint=checkpoint, resume=resume,
         identity=identity, progress=progress, team=team, entropy=entropy,
     )  # fmt: skip
     after = _ratios(model, lean, targets, evaluation, learned.coefficients, team, goal)
-    report = describe_merge(base, stack, targets, learned, before, after, config)
-    report = replace(report, warnings=report.warnings + _base_warnings(base, read))
-    record = _record(base, read, matches, stack, shapes, learned.coefficients, data, targets, config)
-    say(report.summary())
+    report = describe_merge(base, stack, targets, learned, before, after, config, name)
+    report = replace(report, warnings=report.warnings + base_warnings(base, read))
+    sources = {
+        task: absolute(d) if isinstance(d, (str, Path)) else f"{len(d)} samples given in Python"
+        for task, d in data.items()
+    }
+    record = Record.of(base, name, fitted, read, learned.coefficients, config, data=sources)
     sample, in_full = first_step[0], model if config.whole_base else None
     return MergeResult(learned.coefficients, report, record, read, stack, in_full, sample)
 
@@ -123,7 +176,7 @@ def apply(
     unknown = sorted(set(moved) - set(record.adapters))
     if unknown:
         raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
-    record = replace(record, base=_absolute(base) if base else record.base)
+    record = replace(record, base=absolute(base) if base else record.base)
     read = read_adapters({task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()})
     for task, adapter in read.items():
         if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
@@ -134,31 +187,16 @@ def apply(
     matches = match_adapters(read, record.modules)
     body = Body(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
-    stack = stack_adapters(read, matches, list(record.modules), dense_stacks(record.base, whole))
+    stack = stack_adapters(read, matches, record.modules, dense_stacks(record.base, whole))
     stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack
-    if record.coefficients.shape != stack.owned.shape:
+    lam = record.coefficients
+    if lam is not None and lam.shape != stack.owned.shape:
         raise NSCError(
-            f"{folder} records coefficients {tuple(record.coefficients.shape)}, but these adapters take"
+            f"{folder} records coefficients {tuple(lam.shape)}, but these adapters take"
             f" {tuple(stack.owned.shape)}; it is damaged, so merge anew"
         )
-    report = describe_stack(record.base, stack, record.coefficients, record.start)
-    return MergeResult(record.coefficients, report, record, read, stack)
-
-
-def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
-    """Every adapter by task. Raises NSCError if there is none, or for a task that cannot name a file."""
-    if not adapters:
-        raise NSCError("no adapter given; a merge needs at least one")
-    for task in adapters:
-        if not task or "/" in task or "\\" in task:
-            raise NSCError(f"task name {task!r} must do as a file name: not empty, without / and \\")
-    return {task: read_adapter(path, task) for task, path in adapters.items()}
-
-
-def fingerprint(adapter: Adapter) -> str:
-    """Of weights and scales together: either changes the merge."""
-    scales = {name: factors.scale for name, factors in sorted(adapter.factors.items())}
-    return hashlib.sha256((adapter.sha256 + json.dumps(scales)).encode()).hexdigest()
+    report = describe_stack(record.base, stack, lam, record.start, record.method)
+    return replay(MergeResult(lam, report, record, read, stack))
 
 
 def _load(base: str, config: MergeConfig, team: Team) -> nn.Module:
@@ -167,27 +205,6 @@ def _load(base: str, config: MergeConfig, team: Team) -> nn.Module:
         raise NSCError("device_map spreads one process over all devices; start it without torchrun, or give shard")
     device = "cpu" if config.shard else config.device
     return families.load_body(base, config.dtype, device, config.weights, config.device_map)
-
-
-def read_data(
-    data: Mapping[str, Source], adapters: Mapping[str, Adapter], read: Callable[[Source], list[Any]],
-    unseen: Collection[str] = (),
-) -> dict[str, list[Any]]:  # fmt: skip
-    """Task -> samples, by ``read``; none for an unseen one.
-
-    Raises DataError where the tasks of both do not agree, or an unseen one is no adapter's or has data.
-    """
-    missing, extra = sorted(set(adapters) - set(data) - set(unseen)), sorted(set(data) - set(adapters))
-    if missing or extra:
-        raise DataError(
-            f"data and adapters must name the same tasks: no data for {', '.join(missing) or 'none'},"
-            f" no adapter for {', '.join(extra) or 'none'}; an adapter without data must be named as unseen"
-        )
-    if strange := sorted(set(unseen) & set(data) | set(unseen) - set(adapters)):
-        raise DataError(f"unseen names {', '.join(strange)}, which must be adapters, and without data")
-    if not set(adapters) - set(unseen):
-        raise DataError("every task is unseen, so there is nothing to learn from; give data for one at least")
-    return {task: [] if task in unseen else read(data[task]) for task in adapters}
 
 
 def _ratios(
@@ -204,43 +221,6 @@ def _ratios(
         team.add_up(table)
         require_finite_ratios(objective, table)
         return table.cpu()
-
-
-def _record(
-    base: str, adapters: Mapping[str, Adapter], matches: Mapping[str, Mapping[str, str]], stack: Stack,
-    shapes: Mapping[str, tuple[int, int]], coefficients: Tensor, data: Mapping[str, Source], targets: list[str],
-    config: MergeConfig,
-) -> Record:  # fmt: skip
-    prefix = layout(matches.values())
-    if prefix is None:
-        prefix = max((layout([match]) or "" for match in matches.values()), key=len)
-    return Record(
-        base=base,
-        prefix=prefix,
-        start=config.start,
-        coefficients=coefficients,
-        modules={name: shapes[name] for name in stack.names},
-        adapters={t: {"path": str(a.path.resolve()), "fingerprint": fingerprint(a)} for t, a in adapters.items()},
-        data={
-            t: _absolute(d) if isinstance(d, (str, Path)) else f"{len(d)} samples given in Python"
-            for t, d in data.items()
-        },
-        targets=targets,
-        settings=config.to_dict(),
-        dense=tuple(parameters_of(stack.dense)),
-    )
-
-
-def _base_warnings(base: str, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Bases of one shape cannot be told apart by it, so say when the names disagree."""
-    named = {task: Path(adapter.base).name for task, adapter in adapters.items() if adapter.base}
-    strange = [f"{task} on {name}" for task, name in named.items() if name != Path(base).name]
-    return [f"not trained on {Path(base).name} by their own configs: {', '.join(strange)}"] if strange else []
-
-
-def _absolute(place: str | Path) -> str:
-    """A path that means the same from every folder; Hub names and the like as they are."""
-    return str(Path(place).resolve()) if Path(place).exists() else str(place)
 
 
 def _identity(

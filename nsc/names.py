@@ -101,9 +101,15 @@ def layout(mappings: Iterable[Mapping[str, str]]) -> str | None:
 
 
 def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:
-    """Raise NameMismatch unless every A is (r, in_features) and every B (out_features, r) of its base module."""
+    """Raise NameMismatch unless every A is (r, in_features) and every B (out_features, r) of its base module.
+
+    An A that all modules share must be as wide as the widest of them.
+    """
+    widest = max((available[mapping[name]][1] for name, f in adapter.factors.items() if f.wide), default=0)
     for name, factors in adapter.factors.items():
-        update, weight = (factors.B.shape[0], factors.A.shape[1]), tuple(available[mapping[name]])
+        weight = tuple(available[mapping[name]])
+        A = factors.narrowed(weight[1]).A if factors.A.shape[1] == widest else factors.A
+        update = (factors.B.shape[0], A.shape[1])
         if update != weight:
             raise NameMismatch(
                 f"adapter '{adapter.name}': the update of '{name}' is {update} (out, in), the base's '{mapping[name]}' "

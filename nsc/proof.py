@@ -19,8 +19,10 @@ from nsc.adapters import read_adapter
 from nsc.batch import Batch
 from nsc.checkpoints import checkpoint_folder
 from nsc.errors import AdapterError, NSCError, ProofError
-from nsc.export import MergedFactors, Updates, as_stack, dense_updates, merged_places
+from nsc.export import MergedFactors, merged_places
 from nsc.families import load_body
+from nsc.merged import Merged, as_stack, parameter_update, whole_updates
+from nsc.methods import LowRank
 from nsc.stack import Stack
 from nsc.surgery import merged_layers, replace_module
 
@@ -58,31 +60,38 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Merge:
-    """What should have been written: the adapters, their coefficients (M, K), and the factors made of both.
+    """What should have been written: the merge, and the factors made of it, none where it is written in full.
 
     whole: parameter -> what it is merged to, of layers that adapters fine-tuned whole.
     """
 
-    stack: Stack
-    coefficients: Tensor
+    merged: Merged
     factors: Mapping[str, MergedFactors]
     prefix: str
     whole: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all layers."""
+        return self.merged.names
+
     def update(self, parameter: str) -> Tensor | None:
         """(m, d) or (m,) float64 on the CPU, straight from the adapters' own factors; None where there is none."""
-        return Updates(self.stack, self.coefficients).of(parameter)
+        return parameter_update(self.merged, parameter)
 
     def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
         """``hidden_states`` of the merged model in memory; of the truncated one where a truncation was asked for."""
         truncated = any(f.error for f in self.factors.values())
-        stack, lam = (
-            (as_stack(self.factors, dense_updates(self.stack, self.coefficients)), torch.ones(len(self.stack.names), 1))
-            if truncated
-            else (self.stack, self.coefficients)
-        )
+        stack, lam = self._truncated() if truncated else self.merged.in_model()
         with merged_layers(model, stack, lam.to(batch.weight.device)):
             return hidden_states(model, batch)
+
+    def _truncated(self) -> tuple[Stack, Tensor]:
+        whole = whole_updates(self.merged)
+        updates: dict[str, LowRank | Tensor] = {name: LowRank(f.B, f.A) for name, f in self.factors.items()}
+        updates |= {name: whole[f"{name}.weight"] for name in self.merged.whole}
+        stack = as_stack(updates, {name: whole[f"{name}.bias"] for name in updates if f"{name}.bias" in whole})
+        return stack, torch.ones(len(updates), 1)
 
 
 def prove_files(folder: Path, merge: Merge) -> Proof:
@@ -95,7 +104,7 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
     _same_names(set(written), set(merge.factors), "the adapter file")
     whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
     updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
-    return Proof("adapter", len(merge.stack.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
+    return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
 
 
 def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
@@ -107,7 +116,7 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
         updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
         outputs = hidden_states(model, batch)
-    return _proof("adapter", len(merge.stack.names), weights, in_memory, outputs, bare, _dtype(model))
+    return _proof("adapter", len(merge.names), weights, in_memory, outputs, bare, _dtype(model))
 
 
 def prove_full_model(
@@ -120,7 +129,7 @@ def prove_full_model(
     """
     weights, coarsest = _worst_tensor(folder, checkpoint_folder(base), merge)
     if model is None or batch is None:
-        return Proof("full model", len(merge.stack.names), weights)
+        return Proof("full model", len(merge.names), weights)
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     try:
@@ -128,12 +137,12 @@ def prove_full_model(
     except NSCError as error:
         raise ProofError(f"transformers cannot load what was written to {folder}: {error}") from error
     outputs = hidden_states(loaded, batch)
-    return _proof("full model", len(merge.stack.names), weights, in_memory, outputs, bare, _dtype(model), coarsest)
+    return _proof("full model", len(merge.names), weights, in_memory, outputs, bare, _dtype(model), coarsest)
 
 
 def _worst_tensor(folder: Path, source: Path, merge: Merge) -> tuple[float, torch.dtype]:
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
-    shards, places = merged_places(source, merge.stack.names)
+    shards, places = merged_places(source, merge.names)
     worst, dtypes = 0.0, set()
     for shard in shards:
         try:
@@ -175,7 +184,7 @@ def _loaded_by_peft(
 ) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
     """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
     prefix, shell = merge.prefix, cast(Any, model)
-    originals = {name: model.get_submodule(name) for name in merge.stack.dense}
+    originals = {name: model.get_submodule(name) for name in merge.merged.whole}
     for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
         outer = nn.Module()
         outer.add_module(part, shell)

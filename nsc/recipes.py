@@ -1,6 +1,6 @@
 """What to do with adapters, by name: a method, the space that it runs in, its settings, one scale, weights of tasks.
 
-ties    core-ties    knots-dare-ties    core-tsv    ...        [SPACE-]METHOD
+ties    core-ties    knots-dare-ties    core-tsv    nsc+ties    ...        [LEARNED+][SPACE-]METHOD
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-from nsc.config import LEARNED
+from nsc.config import LEARNED, MergeConfig
 from nsc.errors import NSCError
 from nsc.methods import METHODS, Method
-from nsc.settings import expected, typed
 from nsc.spaces import SPACES
+from nsc.values import expected, typed
 
 COMMON = ("scale", "weights", "isotropize")
+OF_BASE = ("device", "dtype", "keep_modules")  # of MergeConfig, which methods that learn nothing have too
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Recipe:
 
     name: of METHODS.  space: of SPACES.  settings: the method's own.  scale: lambda, outside of everything, once.
     weights: task -> w_k, 1 where it is not named.  isotropize: all singular values of the merged matrix become their
-    mean, in core space, or in full where the method is spectral.
+    mean, in core space, or in full where the method is spectral.  learned: of LEARNED, whose coefficients are the
+    weights of each layer.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Recipe:
     scale: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
     isotropize: bool = False
+    learned: str | None = None
 
     @property
     def method(self) -> Method:
@@ -45,9 +48,19 @@ class Recipe:
         """As ``read_recipe`` takes it."""
         return self.name if self.space == "full" else f"{self.space}-{self.name}"
 
+    @property
+    def label(self) -> str:
+        """As ``nsc.merge`` takes it: "ties", or "nsc+ties"."""
+        return f"{self.learned}+{self.full_name}" if self.learned else self.full_name
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a layer's update is no product of small factors, so that no exact adapter holds it."""
+        return self.space == "full" and not (self.method.on_factors or self.method.spectral)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: ``read_recipe(**recipe.to_dict())`` is the recipe again."""
-        own = {k: v for k, v in asdict(self.settings).items() if not hasattr(v, "shape")}
+        own = {k: _plain(v) for k, v in asdict(self.settings).items() if not hasattr(v, "shape")}
         return {
             "method": self.full_name, **own, "scale": self.scale, "weights": dict(self.weights),
             "isotropize": self.isotropize,
@@ -105,6 +118,52 @@ def split_learned(method: str) -> tuple[str | None, str | None]:
     return None, method
 
 
+def method_of(method: str) -> Method:
+    """The row of METHODS that a name, with its space or without, means. Raises NSCError where there is none."""
+    return METHODS[_split(method)[1]]
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """Every setting that a method takes -> its type, as ``read_settings`` takes it apart."""
+    learned, name = split_learned(method)
+    kinds = get_type_hints(MergeConfig)
+    kinds = kinds if learned else {key: kinds[key] for key in OF_BASE}
+    if name:
+        of_recipe = get_type_hints(Recipe)
+        own = get_type_hints(method_of(name).settings)
+        kinds = own | {key: of_recipe[key] for key in COMMON} | kinds
+    return kinds
+
+
+def read_settings(method: str, settings: Mapping[str, Any]) -> tuple[Recipe | None, dict[str, Any]]:
+    """What a method makes of adapters, and those of ``settings`` that are MergeConfig's.
+
+    There is no recipe where learned coefficients are all. Of "nsc+dare" a seed is of both, and weights are those of the
+    base: the coefficients are those of the tasks. Raises NSCError for a setting that the method does not have.
+    """
+    learned, name = split_learned(method)
+    kinds = settings_of(method)
+    if strange := [key for key in settings if key not in kinds]:
+        raise NSCError(f"method {method} has no setting {strange[0]}; it has {', '.join(sorted(kinds))}")
+    config = {f.name for f in fields(MergeConfig)} if learned else set(OF_BASE)
+    ours = {key: value for key, value in settings.items() if key in config}
+    if name is None:
+        return None, ours
+    own = {f.name for f in fields(method_of(name).settings)}
+    recipe = read_recipe(name, **{key: v for key, v in settings.items() if key in own or key not in ours})
+    return replace(recipe, learned=learned), ours
+
+
+def write_settings(recipe: Recipe | None, config: MergeConfig) -> dict[str, Any]:
+    """The inverse of ``read_settings``: plain values, ready for YAML."""
+    of_config = config.to_dict()
+    if recipe is None:
+        return of_config
+    own = {key: value for key, value in recipe.to_dict().items() if key != "method"}
+    kept = of_config if recipe.learned else {key: of_config[key] for key in OF_BASE}
+    return own | kept
+
+
 def with_scale(recipe: Recipe, scale: float) -> Recipe:
     """The same at another scale."""
     return replace(recipe, scale=scale)
@@ -117,3 +176,9 @@ def _split(method: str) -> tuple[str, str]:
         close = difflib.get_close_matches(method, names(), n=1, cutoff=0.0)
         raise NSCError(f"there is no method {method}; did you mean {close[0]}? `nsc methods` lists all")
     return space, name
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

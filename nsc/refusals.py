@@ -1,4 +1,4 @@
-"""What nsc refuses, by name: PEFT settings and tensors that mean more than ``scale * B @ A`` on a linear layer."""
+"""What nsc refuses, by name: PEFT settings and tensors that mean more than plain LoRA or VeRA on a linear layer."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,8 @@ from torch import Tensor
 
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+VERA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.vera_lambda_(?P<side>[bd])(?:\.[^.]+)?")
+VERA_SHARED = re.compile(r"(?:base_model\.)?vera_(?P<side>[AB])(?:\.[^.]+)?")
 
 # Config fields that do not change the update, or that the reader takes into account.
 # fmt: off
@@ -17,6 +19,11 @@ UNDERSTOOD = frozenset({
     "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
     "use_rslora",
+})
+VERA_UNDERSTOOD = frozenset({
+    "auto_mapping", "base_model_name_or_path", "bias", "d_initial", "inference_mode", "init_weights", "layers_pattern",
+    "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "projection_prng_key", "r", "revision",
+    "save_projection", "target_modules", "task_type", "vera_dropout",
 })
 # fmt: on
 REFUSED_FIELDS = {
@@ -50,6 +57,11 @@ REFUSED_TENSORS = {
     r"\.bias$": "trained bias",
     r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings)\.weight$": "embeddings saved outside modules_to_save",
 }
+NO_PROJECTION = (
+    "save_projection=False: A and B are not in the checkpoint, and drawn again they need not be the same on another"
+    " system; where it was trained, load it with PEFT and add base_model.vera_A['default'] and vera_B['default'] to"
+    " adapter_model.safetensors as base_model.vera_A and base_model.vera_B, with save_projection=True in its config"
+)
 HEADS_BY_TASK = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -58,13 +70,16 @@ HEADS_BY_TASK = {
 
 
 def unsupported(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every feature of an adapter that nsc cannot merge, in words; empty for plain LoRA on linear layers.
+    """Every feature of an adapter that nsc cannot merge, in words; empty for plain LoRA or VeRA on linear layers.
 
     ``config`` is adapter_config.json, ``tensors`` the checkpoint as stored.
     """
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", "VERA"):
         return [f"peft_type={config.get('peft_type')!r}: its update is not made of LoRA factors; retrain with LoRA"]
     found = [f"{reason} ({field} is set)" for field, reason in REFUSED_FIELDS.items() if config.get(field)]
+    saved = config.get("save_projection", True) and any(map(VERA_SHARED.fullmatch, tensors))
+    if config["peft_type"] == "VERA" and not saved:
+        found.append(NO_PROJECTION)
     return found + _by_value(config) + _unknown_fields(config) + _by_tensor(config, tensors) + _doubled(config, tensors)
 
 
@@ -73,7 +88,7 @@ def saved_name(key: str, config: Mapping[str, Any]) -> str | None:
 
     ``base_model.model.score.modules_to_save.default.weight`` -> ``score.weight``
     """
-    if any(part.startswith(("lora_", "trainable_tokens_")) for part in key.split(".")):
+    if any(part.startswith(("lora_", "vera_", "trainable_tokens_")) for part in key.split(".")):
         return None
     name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key.removeprefix(PREFIX)).replace(".original_module.", ".")
     # PEFT adds the task's head whether or not its older configs mention it, and matches by the end of the name.
@@ -99,30 +114,32 @@ def _by_value(config: Mapping[str, Any]) -> list[str]:
 
 def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
     """Fields that are set and newer than this code: they may change the update."""
-    known = UNDERSTOOD | REFUSED_FIELDS.keys()
+    known = (VERA_UNDERSTOOD if config["peft_type"] == "VERA" else UNDERSTOOD) | REFUSED_FIELDS.keys()
     unknown = [field for field, value in config.items() if value and field not in known]
     return [f"{field}={config[field]!r}: a setting unknown to this version of nsc" for field in unknown]
 
 
 def _by_tensor(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that are neither 2-D LoRA factors nor in modules_to_save: one line a kind, with the first name."""
+    """Tensors that are neither factors nor in modules_to_save: one line a kind, with the first name."""
     kinds: dict[str, list[str]] = {}
+    vera = config["peft_type"] == "VERA"
     for key, tensor in tensors.items():
-        if saved_name(key, config) is None and (kind := _refused_kind(key, tensor.ndim)):
+        known = VERA_KEY.fullmatch(key) or VERA_SHARED.fullmatch(key) if vera else LORA_KEY.fullmatch(key)
+        if saved_name(key, config) is None and (kind := _refused_kind(key, tensor.ndim, bool(known))):
             kinds.setdefault(kind, []).append(key)
     return [f"{kind}: '{keys[0]}'" + f" and {len(keys) - 1} more" * (len(keys) > 1) for kind, keys in kinds.items()]
 
 
 def _doubled(config: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
-    """Modules that carry LoRA factors and are saved whole as well: which of the two is the update?"""
+    """Modules that carry factors and are saved whole as well: which of the two is the update?"""
     saved = {saved_name(key, config) for key in tensors}
-    lora = {match["module"] for key in tensors if (match := LORA_KEY.fullmatch(key))}
+    lora = {match["module"] for key in tensors if (match := LORA_KEY.fullmatch(key) or VERA_KEY.fullmatch(key))}
     doubled = sorted(module for module in lora if f"{module}.weight" in saved)
     return [f"LoRA on '{module}', which is also in modules_to_save; retrain with one of them" for module in doubled[:1]]
 
 
-def _refused_kind(key: str, ndim: int) -> str | None:
+def _refused_kind(key: str, ndim: int, known: bool) -> str | None:
     kind = next((kind for pattern, kind in REFUSED_TENSORS.items() if re.search(pattern, key)), None)
-    if kind or not LORA_KEY.fullmatch(key):
+    if kind or not known:
         return kind or "tensor of unknown kind"
     return {3: "Conv1d or fused expert LoRA (3-D)", 4: "Conv2d LoRA (4-D)", 5: "Conv3d LoRA (5-D)"}.get(ndim)

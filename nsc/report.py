@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from nsc.config import PAPER_REACH, MergeConfig
-from nsc.learn import Learned
-from nsc.stack import Stack
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
 
@@ -28,6 +23,10 @@ class Report:
     without gradient,
     left at the start.  bounded: those stopped by max_drift.  truncation: module -> relative error, where a rank was
     asked for.  proofs: what was reloaded and compared.
+
+    method: as ``nsc.merge`` takes it.  line, source: what it does, and where it is from.  space, settings: of one that
+    takes updates, or learned coefficients, further than their weighted sum.  ranks_by_module: of the written adapter.
+    merged_rank: None of such a one before it is written, and of a full model.
     """
 
     base: str
@@ -40,7 +39,7 @@ class Report:
     conditions: dict[str, str]
     conditions_by_module: dict[str, list[float | None]]
     absent: list[str]
-    merged_rank: int
+    merged_rank: int | None
     vllm_max_lora_rank: int | None
     targets: list[str] = field(default_factory=list)
     ratio_before: list[float] = field(default_factory=list)
@@ -60,14 +59,22 @@ class Report:
     truncation: dict[str, float] = field(default_factory=dict)
     proofs: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    method: str = "nsc"
+    line: str = ""
+    source: str = ""
+    space: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    ranks_by_module: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: None where a number is not finite."""
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     def to_markdown(self) -> str:
-        """The report as Markdown: facts, one table by task, one of all coefficients."""
-        return "\n\n".join([_facts(self), _task_table(self), *_warnings(self), _coefficient_table(self)])
+        """The report as Markdown: facts, one table by task, one of all coefficients, one of ranks where they tell."""
+        tables = [_coefficient_table(self)] if self.coefficients else []
+        tables += [_rank_table(self)] if self.space and self.ranks_by_module else []
+        return "\n\n".join([_facts(self), _task_table(self), *_warnings(self), *tables])
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -76,56 +83,6 @@ class Report:
             if self.ratio_before and task not in self.unseen:
                 lines.append(f"  {task}: null-space ratio {self.ratio_before[k]:.4f} -> {self.ratio_after[k]:.4f}")
         return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
-
-
-def describe_stack(base: str, stack: Stack, coefficients: Tensor, start: float) -> Report:
-    """The part of a report that needs no learning: ranks, scales, conditions, coefficients."""
-    rank = max(sum(module.ranks) for module in stack.modules.values())
-    return Report(
-        base=base,
-        tasks=list(stack.tasks),
-        modules=stack.names,
-        coefficients=stack.by_task(coefficients, torch.mean, start).tolist(),
-        granularity="rank" if stack.by_rank else "layer",
-        start=start,
-        ranks={task: _span([m.ranks[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
-        scales={task: _span([m.scales[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
-        conditions={task: _worst_condition(stack, k) for k, task in _tasks(stack)},
-        conditions_by_module={n: [g.condition if g else None for g in m.grams] for n, m in stack.modules.items()},
-        absent=_named(~stack.present, stack),
-        merged_rank=rank,
-        vllm_max_lora_rank=vllm_rank(rank),
-        warnings=_gram_warnings(stack),
-    )
-
-
-def describe_merge(
-    base: str, stack: Stack, targets: list[str], learned: Learned, before: Tensor, after: Tensor, config: MergeConfig
-) -> Report:
-    """The whole report of a learned merge. before, after: (T, K) ratios, NaN where an adapter is absent."""
-    known = describe_stack(base, stack, learned.coefficients, config.start)
-    frozen, bounded = stack.by_task(learned.frozen, torch.all, True), stack.by_task(learned.bounded, torch.any, False)
-    drift = (learned.coefficients - config.start).abs().max().item()
-    return Report(
-        **{
-            **asdict(known),
-            "targets": targets,
-            "ratio_before": before.nanmean(0).tolist(),
-            "ratio_after": after.nanmean(0).tolist(),
-            "ratios_by_target": dict(zip(targets, after.tolist(), strict=True)),
-            "granularity": config.granularity,
-            "unseen": list(config.unseen),
-            "untrained": _named(frozen & stack.present, stack),
-            "bounded": _named(bounded, stack),
-            "max_drift": drift,
-            "drift_bound": config.max_drift,
-            "steps": config.steps,
-            "losses": learned.losses,
-            "seconds_per_step": learned.seconds,
-            "peak_memory_gib": learned.peak_memory / 2**30,
-            "warnings": known.warnings + _drift_warnings(learned, drift, config),
-        }
-    )
 
 
 def vllm_rank(rank: int) -> int | None:
@@ -182,7 +139,8 @@ def _facts(report: Report) -> str:
     rank = (
         "none, the updates are in the weights" if report.full else f"{report.merged_rank} (vLLM: max_lora_rank {vllm})"
     )
-    lines = [f"- base: {report.base}", f"- merged rank: {rank}"]
+    lines = [f"- base: {report.base}", *_method(report)]
+    lines += [f"- merged rank: {rank}"] if report.full or report.merged_rank is not None else []
     if report.granularity == "rank":
         lines.append("- a coefficient for each rank row of an adapter; shown are the means of an adapter's in a module")
     if report.unseen:
@@ -201,8 +159,29 @@ def _facts(report: Report) -> str:
     return "\n".join(lines + [f"- proof: {proof}" for proof in report.proofs])
 
 
+def _method(report: Report) -> list[str]:
+    if report.space is None:
+        return [f"- method: {report.method}, {report.line} ({report.source})"] if report.method != "nsc" else []
+    settings = ", ".join(f"{key} {value}" for key, value in report.settings.items() if value not in (None, {}, []))
+    return [
+        f"- method: {report.method}, {report.line} ({report.source})",
+        f"- space: {report.space}",
+        f"- settings: {settings}",
+    ]
+
+
+def _rank_table(report: Report) -> str:
+    lines = ["| module | rank | truncation |", "|---|---|---|"]
+    for name, rank in report.ranks_by_module.items():
+        error = report.truncation.get(name)
+        lines.append(f"| {name} | {rank} | {'none' if error is None else f'{error:.3g}'} |")
+    return "\n".join(lines)
+
+
 def _task_table(report: Report) -> str:
-    head = "| task | rank | scale | worst condition of A | ratio before | ratio after |\n|---|---|---|---|---|---|"
+    names = ["task", "rank", "scale", "worst condition of A"]
+    names += ["ratio before", "ratio after"] if report.ratio_before or report.space is None else []
+    head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
     rows = []
     for k, task in enumerate(report.tasks):
         known = task not in report.unseen
@@ -210,7 +189,7 @@ def _task_table(report: Report) -> str:
             f"{column[k]:.4f}" if column and known else "" for column in (report.ratio_before, report.ratio_after)
         ]
         cells = [_cell(task), report.ranks[task], report.scales[task], report.conditions[task], *ratios]
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(f"| {' | '.join(cells[: len(names)])} |")
     return "\n".join([head, *rows])
 
 
@@ -247,51 +226,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list[str]:
-    warnings = []
-    if learned.bounded.any():
-        warnings.append(
-            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={config.max_drift:g}; going further"
-            " lowers the objective, but need not make a better merge"
-        )
-    if drift > PAPER_REACH + 1e-6:
-        warnings.append(
-            f"a coefficient drifted {drift:.3f} from its start, past {PAPER_REACH:g}, the reach of the paper's"
-            " schedules; check the merge on real tasks: the objective alone cannot tell that it broke"
-        )
-    return warnings
-
-
-def _gram_warnings(stack: Stack) -> list[str]:
-    warnings = []
-    for k, task in _tasks(stack):
-        deficient = [n for n, m in stack.modules.items() if (g := m.grams[k]) is not None and g.rank < m.ranks[k]]
-        if deficient:
-            warnings.append(
-                f"adapter {task}: lora_A is rank-deficient in {len(deficient)} modules, first {deficient[0]}; its"
-                " true row space is used"
-            )
-    return warnings
-
-
-def _worst_condition(stack: Stack, k: int) -> str:
-    grams = [m.grams[k] for m in stack.modules.values()]
-    known = [g for g in grams if g is not None]
-    worst = max((g.condition for g in known if g.rank), default=float("inf"))
-    deficient = sum(g.rank < g.inverse.shape[0] for g in known)
-    return f"{worst:.3g}" + (f", {deficient} rank-deficient" if deficient else "")
-
-
-def _named(mask: Tensor, stack: Stack) -> list[str]:
-    return [f"{stack.names[m]} ({stack.tasks[k]})" for m, k in mask.nonzero().tolist()]
-
-
-def _tasks(stack: Stack) -> list[tuple[int, str]]:
-    return list(enumerate(stack.tasks))
-
-
-def _span(values: list[Any]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g}-{high:g}"

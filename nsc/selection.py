@@ -45,7 +45,8 @@ def _histogram(pieces: Pieces) -> tuple[Tensor | None, int]:
     tops, total = None, 0
     for piece in pieces():
         rows = torch.stack([torch.bincount(_bins(x).flatten(), minlength=BINS) for x in piece])
-        tops, total = rows if tops is None else tops + rows, total + piece[0].numel()
+        tops, total = rows if tops is None else tops.add_(rows), total + piece[0].numel()
+        del piece  # before the next one is made
     return tops, total
 
 
@@ -56,6 +57,7 @@ def _within(pieces: Pieces, bins: Tensor, wanted: list[int]) -> Tensor:
         for row, x, which in zip(found, piece, bins, strict=True):
             inside = x[_bins(x) == which].abs()
             row.append(torch.unique(inside[inside > 0], return_counts=True))
+        del piece, x
     return torch.stack([_of_counted(row, k) for row, k in zip(found, wanted, strict=True)])
 
 

@@ -61,7 +61,7 @@ def knots(updates: Updates) -> View:
     A = [a.double() for a in updates.A]
     parts = R.split(list(updates.ranks), 1)
     # A_k = L_k Q_k: the rows of Q_k are orthonormal, so [D_1 .. D_K] has the left singular vectors of Q [R_k L_k]
-    U = _directions(torch.cat([r @ torch.linalg.qr(a.T).R.T for r, a in zip(parts, A, strict=True)], 1))
+    U = _directions(torch.cat([r @ torch.linalg.qr(a.T, mode="r").R.T for r, a in zip(parts, A, strict=True)], 1))
     X = torch.stack([(U.T @ r) @ a for r, a in zip(parts, A, strict=True)])
     place = updates.place(min(X.shape[1:]))._replace(space="knots")
     return View(X, place, lambda M: LowRank(Q @ U, M))

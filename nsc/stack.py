@@ -8,7 +8,7 @@ A layer that adapters have fine-tuned whole, such as LLaVA's projector, is a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -142,15 +142,18 @@ class Stack:
 def stack_adapters(
     adapters: Mapping[str, Adapter],  # by task
     matches: Mapping[str, Mapping[str, str]],  # task -> adapter's module name -> base's module name
-    order: Sequence[str],  # module names of the base, in the model's own order
+    shapes: Mapping[str, tuple[int, int]],  # the base's linears, in the model's own order -> (out, in)
     dense: Mapping[str, DenseStack] | None = None,  # base's module name -> what adapters fine-tuned whole
 ) -> Stack:
     """Put the factors of all adapters side by side, module by module, as they are stored (promoted to one dtype)."""
     dense = dict(dense or {})
     by_base = {task: {base: name for name, base in matches[task].items()} for task in adapters}
-    names = [name for name in order if any(name in by_base[task] for task in adapters)]
+    names = [name for name in shapes if any(name in by_base[task] for task in adapters)]
     found = {
-        name: [a.factors[by_base[t][name]] if name in by_base[t] else None for t, a in adapters.items()]
+        name: [
+            a.factors[by_base[t][name]].narrowed(shapes[name][1]) if name in by_base[t] else None
+            for t, a in adapters.items()
+        ]
         for name in names
     }
     grams = iter(GramCache().factor([f.A for row in found.values() for f in row if f is not None]))
@@ -169,7 +172,7 @@ def stack_adapters(
             grams=factored,
             gram_inverse=torch.block_diag(*[g.inverse for g in factored if g is not None]),
         )
-    return Stack(tuple(adapters), modules, dense, tuple(name for name in order if name in modules or name in dense))
+    return Stack(tuple(adapters), modules, dense, tuple(name for name in shapes if name in modules or name in dense))
 
 
 def whitened(stack: Stack) -> Stack:

@@ -25,7 +25,7 @@ from nsc.memory import PeakMemory
 from nsc.places import input_device
 from nsc.recipes import Recipe, with_scale
 from nsc.search import DEFAULT, Grid, NullSpaceRatio, Value, search_scale
-from nsc.stack import Stack, by_rank, whitened
+from nsc.stack import DenseStack, Stack, by_rank, whitened
 from nsc.surgery import merged_layers
 
 
@@ -144,5 +144,7 @@ def _merge(name: str, stage: Stage, planned: Planned) -> tuple[Row, Stack, Tenso
 
 def _require_finite(merged: Stack) -> None:
     for name in merged.names:
-        if not merged.layer(name).delta(torch.ones(1)).isfinite().all():
+        layer = merged.layer(name)
+        parts = (layer.deltas,) if isinstance(layer, DenseStack) else (layer.A, layer.B)
+        if not all(part.isfinite().all() for part in parts):
             raise NonFiniteError(f"its update of {name} is not finite")

@@ -1,18 +1,52 @@
-"""What every command does with its words: pairs read, errors said plainly."""
+"""What the commands share: options as settings, pairs of TASK=PLACE, errors in words and exit codes."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
+OF_COMMAND = ("config", "setting", "resume")  # what says no setting by itself
+
+
+def given(context: typer.Context) -> dict[str, Any]:
+    """The options on the command line by the names of the settings, those that are written differently there read."""
+    read: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "adapter": ("adapters", lambda values: pairs(values, "--adapter")),
+        "data": ("data", lambda values: pairs(values, "--data")),
+        "out": ("out", str),
+        "coefficients": ("coefficients", str),
+        "target_module": ("target_modules", tuple),
+        "target_block": ("target_blocks", tuple),
+        "max_drift": ("max_drift", lambda drift: None if drift < 0 else drift),
+        "tokens_per_pass": (
+            "tokens_per_pass", lambda text: None if text == "auto" else _whole(text, "--tokens-per-pass"),
+        ),
+    }  # fmt: skip
+    found = {}
+    for option, value in context.params.items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE" and option not in OF_COMMAND:
+            name, convert = read.get(option, (option, lambda value: value))
+            found[name] = convert(value)
+    return found
+
+
+def _whole(text: str, option: str) -> int:
+    from nsc.errors import NSCError
+
+    if not text.isdigit():
+        raise NSCError(f"{option} must be a whole number or auto, not {text!r}")
+    return int(text)
+
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:
-    """TASK -> PLACE of the values of an option. Raises NSCError for one that does not read so, or a task twice."""
+    """Task -> place, of a repeated TASK=PLACE. Raises NSCError naming the option that reads otherwise."""
     from nsc.errors import NSCError
 
     found: dict[str, str] = {}

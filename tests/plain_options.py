@@ -1,6 +1,6 @@
 """The plain way of writing every option of a merge: sample by sample, dense weights, torch's own functions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from nsc.stack import DenseStack, ModuleStack, Stack
 @dataclass(frozen=True)
 class Plain:
     """What the loss is made of.  shares: of each task's ratios.  entropies: of each task's entropy, which is None
-    without.  heads: of each task, and the rows whose entropy it is: the last of a sample that counts, or all.
+    without.  heads: of each task, and the rows whose entropy it is: the last of a sample that counts, or all, summed or
+    their mean.
     """
 
     shares: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)
@@ -23,6 +24,7 @@ class Plain:
     entropies: Sequence[float] | None = None
     heads: Sequence[tuple[Tensor, Tensor | None]] = ()
     all_rows: bool = False
+    summed: bool = False
 
 
 def merged_weight(weight: Tensor, module: ModuleStack, row: Tensor) -> Tensor:
@@ -79,14 +81,42 @@ def plain_loss(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, target
             total = total + how.shares[k] * of_sample / len(own) / samples[k]
         if how.entropies is not None:
             said = F.linear(states[counted] if how.all_rows else states[counted][-1:], *how.heads[k])
-            total = (
-                total + how.entropies[k] * torch.distributions.Categorical(logits=said).entropy().mean() / samples[k]
-            )
+            unsure = torch.distributions.Categorical(logits=said).entropy()
+            total = total + how.entropies[k] * (unsure.sum() if how.summed else unsure.mean()) / samples[k]
     return total
+
+
+def decoded_entropy(
+    model: nn.Module, head: Tensor, stack: Stack, lam: Tensor, prompts: Sequence[Sequence[int]], most: int,
+    ends: Collection[int],
+) -> tuple[list[list[float]], Tensor]:  # fmt: skip
+    """Greedy decoding with a backward at every token, as the released NSC code has it; no cache, no batch.
+
+    The entropies at the tokens of each prompt, and the gradient (M, K) of their sum over tokens and prompts. model: a
+    body, with ``head`` (V, d).
+    """
+    lam = lam.clone().requires_grad_()
+    found = []
+    for prompt in prompts:
+        ids, entropies = list(prompt), []
+        while len(entropies) < most and not (entropies and ids[-1] in ends):
+            weights: dict[str, Tensor] = {}
+            for name, row in zip(stack.names, lam, strict=True):
+                weights |= merged_parameters(model, name, stack.layer(name), row)
+            logits = head @ torch.func.functional_call(model, weights, (torch.tensor([ids]),))[0][0, -1]
+            p = logits.softmax(0)
+            H = -(p * p.log()).sum()
+            H.backward()
+            entropies.append(H.item())
+            ids.append(int(logits.argmax()))
+        found.append(entropies)
+    assert lam.grad is not None
+    return found, lam.grad
 
 
 LINKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "identity": (lambda t: t, lambda c: c),
+    "clip": (lambda t: torch.clip(t, 0, 1), lambda c: c),
     "softplus": (F.softplus, lambda c: c.expm1().log()),
     "sigmoid": (F.sigmoid, torch.logit),
     "exp": (torch.exp, torch.log),

@@ -30,7 +30,7 @@ def test_loss_and_gradient_are_those_of_the_packed_step(dtype: torch.dtype, tmp_
     adapters = {task: read_adapter(tmp_path / task) for task in ADAPTERS}
     model = body(dtype)
     shapes = linear_shapes(model)
-    stack = whitened(stack_adapters(adapters, match_adapters(adapters, shapes), list(shapes)))
+    stack = whitened(stack_adapters(adapters, match_adapters(adapters, shapes), shapes))
     targets = choose_targets(model, stack.names, ["v_proj"], [2, 3])
     samples = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14, 15, 16, 17, 18], [19], [20, 21]]
     batch = collate(samples, [0, 0, 1, 1, 2, 2], pad_id=0, causal=True)

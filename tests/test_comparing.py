@@ -18,8 +18,8 @@ from nsc.combination import Combination
 from nsc.comparing import compare
 from nsc.comparison import Comparison, Row, scored
 from nsc.errors import DataError, NSCError
+from nsc.inputs import read_adapters
 from nsc.memory import PeakMemory
-from nsc.merging import read_adapters
 from nsc.methods import LowRank
 from nsc.recipes import read_recipe
 from nsc.search import Grid

@@ -103,7 +103,7 @@ def prepared(whole):
     adapters = read_adapters(made)
     matches = match_adapters(adapters, linear_shapes(model))
     _, merged = split_saved(adapters, matches, body_of(str(base), model), [])
-    stack = stack_adapters(adapters, matches, list(linear_shapes(model)), dense_stacks(str(base), merged))
+    stack = stack_adapters(adapters, matches, linear_shapes(model), dense_stacks(str(base), merged))
     (batch,) = pack([[5, 6, 7, 8], [9, 10, 11, 12]], [0, 1], 0, causal=True, shares_rows=False)
     batch = Batch(batch.inputs, batch.task, batch.weight.double())
     return model, adapters, stack, batch

@@ -50,7 +50,7 @@ def setting(tmp_path_factory):
     for seed, task in enumerate(LENGTHS):
         factors = {n: random_factors([n], d=32, m=shapes[n][0], seed=9 * seed + i)[n] for i, n in enumerate(names)}
         adapters[task] = read_adapter(write_adapter(tmp_path_factory.mktemp(task), factors), task)
-    stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, list(shapes)))
+    stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, shapes))
     generator = torch.Generator().manual_seed(0)
     tokens = {
         task: [torch.randint(3, 60, (n,), generator=generator).tolist() for n in ns] for task, ns in LENGTHS.items()

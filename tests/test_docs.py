@@ -36,7 +36,7 @@ def test_options_page(base, adapters, texts):
     names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
     names |= {"data": {task: texts[name] for task, name in of.items()}}
     blocks = snippets("docs/options.md")
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     exec("\n".join(blocks), names)
 
 

@@ -126,7 +126,7 @@ def adapted(model: nn.Module, folder) -> Stack:
             A, B = random_factors([name], r=rank, d=d, m=m, seed=100 * seed + len(factors))[name]
             factors[name] = (A.double() / d**0.5, B.double() / rank)
         adapters[task] = read_adapter(write_adapter(folder / task, factors, r=rank, alpha=rank * scale), task)
-    return stack_adapters(adapters, {t: {n: n for n in a.factors} for t, a in adapters.items()}, list(shapes))
+    return stack_adapters(adapters, {t: {n: n for n in a.factors} for t, a in adapters.items()}, shapes)
 
 
 def llama() -> nn.Module:

@@ -98,7 +98,7 @@ def test_logits_of_adapter_and_full_model_are_the_dense_merge(exact, base, merge
 
 @pytest.mark.parametrize("rank", [1, 5, 8, 22, 100])
 def test_truncation_is_the_best_there_is(merged, update, rank):
-    for name, factors in merged_factors(merged.stack, merged.coefficients, rank).items():
+    for name, factors in merged_factors(merged.merged, rank).items():
         dense = update[name]
         sigma = torch.linalg.svdvals(dense)
         R = sum(merged.stack.modules[name].ranks)

@@ -71,7 +71,7 @@ def golden(request, bases):
     shapes = linear_shapes(model)
     matches = {task: resolve(task, adapter.factors, shapes) for task, adapter in adapters.items()}
     _, whole = split_saved(adapters, matches, body_of(base, model), [])
-    stack = stack_adapters(adapters, matches, list(shapes), dense_stacks(base, whole))
+    stack = stack_adapters(adapters, matches, shapes, dense_stacks(base, whole))
     # the manifest names modules as transformers 5 does
     here = resolve("golden", case["modules"], shapes)
     case = case | {key: [here[name] for name in case[key]] for key in ("modules", "targets", "untrained_modules")}

@@ -33,7 +33,7 @@ def a_stack(model, names, folder):
             n: random_factors([n], d=shapes[n][1], m=shapes[n][0], seed=9 * seed + i)[n] for i, n in enumerate(names)
         }
         adapters[task] = read_adapter(write_adapter(folder / task, factors), task)
-    return whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, list(shapes)))
+    return whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, shapes))
 
 
 @pytest.fixture(scope="module", params=["float32", "float64"])

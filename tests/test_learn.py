@@ -39,7 +39,7 @@ def setting(tmp_path_factory):
         )
         for seed, task in enumerate(("a", "b"))
     }
-    stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, list(shapes)))
+    stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, shapes))
     generator = torch.Generator().manual_seed(0)
     tokens = {
         task: [torch.randint(3, 60, (length,), generator=generator).tolist() for length in (4, 7, 5)]

@@ -74,7 +74,7 @@ def make_stack(model, tmp_path_factory, kinds) -> Stack:
         path = write_adapter(tmp_path_factory.mktemp(task), factors, r=rank, alpha=rank * scale)
         adapters[task] = read_adapter(path, task)
     matches = {task: {name: name for name in adapter.factors} for task, adapter in adapters.items()}
-    return stack_adapters(adapters, matches, list(shapes))
+    return stack_adapters(adapters, matches, shapes)
 
 
 def make_batch(seed: int = 0, causal: bool = False) -> Batch:

@@ -61,6 +61,11 @@ OPTIONS = {
     "entropy over one vocabulary": Option({"objective": "entropy"}, Plain((0, 0, 0), entropies=ONES), "one"),
     "both": Option({"objective": "both"}, Plain(entropies=ONES), "own"),
     "both, all that counts": Option({"objective": "both"}, Plain(entropies=ONES, all_rows=True), "one"),
+    "entropy, summed over all that counts": Option(
+        {"objective": "entropy", "reduction": "sum"},
+        Plain((0, 0, 0), entropies=ONES, all_rows=True, summed=True),
+        "own",
+    ),
     "both, preferences, quantile, by rank, softplus": Option(
         {"objective": "both", "preferences": {"b": 0}, "quantile": 0.3, "granularity": "rank", "link": "softplus"},
         Plain((0.5, 0, 0.5), quantile=0.3, entropies=(1.5, 0, 1.5)),
@@ -108,7 +113,8 @@ def expected(parts):
 
 def entropy_of_option(option: Option) -> Entropy | None:
     rows = "counted" if option.how.all_rows else "last"
-    return Entropy([Head(*head) for head in heads(option.heads)], rows) if option.heads else None
+    reduction = "sum" if option.how.summed else "mean"
+    return Entropy([Head(*head) for head in heads(option.heads)], rows, reduction) if option.heads else None
 
 
 def found(parts, name: str, rows: str = "alone", ranks: int = 1, **config: Any) -> tuple[Tensor, Tensor, Tensor]:

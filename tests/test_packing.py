@@ -47,7 +47,7 @@ def setting(tmp_path_factory):
             factors[name] = tuple(x.double() for x in random_factors([name], d=d, m=m, seed=100 * seed + i)[name])
         adapters[task] = read_adapter(write_adapter(tmp_path_factory.mktemp(task), factors), task)
     matches = {task: {name: name for name in names} for task in adapters}
-    return model, whitened(stack_adapters(adapters, matches, list(linears(model))))
+    return model, whitened(stack_adapters(adapters, matches, linears(model)))
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ class Counted:
                 m, d = shapes[name]
                 factors |= random_factors([name], r=RANK, d=d, m=m, seed=seed)
             adapters[task] = read_adapter(write_adapter(folder / task, factors, r=RANK), task)
-        return whitened(stack_adapters(adapters, {t: {n: n for n in names} for t in TASKS}, list(shapes)))
+        return whitened(stack_adapters(adapters, {t: {n: n for n in names} for t in TASKS}, shapes))
 
 
 SIZES = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4)

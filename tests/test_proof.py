@@ -12,6 +12,7 @@ from tiny import rewrite, save_base
 import nsc
 from nsc import result as result_module
 from nsc.errors import NSCError, ProofError
+from nsc.merged import WeightedSum
 
 KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
 WEIGHT = "model.layers.1.self_attn.v_proj.weight"
@@ -146,7 +147,7 @@ def replayed(merged: nsc.MergeResult) -> nsc.MergeResult:
 
 def test_wrong_factors_in_memory_do_not_prove_themselves(monkeypatch, merged, tmp_path):
     """The proof goes back to the adapters: an error in the concatenation itself is not compared with itself."""
-    factors = result_module.merged_factors(merged.stack, merged.coefficients.flip(1))
+    factors = result_module.merged_factors(WeightedSum(merged.stack, merged.coefficients.flip(1)))
     monkeypatch.setattr(result_module, "merged_factors", lambda *args: factors)
     with pytest.raises(ProofError, match="update of"):
         merged.save(tmp_path / "out")
@@ -154,7 +155,7 @@ def test_wrong_factors_in_memory_do_not_prove_themselves(monkeypatch, merged, tm
 
 def test_an_understated_truncation_error_is_caught(monkeypatch, merged, tmp_path):
     """The error in the report must account for all that the truncation lost."""
-    factors = result_module.merged_factors(merged.stack, merged.coefficients, 4)
+    factors = result_module.merged_factors(merged.merged, 4)
     understated = {name: replace(f, error=f.error * 0.9) for name, f in factors.items()}
     monkeypatch.setattr(result_module, "merged_factors", lambda *args: understated)
     with pytest.raises(ProofError, match="truncation accounts for"):

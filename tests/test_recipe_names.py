@@ -66,4 +66,5 @@ def test_tasks_weigh_beside_what_is_learned(merged):
     both = Combination(merged.stack, read_recipe("task-arithmetic", weights=weights, scale=0.5), merged.coefficients)
     lam = merged.coefficients.double() * torch.tensor(list(weights.values()), dtype=torch.float64) / 2
     for row, layer in zip(lam, merged.modules, strict=True):
-        torch.testing.assert_close(dense(both.update(layer)), merged.stack.modules[layer].delta(row), rtol=0, atol=1e-10)
+        expected = merged.stack.modules[layer].delta(row)
+        torch.testing.assert_close(dense(both.update(layer)), expected, rtol=0, atol=1e-10)

@@ -14,8 +14,8 @@ from nsc.errors import NSCError, TargetError
 from nsc.evaluate import exams_of
 from nsc.feeds import feed_of
 from nsc.fitting import fit
+from nsc.inputs import read_adapters
 from nsc.labelled import Labelled
-from nsc.merging import read_adapters
 from nsc.objective import NullSpaceObjective
 from nsc.recipes import read_recipe, with_scale
 from nsc.search import Grid, LabelledLoss, NullSpaceRatio, search, search_scale

@@ -96,7 +96,9 @@ def test_every_field_can_be_said(tmp_path):
         (dict(adapter={"a": "x"}), "there is no key adapter; did you mean adapters?"),
         (dict(settings={"learning_rate": 1}), "there is no key learning_rate; did you mean "),
         (dict(settings=[1]), "settings must be a mapping of settings to values, not [1]"),
-        (dict(method="nsc"), "there is no key method"),
+        (dict(methods="nsc"), "there is no key methods; did you mean method?"),
+        (dict(method="tie"), "there is no method tie; did you mean "),
+        (dict(method="task-arithmetic", steps=5), "of method task-arithmetic, there is no key steps; did you mean "),
         (dict(steps="many"), "steps must be a whole number, not 'many'"),
         (dict(steps=1.5), "steps must be a whole number, not 1.5"),
         (dict(steps=True), "steps must be a whole number, not True"),
@@ -117,7 +119,7 @@ def test_every_field_can_be_said(tmp_path):
 def test_what_is_wrong_in_a_file_is_named(tmp_path, change, message):
     file = written(tmp_path / "a.yaml", **JOB | change)
     text = refused(run("merge", "--config", file))
-    assert message in text and "\n" not in text and (str(file) in text or "preset" in change or change.get("lr") == -1)
+    assert message in text and "\n" not in text and (str(file) in text or "preset" in change or change.get("lr") == -1 or "tie" in change.values())
 
 
 def test_what_is_wrong_in_an_assignment_is_named():

@@ -117,7 +117,7 @@ def landed(path: Path, body: nn.Module):
     check_shapes(adapter, mapping, shapes)
     check_coverage(adapter, mapping, shapes)
     check_towers("a", mapping, body.main_input_name)
-    return stack_adapters({"a": adapter}, {"a": mapping}, list(shapes))
+    return stack_adapters({"a": adapter}, {"a": mapping}, shapes)
 
 
 def updates(model: nn.Module, body: nn.Module) -> dict[str, torch.Tensor]:

@@ -108,8 +108,9 @@ def survey(matrices: Matrices, settings: DareTiesSettings) -> TiesSettings | Kno
     """As of TIES, of what TIES sees."""
     if not model_wide(matrices, settings):
         return settings
-    sparse: Matrices = lambda: ((place, dropped(X, settings.dare, place)) for place, X in matrices())  # noqa: E731
-    return look(matrices if settings.rules.trims_first else sparse, settings)
+    if settings.rules.trims_first:
+        return look(matrices, settings)
+    return look(lambda: map(lambda found: (found[0], dropped(found[1], settings.dare, found[0])), matrices()), settings)
 
 
 def _kept(x: Tensor, k: int, settings: DareSettings, place: Place) -> Tensor:

@@ -26,8 +26,7 @@ class EmrSettings:
 
 def emr(X: Tensor, settings: EmrSettings, place: Place) -> Tensor:
     """(p, q): tau of w_k X_k, for X (K, p, q)."""
-    weights = place.weights.to(X)[:, None, None]
-    return by_rows(lambda block: _unified(block * weights)[0], X)
+    return by_rows(lambda block: _unified(place.weighted(block))[0], X)
 
 
 def emr_tasks(matrices: Matrices) -> Iterator[tuple[str, Tensor]]:
@@ -43,12 +42,11 @@ def emr_rescalers(matrices: Matrices) -> Tensor:
     own: Tensor | float = 0.0
     unified: Tensor | float = 0.0
     for place, X in matrices():
-        weights = place.weights.to(X)[:, None, None]
+        size = X[0].numel()
         for block in row_blocks(X):
-            block = block * weights
-            tau, agree = _unified(block)
-            own = own + _sums(block) / X[0].numel()
-            unified = unified + _sums(agree * tau) / X[0].numel()
+            mine, joint = _sums(place.weighted(block))
+            own, unified = own + mine / size, unified + joint / size
+        del X, block  # before the next layer is made
     own, unified = torch.as_tensor(own), torch.as_tensor(unified)
     return torch.where(unified > 0, own / unified, 1)
 
@@ -60,8 +58,10 @@ def _unified(X: Tensor) -> tuple[Tensor, Tensor]:
     return aligned.amax(0).clamp_min(0) * sign, aligned > 0
 
 
-def _sums(X: Tensor) -> Tensor:
-    return X.abs().sum((1, 2), dtype=torch.float64)
+def _sums(X: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) sums of |X_k|, and of |M_k tau|."""
+    tau, agree = _unified(X)
+    return X.abs().sum((1, 2), dtype=torch.float64), (agree * tau).abs().sum((1, 2), dtype=torch.float64)
 
 
 METHODS = {

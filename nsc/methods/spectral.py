@@ -24,7 +24,7 @@ from torch import Tensor
 from nsc.errors import NSCError
 from nsc.methods.method import LowRank, Method, Place, Updates
 
-NULL = 1e-6  # of the largest: singular values below this are rounding of float32 factors
+NULL = 2**-24  # of the largest: a singular value that rounding of factors to float32 can make of zero
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def _regular(matrix: Tensor, place: Place) -> Triplets:
     rank, size = len(triplets[1]), min(matrix.shape)
     if 0 < rank < size:
         raise NSCError(
-            f"{place.name}: the merged matrix is singular (rank {rank} of {size}), so its singular values cannot become "
-            "equal: in which directions they would is arbitrary. It is so where adapters share a factor, as with VeRA, "
+            f"{place.name}: the merged matrix is singular (rank {rank} of {size}), so its singular values cannot all "
+            "become one: where the mean would go is arbitrary. It is so where adapters share a factor, as with VeRA, "
             "where one is given twice or with weight 0, and after trimming. Leave isotropize out, or take "
             "task-arithmetic or cart"
         )

@@ -21,12 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsc.methods.entries import by_rows, require_choice, require_fraction, row_blocks
+from nsc.errors import NSCError
+from nsc.methods.entries import by_rows, require_choice, require_fraction, streamed
 from nsc.methods.method import Matrices, Method, Place
 from nsc.selection import kth_largest
 
@@ -34,9 +36,10 @@ from nsc.selection import kth_largest
 class Rules(NamedTuple):
     """A row of the table above.
 
-    kept: how many of d are, for a density.  scope: matrix, model, or None: model in the knots space, else matrix.  zero: whose sign an entry without majority
-    gets, "majority" of all entries or "positive".  votes: of Y, "weighted", or of X', "bare".  shares: what a mean
-    divides by, "tasks" or "weights".  trims_first: before entries are dropped, in DARE-TIES.
+    kept: how many of d are, for a density.  scope: matrix, model, or None: model in the knots space, else matrix.
+    zero: whose sign an entry without majority gets, "majority" of all entries or "positive".  votes: of Y, "weighted",
+    or of X', "bare".  shares: what a mean divides by, "tasks" or "weights".  trims_first: before entries are dropped,
+    in DARE-TIES.
     """
 
     kept: Callable[[int, float], int]
@@ -90,6 +93,8 @@ class TiesSettings:
         require_choice("scope", self.scope, (None, "matrix", "model"))
         require_choice("elect", self.elect, (None, "mass", "count", "none"))
         require_choice("agg", self.agg, (None, "mean", "sum", "max"))
+        if self.rules.elect == "none" and self.rules.agg == "max":
+            raise NSCError("without an election there is no sign for agg max: give another elect, or agg mean or sum")
 
     @property
     def rules(self) -> Rules:
@@ -113,7 +118,7 @@ class Known:
 def ties(X: Tensor, settings: TiesSettings | Known, place: Place) -> Tensor:
     """(p, q) of X (K, p, q) without weights."""
     known = settings if isinstance(settings, Known) else look(lambda: iter([(place, X)]), settings)
-    return by_rows(partial(_joined, known=known, weights=_column(place.weights, X)), X)
+    return by_rows(partial(_joined, known=known, place=place), X)
 
 
 def survey(matrices: Matrices, settings: TiesSettings) -> TiesSettings | Known:
@@ -131,53 +136,48 @@ def look(matrices: Matrices, settings: TiesSettings) -> Known:
     """At most three passes over these layers."""
     rules, floors = settings.rules, None
     if settings.density < 1:
-        pieces = lambda: (block for _, X in matrices() for block in row_blocks(X))  # noqa: E731
-        floors = kth_largest(pieces, lambda d: rules.kept(d, settings.density))
+        floors = kth_largest(lambda: map(itemgetter(1), streamed(matrices)), lambda d: rules.kept(d, settings.density))
     if rules.zero == "positive" or rules.elect == "none":
         return Known(settings, floors, torch.tensor(1.0))
     total: Tensor | float = 0.0
-    for place, X in matrices():
-        for block in row_blocks(X):
-            weighted, bare = _weighted(block, floors, _column(place.weights, X))
-            total = total + _elected(bare if rules.votes == "bare" else weighted, rules.elect).sum(dtype=torch.float64)
+    for place, X in streamed(matrices):
+        total = total + _elected(_voting(X, floors, rules, place)[1], rules.elect).sum(dtype=torch.float64)
+        del X
     return Known(settings, floors, torch.as_tensor(total).sign())
 
 
 def trimmed(X: Tensor, floors: Tensor | None) -> Tensor:
     """X' of X (K, p, q)."""
-    return X if floors is None else torch.where(X.abs() >= floors[:, None, None], X, 0)
+    return X if floors is None else X * (X.abs() >= floors[:, None, None])
 
 
-def _joined(X: Tensor, known: Known, weights: Tensor) -> Tensor:
+def _joined(X: Tensor, known: Known, place: Place) -> Tensor:
     rules = known.settings.rules
-    weighted, bare = _weighted(X, known.floors, weights)
-    votes = bare if rules.votes == "bare" else weighted
+    weighted, votes = _voting(X, known.floors, rules, place)
     if rules.elect == "none":
-        sign, agree = votes.sign(), votes != 0
+        agree = votes != 0
     else:
         sign = _elected(votes, rules.elect)
         sign = torch.where(sign == 0, known.majority.to(sign), sign)
-        agree = torch.where(sign > 0, votes > 0, votes < 0)
+        agree = votes * torch.where(sign > 0, 1, -1).to(sign) > 0  # without any majority too: -
     chosen = weighted * agree
     if rules.agg == "max":
         return chosen.abs().amax(0) * sign
     if rules.agg == "sum":
         return chosen.sum(0)
-    parts = (agree * weights if rules.shares == "weights" else agree).sum(0)
+    parts = (place.weighted(agree.to(X)) if rules.shares == "weights" else agree).sum(0)
     return chosen.sum(0) / parts.masked_fill(parts == 0, 1)
 
 
-def _weighted(X: Tensor, floors: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _voting(X: Tensor, floors: Tensor | None, rules: Rules, place: Place) -> tuple[Tensor, Tensor]:
+    """Y, and what votes (K, p, q)."""
     bare = trimmed(X, floors)
-    return bare * weights, bare
+    weighted = place.weighted(bare)
+    return weighted, bare if rules.votes == "bare" else weighted
 
 
 def _elected(votes: Tensor, elect: str) -> Tensor:
     return (votes.sign() if elect == "count" else votes).sum(0).sign()
-
-
-def _column(weights: Tensor, X: Tensor) -> Tensor:
-    return weights.to(X)[:, None, None]
 
 
 def _first(matrices: Matrices) -> Iterator[tuple[Place, Tensor]]:
