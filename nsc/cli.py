@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nsc.cli_compare import compare
 from nsc.terminal import given, pairs, plain_errors
 
 app = typer.Typer(
@@ -231,6 +232,9 @@ def profile(
             device=device,
         )
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else format_profile(found))
+
+
+app.command()(compare)
 
 
 def _finish(proof: Any, out: Path) -> None:

@@ -1,0 +1,167 @@
+"""The one scale of a merge: a coarse grid, then a finer one around its best, by labels or by null-space ratios.
+
+    labels       mean over tasks of  loss_k(scale) / loss_k(0)          loss_k(0): task k's head on the bare base
+    null space   mean over tasks and targets of om_k of the merged model's inputs, task k's rows against its own A_k
+
+What does not depend on the scale is done once: the merge itself, its factors in the model, rows as tokens. A loss is
+taken relative to that of the bare base, which is far from 0; relative to the adapter's own, a task that its adapter has
+all but solved would decide alone.
+
+Ratios need no labels, but they do not ask what the model says: docs/comparing.md tells how they go with the scale,
+and why the range is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc.batch import Batch
+from nsc.errors import NSCError, TargetError
+from nsc.evaluate import Exam
+from nsc.places import input_device
+from nsc.stack import Stack, whitened
+from nsc.surgery import merged_layers, set_coefficients
+from nsc_kernels import null_space_ratio
+
+Value = Callable[[nn.Module], float]  # of a model with a merge in it; the less the better
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales from ``low`` to ``high``. steps: of the first grid, and of each further one around the best before it."""
+
+    low: float = 0.1
+    high: float = 1.5
+    steps: tuple[float, ...] = (0.1, 0.01)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high:
+            raise NSCError(f"the scales searched must be above 0 and in order, not from {self.low} to {self.high}")
+        if not self.steps or min(self.steps) <= 0 or list(self.steps) != sorted(set(self.steps), reverse=True):
+            raise NSCError(f"the steps of a search must be above 0, each finer than the one before, not {self.steps}")
+
+
+DEFAULT = Grid()
+
+
+@dataclass(frozen=True)
+class Found:
+    """scale: the best.  curve: every scale tried, in order, and its value.  seconds: of the search.
+
+    edge: whether the best is the last scale of the range at either end, so that a better one may lie outside.
+    """
+
+    scale: float
+    curve: dict[float, float]
+    seconds: float
+    edge: bool
+
+
+def search(value: Callable[[float], float], grid: Grid = DEFAULT) -> Found:
+    """The scale of the least value on the grids. Raises NSCError where no scale has a finite one."""
+    started, curve = time.perf_counter(), {}
+    low, high, best = grid.low, grid.high, grid.low
+    for i, step in enumerate(grid.steps):
+        if i:
+            reach = grid.steps[i - 1] - step
+            low, high = max(grid.low, best - reach), min(grid.high, best + reach)
+        count = math.floor((high - low) / step + 1e-9)
+        for scale in (round(low + j * step, 10) for j in range(count + 1)):
+            if scale not in curve:
+                curve[scale] = value(scale)
+        best = min(sorted(curve), key=lambda scale: curve[scale] if math.isfinite(curve[scale]) else math.inf)
+    if not math.isfinite(curve[best]):
+        raise NSCError(f"no scale from {grid.low:g} to {grid.high:g} gives a finite loss; the merge overflows")
+    curve = dict(sorted(curve.items()))
+    return Found(best, curve, time.perf_counter() - started, len(curve) > 1 and best in (min(curve), max(curve)))
+
+
+def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = DEFAULT) -> Found:
+    """The scale at which ``merged``, a merge of scale 1 as ``as_one`` makes it, has the least value in ``model``.
+
+    The model is left as it was.
+    """
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    lam = torch.ones(len(merged.names), 1, dtype=dtype, device=input_device(model))
+    with torch.no_grad(), merged_layers(model, merged, lam) as layers:
+
+        def at(scale: float) -> float:
+            set_coefficients(layers, lam * scale)
+            return value(model)
+
+        return search(at, grid)
+
+
+class LabelledLoss:
+    """Mean over tasks of the loss on labelled rows, each relative to ``bare``: that of its head without any adapter."""
+
+    def __init__(self, model: nn.Module, exams: Mapping[str, Exam]) -> None:
+        """model: the base as it is."""
+        self.exams = exams
+        self.bare = {task: exam.loss(model) or 1.0 for task, exam in exams.items()}
+
+    def __call__(self, model: nn.Module) -> float:
+        shares = [exam.loss(model) / self.bare[task] for task, exam in self.exams.items()]
+        return sum(shares) / len(shares)
+
+
+class NullSpaceRatio:
+    """Mean over tasks with rows, and each one's targets, of the null-space ratios of unlabeled rows in a merged model.
+
+    stack: of the adapters themselves.  batches: of all tasks' rows, weighted as by ``nsc.packing.pack``. Raises
+    TargetError where an adapter with rows has none of the targets.
+    """
+
+    def __init__(self, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], device: torch.device) -> None:
+        self.targets, self.batches = list(targets), [batch.to(device) for batch in batches]
+        rows = torch.cat([batch.task[batch.weight > 0].cpu() for batch in batches])
+        counted = rows.bincount(minlength=len(stack.tasks)) > 0  # (K,)
+        present = torch.tensor([stack.modules[name].present for name in targets]).double() * counted
+        if orphans := [t for t, n, seen in zip(stack.tasks, present.sum(0), counted, strict=True) if seen and not n]:
+            raise TargetError(f"adapter {', '.join(orphans)} has none of the targets; choose others by target_modules")
+        self.share = (present / present.sum(0).clamp_min(1) / counted.sum()).to(device)  # (T, K)
+        modules = whitened(stack).modules
+        self.A = {name: modules[name].A.to(device) for name in targets}
+        self.offsets = {n: torch.tensor([0, *modules[n].ranks], device=device).cumsum(0) for n in targets}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> float:
+        return sum(self._of_batch(model, batch) for batch in self.batches)
+
+    def _of_batch(self, model: nn.Module, batch: Batch) -> float:
+        """One forward, up to the input of the last target."""
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = self._ratio(name, args[0], batch)
+            if len(seen) == len(self.targets):
+                raise _Stop
+
+        hooks = [model.get_submodule(n).register_forward_pre_hook(partial(watch, n)) for n in self.targets]
+        try:
+            model(**batch.arguments(next(model.parameters()).dtype))
+        except _Stop:
+            return float(sum(seen.values()))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise TargetError(f"target {', '.join(set(self.targets) - set(seen))} never ran in the forward of this model")
+
+    def _ratio(self, name: str, z: Tensor, batch: Batch) -> Tensor:
+        """() this target's part of the mean."""
+        z, task = z.flatten(0, -2), batch.task.flatten()
+        u = z @ self.A[name].to(z).T
+        weight = batch.weight.flatten() * self.share[self.targets.index(name)].to(batch.weight)[task]
+        return null_space_ratio(z, u, adapter=task, offsets=self.offsets[name], weight=weight)
+
+
+class _Stop(Exception):
+    """Raised inside the forward once the last target has been seen."""

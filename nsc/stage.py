@@ -1,0 +1,150 @@
+"""One base with its adapters, in which every method of a comparison is made, searched, scored and undone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nsc.batch import Batch
+from nsc.combination import Combination, as_one
+from nsc.comparison import ALONE, Row, scored
+from nsc.config import MergeConfig
+from nsc.entropy import entropy_of
+from nsc.errors import NonFiniteError, NSCError
+from nsc.evaluate import Exam
+from nsc.feeds import Feed
+from nsc.fitting import Fitted
+from nsc.generation import generator
+from nsc.learn import learn
+from nsc.memory import PeakMemory
+from nsc.places import input_device
+from nsc.recipes import Recipe, with_scale
+from nsc.search import DEFAULT, Grid, NullSpaceRatio, Value, search_scale
+from nsc.stack import DenseStack, Stack, by_rank, whitened
+from nsc.surgery import merged_layers
+
+
+class Planned(NamedTuple):
+    """A method with everything chosen. config: where it learns.  recipe: where it merges.  searched: its scale is."""
+
+    config: MergeConfig | None
+    recipe: Recipe | None
+    searched: bool
+
+
+@dataclass
+class Stage:
+    """What all methods share. learned: coefficients, seconds and memory of a learning method, once it has run."""
+
+    base: str
+    model: nn.Module
+    fitted: Fitted
+    feed: Feed
+    samples: Mapping[str, Sequence[Any]]
+    config: MergeConfig
+    say: Callable[[str], Any]
+    value: Value | None = None
+    grid: Grid = DEFAULT
+    learned: dict[str, tuple[Tensor, float, int | None]] = field(default_factory=dict)
+
+    @property
+    def stack(self) -> Stack:
+        """The adapters."""
+        return self.fitted.stack
+
+    def null_space(self) -> NullSpaceRatio:
+        """Of the rows that a merge is evaluated on before and after."""
+        rows = self._batches(self.config)[1]
+        return NullSpaceRatio(self.stack, self.fitted.targets, rows, input_device(self.model))
+
+    def coefficients(self, name: str, config: MergeConfig) -> tuple[Tensor, float, int | None]:
+        """What ``name`` learns, in how many seconds and bytes; learned once."""
+        if name not in self.learned:
+            peak, started = PeakMemory(input_device(self.model)), time.perf_counter()
+            lam = self._learn(config)
+            self.learned[name] = lam, time.perf_counter() - started, peak.growth()
+        return self.learned[name]
+
+    def _learn(self, config: MergeConfig) -> Tensor:
+        read, stack = self.fitted.adapters, self.stack
+        stack = by_rank(stack) if config.granularity == "rank" else stack
+        batches = self._batches(config)[0]
+        entropy = None
+        if config.objective != "null-space":
+            entropy = entropy_of(self.base, self.model, read, config.positions, config.unseen, config.reduction)
+        return learn(
+            self.model, whitened(stack), self.fitted.targets, batches, config, progress=False, entropy=entropy
+        ).coefficients
+
+    def _batches(self, config: MergeConfig) -> tuple[Any, list[Batch]]:
+        continues = []
+        if config.positions != "prompt":
+            continues = [generator(self.base, self.model, self.stack, config)]
+        return self.feed.batches(self.base, self.model, self.fitted.targets, self.samples, config, *continues)
+
+
+def row_of(name: str, stage: Stage, exams: Mapping[str, Exam], planned: Planned | None, alone: Row | None) -> Row:
+    """One row of the table. planned: of a method.  alone: the row of the adapters by themselves, once it is there."""
+    metrics = {task: exam.metric for task, exam in exams.items()}
+    if planned is None:
+        scores = _alone(stage, exams) if name == ALONE else {t: exam.score(stage.model) for t, exam in exams.items()}
+        return scored(Row(name), scores, alone.scores if alone else scores, metrics)
+    assert alone is not None
+    try:
+        row, stack, lam = _merge(name, stage, planned)
+        dtype = torch.promote_types(next(stage.model.parameters()).dtype, torch.float32)
+        with merged_layers(stage.model, stack, lam.to(input_device(stage.model), dtype)):
+            scores = {task: exam.score(stage.model) for task, exam in exams.items()}
+    except NSCError as error:
+        return Row(name, refused=" ".join(str(error).split()))
+    return scored(row, scores, alone.scores, metrics)
+
+
+def _alone(stage: Stage, exams: Mapping[str, Exam]) -> dict[str, float]:
+    """Each adapter in the model by itself, on its own rows."""
+    scores, device = {}, input_device(stage.model)
+    for k, task in enumerate(stage.stack.tasks):
+        one = torch.eye(len(stage.stack.tasks), device=device)[k].expand(len(stage.stack.names), -1)
+        with merged_layers(stage.model, stage.stack, one):
+            scores[task] = exams[task].score(stage.model)
+        stage.say(f"{task} alone: {exams[task].metric} {scores[task]:.3f}")
+    return scores
+
+
+def _merge(name: str, stage: Stage, planned: Planned) -> tuple[Row, Stack, Tensor]:
+    """The row without scores, and what to put into the model with which coefficients."""
+    row, lam, memory = Row(name), None, 0
+    if planned.config:
+        lam, seconds, grown = stage.coefficients(name.partition("+")[0], planned.config)
+        row, memory = replace(row, optimisation=seconds, memory=grown), grown or 0
+    if planned.recipe is None:
+        assert lam is not None and planned.config is not None
+        return row, by_rank(stage.stack) if planned.config.granularity == "rank" else stage.stack, lam
+    peak, started = PeakMemory(input_device(stage.model)), time.perf_counter()
+    one = with_scale(planned.recipe, 1.0)
+    merged = as_one(Combination(stage.stack, one, lam, device=input_device(stage.model)))
+    _require_finite(merged)
+    row, scale = replace(row, preparation=time.perf_counter() - started), planned.recipe.scale
+    if planned.searched:
+        assert stage.value is not None
+        found = search_scale(stage.model, merged, stage.value, stage.grid)
+        row, scale = replace(row, search=found.seconds, curve=found.curve), found.scale
+        if found.edge:
+            note = f"its best scale, {scale:g}, is the last of the range searched; a better one may lie outside"
+            row = replace(row, notes=(note,))
+    grown = peak.growth()
+    row = replace(row, scale=scale, memory=None if grown is None else max(grown, memory))
+    return row, merged, torch.full((len(merged.names), 1), scale)
+
+
+def _require_finite(merged: Stack) -> None:
+    for name in merged.names:
+        layer = merged.layer(name)
+        parts = (layer.deltas,) if isinstance(layer, DenseStack) else (layer.A, layer.B)
+        if not all(part.isfinite().all() for part in parts):
+            raise NonFiniteError(f"its update of {name} is not finite")
