@@ -55,7 +55,7 @@ class Combination:
     def settings(self) -> Any:
         """The recipe's, with what the method must know of all layers."""
         method = self.recipe.method
-        return method.survey(self._matrices, self.recipe.settings) if method.survey else self.recipe.settings
+        return method.survey(self.matrices, self.recipe.settings) if method.survey else self.recipe.settings
 
     @torch.no_grad()
     def update(self, name: str) -> LowRank | Tensor:
@@ -119,11 +119,16 @@ class Combination:
             )
         return replace(view, place=place._replace(keep=keep))
 
-    def _matrices(self) -> Iterator[tuple[Place, Tensor]]:
+    def matrices(self) -> Iterator[tuple[Place, Tensor]]:
+        """Every layer's X in the recipe's space, and of one fine-tuned whole its bias's; one at a time in memory."""
         for name in self.names:
             views = self._whole(name) if name in self.stack.dense else [self._view(self._updates(name))]
-            for view in views:
-                yield view.place, view.X
+            while views:
+                view = views.pop(0)
+                found = view.place, view.X
+                del view
+                yield found
+                del found
 
     def _updates(self, name: str) -> Updates:
         row = self.weights[self.names.index(name)]

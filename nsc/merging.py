@@ -102,6 +102,9 @@ def _chosen(
     name = (recipe.learned or "") if recipe else str(method)
     if config is None:
         return recipe, name, MergeConfig(**{**(LEARNED[name].settings if name else {}), **ours})
+    meant = LEARNED[name].settings.get("objective") if name else None
+    if meant and config.objective != meant:
+        raise NSCError(f"method {name} learns by the objective {meant}, but config says {config.objective}; change one")
     return recipe, name, replace(config, **ours)
 
 

@@ -6,6 +6,7 @@ ties    core-ties    knots-dare-ties    core-tsv    nsc+ties    ...        [LEAR
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
@@ -37,6 +38,14 @@ class Recipe:
     weights: Mapping[str, float] = field(default_factory=dict)
     isotropize: bool = False
     learned: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in {"scale": self.scale, **{f"the weight of {t}": w for t, w in self.weights.items()}}.items():
+            if not math.isfinite(value):
+                raise NSCError(f"{name} must be a finite number, not {value}")
+        if self.isotropize and self.space != "core" and not (self.space == "full" and self.method.spectral):
+            remedy = f"give core-{self.name}, or leave it out" if "core" in self.method.spaces else "leave it out"
+            raise NSCError(f"isotropize does not go with {self.full_name}: it needs the core space; {remedy}")
 
     @property
     def method(self) -> Method:
@@ -90,10 +99,7 @@ def read_recipe(method: str, **settings: Any) -> Recipe:
         except TypeError:
             raise NSCError(f"{key} must be {expected(kinds[key])}, not {value!r}") from None
     mine = chosen.settings(**{key: value for key, value in settings.items() if key in own})
-    recipe = Recipe(name, space, mine, **{key: value for key, value in settings.items() if key in COMMON})
-    if recipe.isotropize and space != "core" and not (space == "full" and chosen.spectral):
-        raise NSCError(f"isotropize needs the core space: give core-{name}, or leave it out")
-    return recipe
+    return Recipe(name, space, mine, **{key: value for key, value in settings.items() if key in COMMON})
 
 
 def split_learned(method: str) -> tuple[str | None, str | None]:
@@ -112,9 +118,7 @@ def split_learned(method: str) -> tuple[str | None, str | None]:
         return learned, recipe
     if method in LEARNED:
         return method, None
-    if method not in names():
-        close = difflib.get_close_matches(method, [*LEARNED, *names()], n=1, cutoff=0.0)
-        raise NSCError(f"there is no method {method}; did you mean {close[0]}? `nsc methods` lists all")
+    _split(method)
     return None, method
 
 
@@ -173,7 +177,7 @@ def _split(method: str) -> tuple[str, str]:
     space, dash, rest = method.partition("-")
     space, name = (space, rest) if dash and space in SPACES and space != "full" else ("full", method)
     if name not in METHODS or space not in METHODS[name].spaces:
-        close = difflib.get_close_matches(method, names(), n=1, cutoff=0.0)
+        close = difflib.get_close_matches(method.lower(), [*LEARNED, *names()], n=1, cutoff=0.0)
         raise NSCError(f"there is no method {method}; did you mean {close[0]}? `nsc methods` lists all")
     return space, name
 

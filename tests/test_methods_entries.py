@@ -6,10 +6,10 @@ from merging import LAYERS, array, cases, combination, dense, manifest, require_
 from torch import Tensor
 
 from nsc.combination import Combination
+from nsc.errors import NSCError
 from nsc.methods import Place
 from nsc.methods.emr import emr_rescalers, emr_tasks
 from nsc.recipes import read_recipe
-from nsc.spaces import SPACES
 
 SHAPES = manifest()["conventions"]["layers"]
 SIZE = sum(m * d for m, d in SHAPES.values())
@@ -148,8 +148,6 @@ CASES = [case for case in CASES if mine(case)]
 def test_golden(case):
     prefix = case["case"].partition("_")[0] + "_"
     method, settings = TRANSLATORS[prefix](case, case["hyper"])
-    if method.split("-")[0] in ("core", "knots") and method.split("-")[0] not in SPACES:
-        pytest.skip(f"no space for {method} yet")
     found = combination(case, method, masks(case), **settings)
     if case["case"].startswith("emr_task"):
         require_task(case, found, int(case["case"][len("emr_task") :]))
@@ -158,7 +156,7 @@ def test_golden(case):
 
 
 def require_task(case: dict, found: Combination, k: int) -> None:
-    for layer, updates in emr_tasks(found._matrices):
+    for layer, updates in emr_tasks(found.matrices):
         expected = array(f"{case['id']}/{layer}").double()
         tolerance = case["suggested_max_abs_tol_relative_to_max"] * expected.abs().max().item()
         torch.testing.assert_close(updates[k].double(), expected, rtol=0, atol=max(tolerance, 1e-7))
@@ -167,13 +165,20 @@ def require_task(case: dict, found: Combination, k: int) -> None:
 @pytest.mark.parametrize("case", cases("emr_unified"), ids=lambda case: case["id"])
 def test_masks_and_rescalers_of_the_original_emr(case):
     found = combination(case, "emr")
-    rescalers = emr_rescalers(found._matrices)
+    rescalers = emr_rescalers(found.matrices)
     torch.testing.assert_close(rescalers.float(), array(f"{case['id']}/extra/rescalers"), rtol=1e-6, atol=0)
-    for layer, updates in emr_tasks(found._matrices):
+    for layer, updates in emr_tasks(found.matrices):
         tau = dense(found.update(layer))
         for k, update in enumerate(updates):
             agree = array(f"{case['id']}/extra/mask/{layer}/task{k}").bool()
             torch.testing.assert_close(update, rescalers[k].to(tau) * torch.where(agree, tau, 0))
+            own = combination(case, "emr", task=f"task{k}")
+            torch.testing.assert_close(dense(own.update(layer)), update)
+
+
+def test_emr_of_a_task_that_there_is_not_is_refused():
+    with pytest.raises(NSCError, match="emr is to be of task other, but there are task0, task1, task2"):
+        combination(cases("emr_unified")[0], "emr", task="other").update("L0")
 
 
 @pytest.mark.parametrize("case", cases("fr_vit"), ids=lambda case: case["id"])

@@ -31,7 +31,11 @@ def translated(case: dict[str, Any]) -> tuple[str, dict[str, Any], list[float] |
         settings["initial"] = initial(case)
         return "lego", settings, None
     if name == "robustmerge":
-        settings = {"density": hyper["mask_ratio"], "quantile": 1 - hyper["att_ratio"], "fuse": hyper["fuse_weight"]}
+        settings = {
+            "density": hyper["mask_ratio"],
+            "gain_quantile": 1 - hyper["att_ratio"],
+            "fuse": hyper["fuse_weight"],
+        }
         return name, settings, None
     alpha = hyper.get("lora_alpha", "r")
     scales = None if alpha == "r" else [a / r for a, r in zip(alpha, case["ranks"], strict=True)]
@@ -202,7 +206,7 @@ def test_robustmerge_stays_finite_where_trimming_empties_a_row():
         ("lego", dict(clusters=0), "clusters must be 1 or more"),
         ("lego", dict(iterations=0), "iterations must be 1 or more"),
         ("robustmerge", dict(density=20), r"density must lie in \(0, 1\].*not a percentage"),
-        ("robustmerge", dict(quantile=1.0), r"quantile must lie in \[0, 1\)"),
+        ("robustmerge", dict(gain_quantile=1.0), r"gain_quantile must lie in \[0, 1\)"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(method, settings, said):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from merging import dense
 
+import nsc
 from nsc.combination import Combination
 from nsc.config import LEARNED, MergeConfig
 from nsc.errors import NSCError
@@ -68,3 +69,23 @@ def test_tasks_weigh_beside_what_is_learned(merged):
     for row, layer in zip(lam, merged.modules, strict=True):
         expected = merged.stack.modules[layer].delta(row)
         torch.testing.assert_close(dense(both.update(layer)), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("ties", dict(scale=float("nan")), "scale must be a finite number"),
+        ("ties", dict(weights={"a": float("inf")}), "the weight of a must be a finite number"),
+        ("ties", dict(isotropize=True), "isotropize does not go with ties: it needs the core space; give core-ties"),
+        ("emr", dict(isotropize=True), "it needs the core space; leave it out"),
+        ("TIES", {}, "did you mean ties?"),
+    ],
+)
+def test_what_no_recipe_can_say_is_refused_with_its_remedy(method, settings, message):
+    with pytest.raises(NSCError, match=message):
+        read_recipe(method, **settings)
+
+
+def test_a_config_of_another_objective_is_no_adamerging():
+    with pytest.raises(NSCError, match="adamerging learns by the objective entropy, but config says null-space"):
+        nsc.merge("base", {"a": "a"}, {"a": ["x"]}, nsc.MergeConfig(), method="adamerging")

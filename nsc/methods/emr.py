@@ -3,8 +3,8 @@
     g = sign mean_k D_k, - for 0        tau = g max_k |D_k| [D_k g > 0]
     M_k = [D_k g > 0]                   l_k = sum over layers of mean |D_k| / sum over layers of mean |M_k tau|
 
-Source: https://arxiv.org/abs/2405.17461. What is merged is tau alone. The K updates l_k M_k tau are those of
-``emr_tasks``; l_k sums means of tensors as the original's code does, where the paper's formula sums entries.
+Source: https://arxiv.org/abs/2405.17461. What is merged is tau alone, or with the setting task that one's l_k M_k tau;
+``emr_tasks`` gives all K. l_k sums means of tensors as the original's code does; the paper's formula sums entries.
 """
 
 from __future__ import annotations
@@ -15,18 +15,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsc.errors import NSCError
 from nsc.methods.entries import by_rows, row_blocks
 from nsc.methods.method import Matrices, Method, Place
 
 
 @dataclass(frozen=True)
 class EmrSettings:
-    """There is nothing to choose."""
+    """task: whose own update is merged; None: the unified one."""
+
+    task: str | None = None
 
 
-def emr(X: Tensor, settings: EmrSettings, place: Place) -> Tensor:
-    """(p, q): tau of w_k X_k, for X (K, p, q)."""
-    return by_rows(lambda block: _unified(place.weighted(block))[0], X)
+@dataclass(frozen=True)
+class Known:
+    """The task and its rescaler l_k."""
+
+    task: str
+    rescaler: float
+
+
+def emr(X: Tensor, settings: EmrSettings | Known, place: Place) -> Tensor:
+    """(p, q): tau of w_k X_k, for X (K, p, q), or what is one task's of it."""
+    if not isinstance(settings, Known):
+        return by_rows(lambda block: _unified(place.weighted(block))[0], X)
+    k, rescaler = place.tasks.index(settings.task), settings.rescaler
+
+    def own(block: Tensor) -> Tensor:
+        tau, agree = _unified(place.weighted(block))
+        return agree[k] * tau * rescaler
+
+    return by_rows(own, X)
+
+
+def survey(matrices: Matrices, settings: EmrSettings) -> EmrSettings | Known:
+    """With the rescaler of the task, where one is named. Raises NSCError for a name that is no task."""
+    if settings.task is None:
+        return settings
+    tasks = next(place.tasks for place, _ in matrices())
+    if settings.task not in tasks:
+        raise NSCError(f"emr is to be of task {settings.task}, but there are {', '.join(tasks)}")
+    return Known(settings.task, emr_rescalers(matrices)[tasks.index(settings.task)].item())
 
 
 def emr_tasks(matrices: Matrices) -> Iterator[tuple[str, Tensor]]:
@@ -70,5 +99,6 @@ METHODS = {
         "https://arxiv.org/abs/2405.17461",
         EmrSettings,
         on_matrices=emr,
+        survey=survey,
     ),
 }

@@ -1,7 +1,7 @@
 """RobustMerge: factors trimmed to their largest entries; what A lost is given back to the columns of B.
 
     trim(X) keeps |x| >= the int(|X| (1 - density))-th smallest of a matrix
-    g_k[i] = |A_k[i, :]|_1 / |trim(A_k)[i, :]|_1,   raised to their int(r quantile)-th smallest (from 0) of adapter k
+    g_k[i] = |A_k[i, :]|_1 / |trim(A_k)[i, :]|_1,   raised to adapter k's int(r gain_quantile)-th smallest, from 0
     A = fuse sum_k trim(A_k)      B[:, i] = fuse sum_k g_k[i] trim(w_k s_k B_k)[:, i] / sum_k g_k[i]      D = B A
 
 https://arxiv.org/abs/2502.17159, https://github.com/AuroraZengfh/RobustMerge, whose only scale is the first adapter's.
@@ -20,19 +20,20 @@ from nsc.methods.method import LowRank, Method, Updates
 
 @dataclass(frozen=True)
 class RobustMergeSettings:
-    """density: the share of each factor's entries that is kept.  quantile: to which smaller gains are raised.  fuse: by
-    which both merged factors are multiplied.
+    """density: the share of each factor's entries that is kept.  gain_quantile: to which smaller gains are raised.
+
+    fuse: by which both merged factors are multiplied.
     """
 
     density: float = 0.2
-    quantile: float = 0.8
+    gain_quantile: float = 0.8
     fuse: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise NSCError(f"density must lie in (0, 1], not {self.density}: it is the share kept, not a percentage")
-        if not 0 <= self.quantile < 1:
-            raise NSCError(f"quantile must lie in [0, 1), not {self.quantile}")
+        if not 0 <= self.gain_quantile < 1:
+            raise NSCError(f"gain_quantile must lie in [0, 1), not {self.gain_quantile}")
 
 
 def robustmerge(updates: Updates, settings: RobustMergeSettings) -> LowRank:
@@ -48,7 +49,7 @@ def robustmerge(updates: Updates, settings: RobustMergeSettings) -> LowRank:
     kept = trim(A, settings.density)
     left = kept.abs().sum(2)
     gain = torch.where(left > 0, A.abs().sum(2) / left, 0)
-    least = gain.sort(1).values[:, int(gain.shape[1] * settings.quantile), None]
+    least = gain.sort(1).values[:, int(gain.shape[1] * settings.gain_quantile), None]
     gain = gain.maximum(least)
     total = gain.sum(0)
     shares = torch.where(total > 0, gain / total, 0)
