@@ -76,7 +76,7 @@ def compare(
     record = _record(stage, data, test, validation, metrics, planned, search, grid)
     of_task, identity = {task: exam.metric for task, exam in exams.items()}, _identity(record)
     done = _begin(out, identity, record["methods"], resume)
-    stage.grid = grid
+    stage.grid = replace(grid, most=grid.high) if search == "null-space" else grid
     if search != "none":
         stage.value = LabelledLoss(stage.model, held_out) if search == "labels" else stage.null_space()
     for name in (ALONE, BARE, *methods):

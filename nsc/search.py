@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,11 +37,15 @@ Value = Callable[[nn.Module], float]  # of a model with a merge in it; the less 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales from ``low`` to ``high``. steps: of the first grid, and of each further one around the best before it."""
+    """Scales from ``low`` to ``high``. steps: of the first grid, and of each further one around the best before it.
+
+    most: the first grid goes on as long as its last scale is the best, but no further than here.
+    """
 
     low: float = 0.1
     high: float = 1.5
     steps: tuple[float, ...] = (0.1, 0.01)
+    most: float = 5.0
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high:
@@ -56,7 +61,7 @@ DEFAULT = Grid()
 class Found:
     """scale: the best.  curve: every scale tried, in order, and its value.  seconds: of the search.
 
-    edge: whether the best is the last scale of the range at either end, so that a better one may lie outside.
+    edge: whether the best is the last scale at either end of all tried, so that a better one may lie outside.
     """
 
     scale: float
@@ -67,21 +72,29 @@ class Found:
 
 def search(value: Callable[[float], float], grid: Grid = DEFAULT) -> Found:
     """The scale of the least value on the grids. Raises NSCError where no scale has a finite one."""
-    started, curve = time.perf_counter(), {}
-    low, high, best = grid.low, grid.high, grid.low
-    for i, step in enumerate(grid.steps):
-        if i:
-            reach = grid.steps[i - 1] - step
-            low, high = max(grid.low, best - reach), min(grid.high, best + reach)
-        count = math.floor((high - low) / step + 1e-9)
-        for scale in (round(low + j * step, 10) for j in range(count + 1)):
-            if scale not in curve:
-                curve[scale] = value(scale)
-        best = min(sorted(curve), key=lambda scale: curve[scale] if math.isfinite(curve[scale]) else math.inf)
+    started, first = time.perf_counter(), grid.steps[0]
+    curve = {scale: value(scale) for scale in _scales(grid.low, grid.high, first)}
+    while (last := max(curve)) == _best(curve) and last + first <= grid.most:
+        curve[round(last + first, 10)] = value(round(last + first, 10))
+    for coarse, fine in pairwise(grid.steps):
+        best = _best(curve)
+        reach, top = coarse - fine, max(grid.high, *curve)
+        around = _scales(max(grid.low, best - reach), min(top, best + reach), fine)
+        curve |= {scale: value(scale) for scale in around if scale not in curve}
+    best = _best(curve)
     if not math.isfinite(curve[best]):
         raise NSCError(f"no scale from {grid.low:g} to {grid.high:g} gives a finite loss; the merge overflows")
     curve = dict(sorted(curve.items()))
     return Found(best, curve, time.perf_counter() - started, len(curve) > 1 and best in (min(curve), max(curve)))
+
+
+def _scales(low: float, high: float, step: float) -> list[float]:
+    return [round(low + j * step, 10) for j in range(math.floor((high - low) / step + 1e-9) + 1)]
+
+
+def _best(curve: Mapping[float, float]) -> float:
+    """The smallest scale of the least finite value."""
+    return min(sorted(curve), key=lambda scale: curve[scale] if math.isfinite(curve[scale]) else math.inf)
 
 
 def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = DEFAULT) -> Found:

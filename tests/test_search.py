@@ -65,11 +65,20 @@ def test_a_planted_minimum_is_found_and_everything_tried_is_told():
     assert found.curve == {scale: (scale - 0.37) ** 2 for scale in found.curve}
 
 
-@pytest.mark.parametrize("best, scale", [(0.0, 0.1), (9.0, 1.5)])
-def test_the_range_is_kept_and_its_edge_told(best, scale):
-    found = search(lambda s: abs(s - best))
+@pytest.mark.parametrize("best, scale, last", [(0.0, 0.1, 1.5), (9.0, 1.5, 1.5)])
+def test_the_range_is_kept_and_its_edge_told(best, scale, last):
+    found = search(lambda s: abs(s - best), Grid(most=1.5))
     assert found.scale == scale and found.edge
-    assert min(found.curve) == 0.1 and max(found.curve) == 1.5
+    assert min(found.curve) == 0.1 and max(found.curve) == last
+
+
+def test_the_first_grid_goes_on_while_its_last_scale_is_the_best():
+    found = search(lambda s: abs(s - 2.34))
+    assert found.scale == 2.34 and not found.edge and max(found.curve) == 2.4
+    assert set(found.curve) >= {round(0.1 * i, 10) for i in range(1, 25)}
+    found = search(lambda s: -s, Grid(most=2.0))
+    assert found.scale == 2.0 and found.edge
+    assert max(search(lambda s: abs(s - 1.4)).curve) == 1.5
 
 
 def test_what_is_not_finite_is_never_the_best():
