@@ -269,7 +269,7 @@ def test_iso_cts_refuses_a_direction_of_a_task_among_the_common_ones():
         ("iso-cts", {"common": 80}, "common must be a fraction"),
         ("svd", {"rank": 0}, "rank must be at least 1, not 0"),
         ("svd", {"split": "A"}, "split must be sqrt or B, not 'A'"),
-        ("svd", {"isotropize": True}, "isotropize needs the core space"),
+        ("svd", {"isotropize": True}, "it needs the core space"),
     ],
 )
 def test_settings_that_cannot_be(method, settings, message):
