@@ -24,10 +24,9 @@ from nsc.describe import describe_merge, describe_stack
 from nsc.distributed import Team, join
 from nsc.entropy import entropy_of
 from nsc.errors import NSCError
-from nsc.feeds import feed_of
+from nsc.feeds import batches_of, feed_of
 from nsc.fitting import fit, match_adapters
-from nsc.generation import generator
-from nsc.inputs import Source, absolute, base_warnings, fingerprint, read_adapters, read_data
+from nsc.inputs import Source, absolute, base_warnings, fingerprint, place_of, read_adapters, read_data
 from nsc.learn import goal_of, learn, printer, require_finite_ratios
 from nsc.objective import Goal, NullSpaceObjective
 from nsc.passes import own_share
@@ -115,8 +114,7 @@ def _learn(
     """The merge by learned coefficients, of which ``name`` in LEARNED has the kind."""
     read = read_adapters(adapters)
     base = absolute(base)
-    feed = feed_of(base)
-    samples = read_data(data, read, feed.read, config.unseen)
+    samples = read_data(data, read, feed_of(base).read, config.unseen)
     team = join(config.device)
     model = _load(base, config, team)
     fitted = fit(base, model, read, config)
@@ -129,8 +127,7 @@ def _learn(
     say(f"base {base}: {len(stack.modules)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
-    continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
-    batches, evaluation = feed.batches(base, model, targets, samples, config, *continues)
+    batches, evaluation = batches_of(base, model, stack, targets, samples, config)
     sure = config.objective == "null-space"
     entropy = None if sure else entropy_of(base, model, read, config.positions, config.unseen, config.reduction)
     first_step = batches(0)
@@ -157,10 +154,7 @@ def _learn(
     after = _ratios(model, lean, targets, evaluation, learned.coefficients, team, goal)
     report = describe_merge(base, stack, targets, learned, before, after, config, name)
     report = replace(report, warnings=report.warnings + base_warnings(base, read))
-    sources = {
-        task: absolute(d) if isinstance(d, (str, Path)) else f"{len(d)} samples given in Python"
-        for task, d in data.items()
-    }
+    sources = {task: place_of(rows) for task, rows in data.items()}
     record = Record.of(base, name, fitted, read, learned.coefficients, config, data=sources)
     sample, in_full = first_step[0], model if config.whole_base else None
     return MergeResult(learned.coefficients, report, record, read, stack, in_full, sample)
