@@ -1,6 +1,7 @@
 """The scale of one merge, searched by the verb itself: what merging anew at every scale finds, kept by the record."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,17 @@ def test_the_record_holds_the_scale_and_how_it_was_found(base, two, rows, tmp_pa
     again.save(tmp_path / "again", full=True)
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
     assert described(tmp_path / "again")["searched"] == told == dict(again.report.searched)
+
+
+def test_labels_are_of_heads_where_adapters_carry_them_and_need_no_metrics(base, adapters, texts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
+    told = {"plain": [(text, "word3") for text in texts["plain"]], "double": [(x, 1) for x in texts["double"]]}
+    pair = {task: adapters[task] for task in told}
+    result = nsc.merge(base, pair, method="ties", search="labels", validation=told, scales=RANGE, progress=False)
+    assert len(set(result.report.searched["curve"].values())) > 10
+    assert result.record.searched["rows"] == {task: "5 samples given in Python" for task in told}
+    with pytest.raises(DataError, match="task double, labelled row 1: class 2 of a head of 2 outputs"):
+        nsc.merge(base, pair, method="ties", search="labels", validation=told | {"double": [("x", 2)]}, progress=False)
 
 
 def test_learned_coefficients_first(base, two, rows, tmp_path):
