@@ -86,7 +86,7 @@ def merge(
         if resume:
             raise NSCError(f"method {recipe.label} learns nothing, so there is nothing to resume; leave it out")
         result = combine(absolute(base), adapters, recipe, config, coefficients, masks, searches, say)
-        result = find_scale(result, chosen, config) if chosen else result
+        result = find_scale(result, chosen, config, say) if chosen else result
         say(result.report.summary())
         return result
     if coefficients is not None or (masks and not recipe):
@@ -97,7 +97,7 @@ def merge(
     place = Path(checkpoint) if checkpoint else None
     result = _learn(base, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result
-    result = find_scale(result, chosen, config) if chosen else result
+    result = find_scale(result, chosen, config, say) if chosen else result
     say(result.report.summary())
     return result
 

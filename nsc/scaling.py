@@ -6,7 +6,7 @@ number in each layer and one forward of the rows. What is found is the recipe's 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def read_search(
     return Search(search, validation if labelled else data, labelled, grid)
 
 
-def find_scale(result: MergeResult, search: Search, config: MergeConfig) -> MergeResult:
+def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:
     """The same merge at the scale that is found, with the base that it was found on in memory.
 
     Raises a subclass of NSCError for rows that do not go with the adapters, for a merge that is not finite, and where
@@ -113,6 +113,7 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig) -> Merg
     combination = result.combination.at_scale(1.0)
     merged = as_one(combination)
     require_finite(merged)
+    say(f"its scale is searched from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
     found = search_scale(model, merged, value, search.grid)
     combination = combination.at_scale(found.scale)
     return _described(replace(result, model=model, combination=combination), found, search, targets, config)
