@@ -65,6 +65,11 @@ def merge(
     shard: Annotated[bool, typer.Option("--shard", help="Split the base over the processes of torchrun.")] = False,
     method: Annotated[str, typer.Option(help="Instead of nsc: one that `nsc methods` lists, or nsc+ONE.")] = "nsc",
     scale: Annotated[float | None, typer.Option(help="Of all that another method merges, once.")] = None,
+    search: Annotated[str, typer.Option(help="Find that scale: by labels or null-space.")] = "none",
+    scales: Annotated[tuple[float, float] | None, typer.Option(help="The range of the search.  [0.1 1.5]")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=FILE", help="Labelled rows to search by; repeat per task.")
+    ] = None,
     density: Annotated[float | None, typer.Option(help="Of TIES: the fraction of entries kept.")] = None,
     drop: Annotated[float | None, typer.Option(help="Of DARE: the fraction of entries dropped.")] = None,
     coefficients: Annotated[
@@ -91,8 +96,9 @@ def merge(
         if checkpoint.exists() and not resume:
             raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")
         result = run(
-            job.base, job.adapters, job.data, settings, method=job.recipe or job.method,
-            coefficients=job.coefficients, checkpoint=checkpoint, resume=resume,
+            job.base, job.adapters, job.data, settings, method=job.recipe or job.method, search=job.search,
+            validation=job.validation, scales=job.scales, coefficients=job.coefficients, checkpoint=checkpoint,
+            resume=resume,
         )  # fmt: skip
         if join(settings.device).first:
             _finish(result.save(out, rank=job.rank, full=job.full), out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from nsc.errors import NSCError
 from nsc.merged import run_as_one
 from nsc.methods import LowRank, Place, Updates
 from nsc.methods.spectral import isotropize
-from nsc.recipes import Recipe
+from nsc.recipes import Recipe, with_scale
 from nsc.spaces import SPACES, View
 from nsc.stack import ModuleStack, Stack
 
@@ -71,6 +72,12 @@ class Combination:
         """(m,) of a layer fine-tuned whole, if it has a bias."""
         views = self._whole(name)[1:] if name in self.stack.dense else []
         return self._on_matrices(views[0])[0] if views else None
+
+    def at_scale(self, scale: float) -> Combination:
+        """The same at another scale; what the method knows of all layers is kept."""
+        other = copy(self)
+        other.recipe = with_scale(self.recipe, scale)
+        return other
 
     def in_model(self) -> tuple[Stack, Tensor]:
         """All merged updates in memory."""

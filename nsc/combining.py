@@ -6,7 +6,7 @@ of layers that adapters fine-tuned whole the base's own are needed, to take diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from nsc.describe import describe_recipe, describe_stack
 from nsc.errors import NSCError
 from nsc.fitting import put_on
 from nsc.inputs import base_warnings, fingerprint, read_adapters
-from nsc.recipes import OF_BASE, Recipe, write_settings
+from nsc.recipes import OF_BASE, OF_SEARCH, Recipe, write_settings
 from nsc.record import Record
 from nsc.result import MergeResult
 from nsc.stack import Stack
@@ -31,13 +31,14 @@ Masks = Mapping[str, Tensor] | None
 
 def combine(
     base: str, adapters: Mapping[str, str | Path], recipe: Recipe, config: MergeConfig, coefficients: Coefficients,
-    masks: Masks, say: Callable[[str], None],
+    masks: Masks, searches: bool, say: Callable[[str], None],
 ) -> MergeResult:  # fmt: skip
     """What ``recipe``, which learns nothing, makes of ``adapters`` on ``base``. Arguments as ``nsc.merge`` has them.
 
-    No layer is worked on before it is asked for. Raises a subclass of NSCError for what does not go together.
+    searches: whether its scale will be searched. No layer is worked on before it is asked for. Raises a subclass of
+    NSCError for what does not go together.
     """
-    _require_no_learning(recipe, config)
+    _require_no_learning(recipe, config, OF_BASE + OF_SEARCH if searches else OF_BASE)
     read = read_adapters(adapters)
     fitted = put_on(base, families.empty_body(base), read, config)
     stack = fitted.stack
@@ -80,7 +81,8 @@ def replay(result: MergeResult) -> MergeResult:
         return result
     device = families.one_device(record.settings.get("device", "auto"))
     combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
-    return replace(result, report=describe_recipe(result.report, recipe), combination=combination)
+    report = replace(describe_recipe(result.report, recipe), searched=record.searched)
+    return replace(result, report=report, combination=combination)
 
 
 def _weights(
@@ -120,11 +122,11 @@ def _column(task: str, mark: str, record: Record, where: str) -> str:
     return same[0]
 
 
-def _require_no_learning(recipe: Recipe, config: MergeConfig) -> None:
+def _require_no_learning(recipe: Recipe, config: MergeConfig, allowed: Sequence[str]) -> None:
     plain = MergeConfig().to_dict()
-    set_there = [key for key, value in config.to_dict().items() if value != plain[key] and key not in OF_BASE]
+    set_there = [key for key, value in config.to_dict().items() if value != plain[key] and key not in allowed]
     if set_there:
         raise NSCError(
             f"method {recipe.label} learns nothing, so that it has no {set_there[0]}; of MergeConfig it takes"
-            f" {', '.join(OF_BASE)} alone"
+            f" {', '.join(allowed)} alone"
         )

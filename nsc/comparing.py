@@ -28,16 +28,15 @@ from nsc.errors import DataError, NSCError
 from nsc.evaluate import Exam, exams_of
 from nsc.feeds import feed_of
 from nsc.fitting import fit
-from nsc.inputs import Source, absolute, fingerprint, read_adapters, read_data
-from nsc.labelled import Labelled, read_labelled
+from nsc.inputs import Source, absolute, fingerprint, place_of, read_adapters, read_data
+from nsc.labelled import read_all_labelled
 from nsc.learn import printer
 from nsc.places import input_device
 from nsc.recipes import read_recipe, split_learned
 from nsc.result import partial_folder
-from nsc.search import DEFAULT, Grid, LabelledLoss
+from nsc.search import DEFAULT, SEARCHES, Grid, LabelledLoss
 from nsc.stage import Planned, Stage, row_of
 
-SEARCHES = ("none", "labels", "null-space")
 RECORD = "compare.yaml"
 
 
@@ -112,17 +111,17 @@ def _prepare(
     config: Mapping[str, Any], metrics: Mapping[str, str], say: Callable[[str], Any],
 ) -> tuple[Stage, dict[str, Exam]]:  # fmt: skip
     """data: empty where nothing needs any."""
-    read, feed, common = read_adapters(adapters), feed_of(base), MergeConfig.from_dict(config)
+    read, common = read_adapters(adapters), MergeConfig.from_dict(config)
     if common.keep_modules:
         raise NSCError("layers that tasks keep to themselves (keep_modules) cannot be scored in one model")
-    samples = read_data(data, read, feed.read, common.unseen) if data else {}
-    rows = _labelled(base, test, read)
+    samples = read_data(data, read, feed_of(base).read, common.unseen) if data else {}
+    rows = read_all_labelled(base, test, read)
     model = families.load_body(base, common.dtype, common.device, common.weights, common.device_map)
     fitted = fit(base, model, read, replace(common, granularity="layer"))
     say(f"base {base}: {len(fitted.stack.names)} layers merged, {len(fitted.targets)} measured")
     exams = exams_of(base, model, fitted.adapters, rows, common.max_length, metrics)
     say("test rows: " + ", ".join(f"{task} {len(rows[task].labels)} ({exams[task].metric})" for task in exams))
-    return Stage(base, model, fitted, feed, samples, common, say), exams
+    return Stage(base, model, fitted, samples, common, say), exams
 
 
 def _held_out(
@@ -131,20 +130,11 @@ def _held_out(
     """The exams of the validation rows. Raises DataError where a row is in the test too."""
     if not validation:
         return {}
-    rows, tested = (_labelled(stage.base, found, stage.fitted.adapters) for found in (validation, test))
+    rows, tested = (read_all_labelled(stage.base, found, stage.fitted.adapters) for found in (validation, test))
     for task in rows:
         if shared := sum(sample in set(tested[task].samples) for sample in rows[task].samples):
             raise DataError(f"task {task}: {shared} validation rows are test rows too; take others")
     return exams_of(stage.base, stage.model, stage.fitted.adapters, rows, stage.config.max_length, metrics)
-
-
-def _labelled(base: str, sources: Mapping[str, Source], adapters: Mapping[str, Any]) -> dict[str, Labelled]:
-    if set(sources) != set(adapters):
-        raise DataError(
-            f"labelled rows and adapters must name the same tasks, not {', '.join(sorted(sources))} and"
-            f" {', '.join(sorted(adapters))}"
-        )
-    return {task: read_labelled(base, sources[task]) for task in adapters}
 
 
 def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], search: str) -> Planned:
@@ -195,7 +185,7 @@ def _record(
     """What replays the comparison, in plain values."""
     device = input_device(stage.model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    place = partial(map, lambda item: (item[0], _place(item[1])))
+    place = partial(map, lambda item: (item[0], place_of(item[1])))
     methods = {
         name: {
             **({"recipe": chosen.recipe.to_dict()} if chosen.recipe else {}),
@@ -217,10 +207,6 @@ def _record(
         "search": search, "grid": json.loads(json.dumps(asdict(grid))), "config": stage.config.to_dict(),
         "methods": json.loads(json.dumps(methods)), "made": made,
     }  # fmt: skip
-
-
-def _place(source: Source) -> str:
-    return absolute(source) if isinstance(source, (str, Path)) else f"{len(source)} samples given in Python"
 
 
 def _line(row: Row) -> str:

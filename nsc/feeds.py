@@ -15,10 +15,11 @@ from nsc.bodies import ImageTextBody
 from nsc.config import MergeConfig
 from nsc.data import TextBatches, read_texts, tokenize
 from nsc.errors import NSCError
-from nsc.generation import Generate, with_answer
+from nsc.generation import Generate, generator, with_answer
 from nsc.graphs import obstacle
 from nsc.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
 from nsc.packing import can_share_rows, collate
+from nsc.stack import Stack
 from nsc.towers import FeatureStore
 from nsc.vlm import Prompt, PromptBatches, Prompts, image_features, read_prompts, require_same_forward, writer_of
 
@@ -52,6 +53,15 @@ def feed_of(base: str) -> Feed:
     if takes not in FEEDS:
         raise NSCError(f"base {base!r} takes {takes}; nsc feeds bodies that take {' or '.join(FEEDS)}")
     return FEEDS[takes]
+
+
+def batches_of(
+    base: str, model: nn.Module, stack: Stack, targets: Sequence[str], samples: Mapping[str, Sequence[Any]],
+    config: MergeConfig,
+) -> tuple[Batches, list[Batch]]:  # fmt: skip
+    """The batches to learn from, and the fixed ones; generated positions are those of each task's own adapter."""
+    continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
+    return feed_of(base).batches(base, model, targets, samples, config, *continues)
 
 
 def _text_batches(

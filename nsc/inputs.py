@@ -51,6 +51,11 @@ def read_data(
     return {task: [] if task in unseen else read(data[task]) for task in adapters}
 
 
+def place_of(source: Source) -> str:
+    """Where rows came from, for a record."""
+    return absolute(source) if isinstance(source, (str, Path)) else f"{len(source)} samples given in Python"
+
+
 def base_warnings(base: str, adapters: Mapping[str, Adapter]) -> list[str]:
     """Bases of one shape cannot be told apart by it, so say when the names disagree."""
     named = {task: Path(adapter.base).name for task, adapter in adapters.items() if adapter.base}

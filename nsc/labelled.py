@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,16 @@ def read_labelled(base: str, source: str | Path | Sequence[tuple[Any, Any]]) -> 
     if not found:
         raise DataError(f"{where} holds no labelled row")
     return Labelled(*map(list, zip(*found, strict=True)))
+
+
+def read_all_labelled(base: str, sources: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Labelled]:
+    """Task -> its labelled rows, in the order of ``tasks``. Raises DataError where those of both do not agree."""
+    if set(sources) != set(tasks):
+        raise DataError(
+            f"labelled rows and adapters must name the same tasks, not {', '.join(sorted(sources))} and"
+            f" {', '.join(sorted(tasks))}"
+        )
+    return {task: read_labelled(base, sources[task]) for task in tasks}
 
 
 def _rows(place: str) -> Iterable[tuple[int, Any]]:

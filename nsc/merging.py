@@ -24,10 +24,9 @@ from nsc.describe import describe_merge, describe_stack
 from nsc.distributed import Team, join
 from nsc.entropy import entropy_of
 from nsc.errors import NSCError
-from nsc.feeds import feed_of
+from nsc.feeds import batches_of, feed_of
 from nsc.fitting import fit, match_adapters
-from nsc.generation import generator
-from nsc.inputs import Source, absolute, base_warnings, fingerprint, read_adapters, read_data
+from nsc.inputs import Source, absolute, base_warnings, fingerprint, place_of, read_adapters, read_data
 from nsc.learn import goal_of, learn, printer, require_finite_ratios
 from nsc.objective import Goal, NullSpaceObjective
 from nsc.passes import own_share
@@ -35,6 +34,7 @@ from nsc.places import input_device
 from nsc.recipes import Recipe, read_settings
 from nsc.record import Record
 from nsc.result import MergeResult
+from nsc.scaling import find_scale, read_search, refuse_search
 from nsc.sharding import shard_linears, shards_of
 from nsc.stack import Stack, by_rank, stack_adapters, whitened
 from nsc.surgery import choose_plans, merged_layers
@@ -47,6 +47,9 @@ def merge(
     config: MergeConfig | None = None,
     *,
     method: str | Recipe = "nsc",
+    search: str = "none",
+    validation: Mapping[str, Source] | None = None,
+    scales: tuple[float, float] | None = None,
     coefficients: Coefficients = None,
     masks: Masks = None,
     checkpoint: str | Path | None = None,
@@ -66,14 +69,24 @@ def merge(
     method: a name that ``nsc methods`` lists, "nsc+NAME" to learn coefficients first and use them as the weights of
     another method, or what ``read_recipe`` read.  coefficients: (M, K), or the folder of an earlier merge, as weights
     of a method that learns nothing.  masks: layer -> (K, p, q) bool, what a method that drops entries at random is to
-    keep. Raises a subclass of NSCError that says what is wrong and where.
+    keep.
+
+    search: how to find the scale of another method: "null-space" by the ratios of ``evaluation_samples`` rows of
+    ``data`` a task, "labels" by the loss on ``validation``, task -> what ``read_labelled`` takes, or "none", by the
+    setting ``scale``.  scales: lowest and highest, 0.1 and 1.5 by default. Raises a subclass of NSCError that says what
+    is wrong and where.
     """
-    recipe, name, config = _chosen(method, config, settings)
+    data, validation, searches = data or {}, validation or {}, search != "none"
+    recipe, name, config = _chosen(method, config, settings, searches)
+    scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
+    refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
+    chosen = read_search(search, absolute(base), adapters, data, validation, scales)
     say = printer(progress and join(config.device).first)
     if recipe and not recipe.learned:
         if resume:
             raise NSCError(f"method {recipe.label} learns nothing, so there is nothing to resume; leave it out")
-        result = combine(absolute(base), adapters, recipe, config, coefficients, masks, say)
+        result = combine(absolute(base), adapters, recipe, config, coefficients, masks, searches, say)
+        result = find_scale(result, chosen, config, say) if chosen else result
         say(result.report.summary())
         return result
     if coefficients is not None or (masks and not recipe):
@@ -82,23 +95,24 @@ def merge(
     if recipe:
         require_weights_of_tasks(recipe, config)
     place = Path(checkpoint) if checkpoint else None
-    result = _learn(base, adapters, data or {}, config, name, place, resume, progress)
+    result = _learn(base, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result
+    result = find_scale(result, chosen, config, say) if chosen else result
     say(result.report.summary())
     return result
 
 
 def _chosen(
-    method: str | Recipe, config: MergeConfig | None, settings: Mapping[str, Any]
+    method: str | Recipe, config: MergeConfig | None, settings: Mapping[str, Any], searches: bool
 ) -> tuple[Recipe | None, str, MergeConfig]:
     """What is made of the adapters, the name of what learns, and its settings, over its own defaults."""
     if isinstance(method, Recipe):
         recipe: Recipe | None = method
-        ours = read_settings(method.label, settings)[1]
+        ours = read_settings(method.label, settings, searches)[1]
         if others := sorted(set(settings) - {f.name for f in fields(MergeConfig)}):
             raise NSCError(f"{others[0]} is given beside a recipe, which says all of it; say it there")
     else:
-        recipe, ours = read_settings(method, settings)
+        recipe, ours = read_settings(method, settings, searches)
     name = (recipe.learned or "") if recipe else str(method)
     if config is None:
         return recipe, name, MergeConfig(**{**(LEARNED[name].settings if name else {}), **ours})
@@ -115,8 +129,7 @@ def _learn(
     """The merge by learned coefficients, of which ``name`` in LEARNED has the kind."""
     read = read_adapters(adapters)
     base = absolute(base)
-    feed = feed_of(base)
-    samples = read_data(data, read, feed.read, config.unseen)
+    samples = read_data(data, read, feed_of(base).read, config.unseen)
     team = join(config.device)
     model = _load(base, config, team)
     fitted = fit(base, model, read, config)
@@ -129,8 +142,7 @@ def _learn(
     say(f"base {base}: {len(stack.modules)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
     for task, adapter in read.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
-    continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
-    batches, evaluation = feed.batches(base, model, targets, samples, config, *continues)
+    batches, evaluation = batches_of(base, model, stack, targets, samples, config)
     sure = config.objective == "null-space"
     entropy = None if sure else entropy_of(base, model, read, config.positions, config.unseen, config.reduction)
     first_step = batches(0)
@@ -157,10 +169,7 @@ def _learn(
     after = _ratios(model, lean, targets, evaluation, learned.coefficients, team, goal)
     report = describe_merge(base, stack, targets, learned, before, after, config, name)
     report = replace(report, warnings=report.warnings + base_warnings(base, read))
-    sources = {
-        task: absolute(d) if isinstance(d, (str, Path)) else f"{len(d)} samples given in Python"
-        for task, d in data.items()
-    }
+    sources = {task: place_of(rows) for task, rows in data.items()}
     record = Record.of(base, name, fitted, read, learned.coefficients, config, data=sources)
     sample, in_full = first_step[0], model if config.whole_base else None
     return MergeResult(learned.coefficients, report, record, read, stack, in_full, sample)

@@ -19,6 +19,7 @@ from nsc.values import expected, typed
 
 COMMON = ("scale", "weights", "isotropize")
 OF_BASE = ("device", "dtype", "keep_modules")  # of MergeConfig, which methods that learn nothing have too
+OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # likewise, where they search
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,10 @@ def method_of(method: str) -> Method:
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    """Every setting that a method takes -> its type, as ``read_settings`` takes it apart."""
+    """Every setting that a method takes, in a search or without -> its type, as ``read_settings`` takes it apart."""
     learned, name = split_learned(method)
     kinds = get_type_hints(MergeConfig)
-    kinds = kinds if learned else {key: kinds[key] for key in OF_BASE}
+    kinds = kinds if learned else {key: kinds[key] for key in OF_BASE + OF_SEARCH}
     if name:
         of_recipe = get_type_hints(Recipe)
         own = get_type_hints(method_of(name).settings)
@@ -139,17 +140,20 @@ def settings_of(method: str) -> dict[str, Any]:
     return kinds
 
 
-def read_settings(method: str, settings: Mapping[str, Any]) -> tuple[Recipe | None, dict[str, Any]]:
+def read_settings(
+    method: str, settings: Mapping[str, Any], searches: bool = False
+) -> tuple[Recipe | None, dict[str, Any]]:
     """What a method makes of adapters, and those of ``settings`` that are MergeConfig's.
 
     There is no recipe where learned coefficients are all. Of "nsc+dare" a seed is of both, and weights are those of the
-    base: the coefficients are those of the tasks. Raises NSCError for a setting that the method does not have.
+    base: the coefficients are those of the tasks. searches: whether the scale is searched, for which rows are read.
+    Raises NSCError for a setting that the method does not have.
     """
     learned, name = split_learned(method)
-    kinds = settings_of(method)
+    config = {f.name for f in fields(MergeConfig)} if learned else {*OF_BASE, *(OF_SEARCH if searches else ())}
+    kinds = set(settings_of(method)) - (set() if learned or searches else set(OF_SEARCH))
     if strange := [key for key in settings if key not in kinds]:
         raise NSCError(f"method {method} has no setting {strange[0]}; it has {', '.join(sorted(kinds))}")
-    config = {f.name for f in fields(MergeConfig)} if learned else set(OF_BASE)
     ours = {key: value for key, value in settings.items() if key in config}
     if name is None:
         return None, ours

@@ -39,7 +39,7 @@ class Record:
     modules: name in the base body -> (out, in).  adapters: task -> {path, fingerprint}.  prefix: of the written
     adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.  rank: that the
     adapter was truncated to, if it was.  dense: parameters of the base that adapters fine-tuned whole.  method: as
-    ``nsc.merge`` takes it.  masks: that the caller gave.
+    ``nsc.merge`` takes it.  masks: that the caller gave.  searched: how the scale in the settings was found, if it was.
     """
 
     base: str
@@ -55,6 +55,7 @@ class Record:
     dense: tuple[str, ...] = ()
     method: str = "nsc"
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    searched: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -104,6 +105,7 @@ class Record:
             "rank": self.rank,
             "dense": list(self.dense),
             "masks": bool(self.masks),
+            **({"searched": dict(self.searched)} if self.searched else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
         }
@@ -123,7 +125,7 @@ class Record:
             record = cls(coefficients=coefficients, modules=modules, adapters=adapters, rank=text.get("rank"), **rest)
             masks = load_file(folder / MASKS) if text.get("masks") else {}
             dense, method = tuple(text.get("dense", ())), text["method"]
-            record = replace(record, dense=dense, method=method, masks=masks)
+            record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"

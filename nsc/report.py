@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ class Report:
 
     method: as ``nsc.merge`` takes it.  line, source: what it does, and where it is from.  space, settings: of one that
     takes updates, or learned coefficients, further than their weighted sum.  ranks_by_module: of the written adapter.
-    merged_rank: None of such a one before it is written, and of a full model.
+    merged_rank: None of such a one before it is written, and of a full model.  searched: how its scale was found, if it
+    was: by what search, its measure and range, every scale tried and its value (curve), the best, and seconds.
     """
 
     base: str
@@ -65,14 +67,16 @@ class Report:
     space: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     ranks_by_module: dict[str, int] = field(default_factory=dict)
+    searched: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: None where a number is not finite."""
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     def to_markdown(self) -> str:
-        """The report as Markdown: facts, one table by task, one of all coefficients, one of ranks where they tell."""
-        tables = [_coefficient_table(self)] if self.coefficients else []
+        """The report as Markdown: facts, and tables by task, of a search, of all coefficients, of ranks that tell."""
+        tables = [_search_table(self.searched)] if self.searched else []
+        tables += [_coefficient_table(self)] if self.coefficients else []
         tables += [_rank_table(self)] if self.space and self.ranks_by_module else []
         return "\n\n".join([_facts(self), _task_table(self), *_warnings(self), *tables])
 
@@ -167,7 +171,22 @@ def _method(report: Report) -> list[str]:
         f"- method: {report.method}, {report.line} ({report.source})",
         f"- space: {report.space}",
         f"- settings: {settings}",
+        *([_search(report.searched)] if report.searched else []),
     ]
+
+
+def _search(searched: Mapping[str, Any]) -> str:
+    low, high = searched["scales"]
+    return (
+        f"- scale: {searched['best']:g}, of {len(searched['curve'])} from {low:g} to {high:g} the one of the least"
+        f" {searched['measure']}, found in {searched['seconds']:.1f} s"
+    )
+
+
+def _search_table(searched: Mapping[str, Any]) -> str:
+    best = searched["best"]
+    lines = [f"| scale | {searched['measure']} |", "|---|---|"]
+    return "\n".join(lines + [f"| {s:g}{' (best)' * (s == best)} | {x:.6g} |" for s, x in searched["curve"].items()])
 
 
 def _rank_table(report: Report) -> str:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from nsc.batch import Batch
-from nsc.errors import NSCError, TargetError
+from nsc.errors import NonFiniteError, NSCError, TargetError
 from nsc.evaluate import Exam
 from nsc.places import input_device
-from nsc.stack import Stack, whitened
+from nsc.stack import DenseStack, Stack, whitened
 from nsc.surgery import merged_layers, set_coefficients
 from nsc_kernels import null_space_ratio
 
@@ -55,6 +55,8 @@ class Grid:
 
 
 DEFAULT = Grid()
+MEASURES = {"labels": "mean loss relative to the bare base's", "null-space": "mean null-space ratio"}  # minimised
+SEARCHES = ("none", *MEASURES)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class Found:
     curve: dict[float, float]
     seconds: float
     edge: bool
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know."""
+        outside = "is the last of the range searched; a better one may lie outside"
+        return [f"its best scale, {self.scale:g}, {outside}"] if self.edge else []
 
 
 def search(value: Callable[[float], float], grid: Grid = DEFAULT) -> Found:
@@ -111,6 +119,15 @@ def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = DEF
             return value(model)
 
         return search(at, grid)
+
+
+def require_finite(merged: Stack) -> None:
+    """Raise NonFiniteError, naming the layer, for a merge that cannot be put into a model."""
+    for name in merged.names:
+        layer = merged.layer(name)
+        parts = (layer.deltas,) if isinstance(layer, DenseStack) else (layer.A, layer.B)
+        if not all(part.isfinite().all() for part in parts):
+            raise NonFiniteError(f"its update of {name} is not finite")
 
 
 class LabelledLoss:

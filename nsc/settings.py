@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +17,7 @@ from nsc.config import LEARNED, MergeConfig, preset_settings
 from nsc.errors import NSCError
 from nsc.recipes import OF_BASE, Recipe, read_settings, settings_of, split_learned
 from nsc.record import COEFFICIENTS
+from nsc.scaling import refuse_search
 from nsc.values import expected, typed
 
 NEEDED = {"base": "--base", "adapters": "--adapter TASK=PATH", "data": "--data TASK=FILE", "out": "--out"}
@@ -35,6 +36,9 @@ class Job:
     preset: str | None = None
     method: str = "nsc"
     coefficients: str | None = None
+    search: str = "none"
+    validation: dict[str, str] = field(default_factory=dict)
+    scales: tuple[float, float] | None = None
     recipe: Recipe | None = None  # the method's, with its settings
 
     @property
@@ -60,30 +64,43 @@ def gather(
 ) -> tuple[Job, MergeConfig]:
     """The job and its settings. flags: those given, by the names of the fields.  assignments: "KEY=VALUE", in YAML.
 
-    Flags go before assignments, those before the preset of the flags, that before the file and its own preset; adapters
-    and data are put together task by task. Raises NSCError for what is missing, unknown, of another type, or no setting
-    of the method.
+    Flags go before assignments, those before the preset of the flags, that before the file and its own preset; a scale
+    or a search of the flags before either of the file; adapters and rows are put together task by task. Raises NSCError
+    for what is missing, unknown, of another type, or no setting of the method.
     """
     told = read_file(file, flags.get("method")) if file else Told({}, {})
+    _settle_scale(told, flags, assignments)
     method = flags.get("method") or told.job.get("method", "nsc")
     learned, kinds = split_learned(method)[0], job_of(method)
     job = {key: value for source in (told.job, flags) for key, value in source.items() if key in kinds}
-    job |= {key: {**told.job.get(key, {}), **flags.get(key, {})} for key in ("adapters", "data")}
+    job |= {key: {**told.job.get(key, {}), **flags.get(key, {})} for key in ("adapters", "data", "validation")}
     assigned = dict(read_assignment(text, method) for text in assignments)
     given = {key: value for key, value in flags.items() if key not in kinds}
     presets = [source.get("preset") if "preset" in kinds else None for source in (told.job, flags)]
     if any(presets) and not learned:
         raise NSCError(f"method {method} learns nothing, so that it has no preset; leave it out")
     said = preset_settings(presets[0]) | told.settings | preset_settings(presets[1]) | assigned | given
-    recipe, settings = read_settings(method, said)
+    search = job.get("search", "none")
+    recipe, settings = read_settings(method, said, search != "none")
     missing = [
         f"{key}: give {flag}, or {key}: in the file of --config"
         for key, flag in NEEDED.items()
-        if not job.get(key) and (learned or key != "data")
+        if not job.get(key) and (learned or search == "null-space" or key != "data")
     ]
     if missing:
         raise NSCError(f"a merge lacks {'; '.join(missing)}")
-    return Job(**job, recipe=recipe), MergeConfig(**{**(LEARNED[learned].settings if learned else {}), **settings})
+    config = MergeConfig(**{**(LEARNED[learned].settings if learned else {}), **settings})
+    refuse_search(search, method, "scale" in said, config, job["data"], job["validation"], job.get("scales"))
+    return Job(**job, recipe=recipe), config
+
+
+def _settle_scale(told: Told, flags: Mapping[str, Any], assignments: Sequence[str]) -> None:
+    """Take out of a file the scale, or the search for it, in whose place the flags say the other."""
+    if flags.get("search", "none") != "none":
+        told.settings.pop("scale", None)
+    elif "scale" in {*flags, *(text.partition("=")[0] for text in assignments)}:
+        for key in ("search", "validation", "scales"):
+            told.job.pop(key, None)
 
 
 def job_of(method: str) -> dict[str, Any]:

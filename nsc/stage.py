@@ -15,17 +15,16 @@ from nsc.combination import Combination, as_one
 from nsc.comparison import ALONE, Row, scored
 from nsc.config import MergeConfig
 from nsc.entropy import entropy_of
-from nsc.errors import NonFiniteError, NSCError
+from nsc.errors import NSCError
 from nsc.evaluate import Exam
-from nsc.feeds import Feed
+from nsc.feeds import batches_of
 from nsc.fitting import Fitted
-from nsc.generation import generator
 from nsc.learn import learn
 from nsc.memory import PeakMemory
 from nsc.places import input_device
 from nsc.recipes import Recipe, with_scale
-from nsc.search import DEFAULT, Grid, NullSpaceRatio, Value, search_scale
-from nsc.stack import DenseStack, Stack, by_rank, whitened
+from nsc.search import DEFAULT, Grid, NullSpaceRatio, Value, require_finite, search_scale
+from nsc.stack import Stack, by_rank, whitened
 from nsc.surgery import merged_layers
 
 
@@ -44,7 +43,6 @@ class Stage:
     base: str
     model: nn.Module
     fitted: Fitted
-    feed: Feed
     samples: Mapping[str, Sequence[Any]]
     config: MergeConfig
     say: Callable[[str], Any]
@@ -82,10 +80,7 @@ class Stage:
         ).coefficients
 
     def _batches(self, config: MergeConfig) -> tuple[Any, list[Batch]]:
-        continues = []
-        if config.positions != "prompt":
-            continues = [generator(self.base, self.model, self.stack, config)]
-        return self.feed.batches(self.base, self.model, self.fitted.targets, self.samples, config, *continues)
+        return batches_of(self.base, self.model, self.stack, self.fitted.targets, self.samples, config)
 
 
 def row_of(name: str, stage: Stage, exams: Mapping[str, Exam], planned: Planned | None, alone: Row | None) -> Row:
@@ -128,23 +123,12 @@ def _merge(name: str, stage: Stage, planned: Planned) -> tuple[Row, Stack, Tenso
     peak, started = PeakMemory(input_device(stage.model)), time.perf_counter()
     one = with_scale(planned.recipe, 1.0)
     merged = as_one(Combination(stage.stack, one, lam, device=input_device(stage.model)))
-    _require_finite(merged)
+    require_finite(merged)
     row, scale = replace(row, preparation=time.perf_counter() - started), planned.recipe.scale
     if planned.searched:
         assert stage.value is not None
         found = search_scale(stage.model, merged, stage.value, stage.grid)
-        row, scale = replace(row, search=found.seconds, curve=found.curve), found.scale
-        if found.edge:
-            note = f"its best scale, {scale:g}, is the last of the range searched; a better one may lie outside"
-            row = replace(row, notes=(note,))
+        row, scale = replace(row, search=found.seconds, curve=found.curve, notes=tuple(found.warnings)), found.scale
     grown = peak.growth()
     row = replace(row, scale=scale, memory=None if grown is None else max(grown, memory))
     return row, merged, torch.full((len(merged.names), 1), scale)
-
-
-def _require_finite(merged: Stack) -> None:
-    for name in merged.names:
-        layer = merged.layer(name)
-        parts = (layer.deltas,) if isinstance(layer, DenseStack) else (layer.A, layer.B)
-        if not all(part.isfinite().all() for part in parts):
-            raise NonFiniteError(f"its update of {name} is not finite")

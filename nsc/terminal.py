@@ -19,6 +19,7 @@ def given(context: typer.Context) -> dict[str, Any]:
     read: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "adapter": ("adapters", lambda values: pairs(values, "--adapter")),
         "data": ("data", lambda values: pairs(values, "--data")),
+        "validation": ("validation", lambda values: pairs(values, "--validation")),
         "out": ("out", str),
         "coefficients": ("coefficients", str),
         "target_module": ("target_modules", tuple),
