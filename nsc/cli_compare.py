@@ -26,7 +26,9 @@ def compare(
         list[str] | None, typer.Option(metavar=TASK_FILE, help="Labelled rows for the search; repeat per task.")
     ] = None,
     search: Annotated[str, typer.Option(help="Of scales that are not set: none, labels or null-space.")] = "none",
-    scales: Annotated[tuple[float, float], typer.Option(help="The range of the search.")] = (0.1, 1.5),
+    scales: Annotated[
+        tuple[float, float] | None, typer.Option(help="The range of the search.  [default: 0.1 1.5, by labels to 5]")
+    ] = None,
     scale_step: Annotated[
         list[float] | None, typer.Option(help="Coarse, then finer around the best; repeat.  [default: 0.1, 0.01]")
     ] = None,
@@ -41,7 +43,7 @@ def compare(
     """Score merging methods on labelled rows, as shares of fine-tuned, with their seconds and memory."""
     with plain_errors():
         from nsc.comparing import compare as run
-        from nsc.search import Grid
+        from nsc.search import Grid, grid_of
 
         config, settings = read_settings(setting or ())
         found = run(
@@ -53,7 +55,7 @@ def compare(
             out,
             validation=pairs(validation or [], "--validation"),
             search=search,
-            grid=Grid(*scales, tuple(scale_step or Grid.steps)),
+            grid=grid_of(search, scales, tuple(scale_step or Grid.steps)),
             metrics=pairs(metric or [], "--metric"),
             config=config,
             settings=settings,

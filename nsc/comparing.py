@@ -34,7 +34,7 @@ from nsc.learn import printer
 from nsc.places import input_device
 from nsc.recipes import read_recipe, split_learned
 from nsc.result import partial_folder
-from nsc.search import DEFAULT, SEARCHES, Grid, LabelledLoss
+from nsc.search import SEARCHES, Grid, LabelledLoss, grid_of
 from nsc.stage import Planned, Stage, row_of
 
 RECORD = "compare.yaml"
@@ -50,7 +50,7 @@ def compare(
     *,
     validation: Mapping[str, Source] | None = None,
     search: str = "none",
-    grid: Grid = DEFAULT,
+    grid: Grid | None = None,
     metrics: Mapping[str, str] = {},
     config: Mapping[str, Any] = {},
     settings: Mapping[str, Mapping[str, Any]] = {},
@@ -61,12 +61,12 @@ def compare(
 
     base, adapters, data: as of ``nsc.merge``.  test, validation: task -> what ``read_labelled`` takes, without a row in
     common.  search: how the scale is found of a method whose ``settings`` give none: "labels" on the validation rows,
-    "null-space" on ``config["evaluation_samples"]`` rows of ``data`` a task, or "none", which is 1.  metrics: task ->
-    one of METRICS.  config: fields of MergeConfig, over what each learning method has by itself.  settings: method ->
-    its own.  resume: rows that an interrupted comparison left are kept. Raises a subclass of NSCError for anything that
-    concerns all methods, or a name or setting that there is not.
+    "null-space" on ``config["evaluation_samples"]`` rows of ``data`` a task, or "none", which is 1.  grid: by default
+    ``grid_of(search)``.  metrics: task -> one of METRICS.  config: fields of MergeConfig, over what each learning
+    method has by itself.  settings: method -> its own.  resume: rows that an interrupted comparison left are kept.
+    Raises a subclass of NSCError for anything that concerns all methods, or a name or setting that there is not.
     """
-    out, base, validation = Path(out), absolute(base), validation or {}
+    out, base, validation, grid = Path(out), absolute(base), validation or {}, grid or grid_of(search)
     planned = {name: _plan(name, config, settings, search) for name in methods}
     _refuse(out, planned, data, validation, search, settings)
     say = printer(progress)
@@ -75,7 +75,7 @@ def compare(
     record = _record(stage, data, test, validation, metrics, planned, search, grid)
     of_task, identity = {task: exam.metric for task, exam in exams.items()}, _identity(record)
     done = _begin(out, identity, record["methods"], resume)
-    stage.grid = replace(grid, most=grid.high) if search == "null-space" else grid
+    stage.grid = grid
     if search != "none":
         stage.value = LabelledLoss(stage.model, held_out) if search == "labels" else stage.null_space()
     for name in (ALONE, BARE, *methods):

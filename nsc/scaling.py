@@ -25,7 +25,6 @@ from nsc.places import input_device
 from nsc.recipes import OF_SEARCH, split_learned, write_settings
 from nsc.result import MergeResult
 from nsc.search import (
-    DEFAULT,
     MEASURES,
     SEARCHES,
     Found,
@@ -33,6 +32,7 @@ from nsc.search import (
     LabelledLoss,
     NullSpaceRatio,
     Value,
+    grid_of,
     require_finite,
     search_scale,
 )
@@ -89,9 +89,8 @@ def read_search(
     """Arguments as ``nsc.merge`` has them, refused by ``refuse_search`` where they must be; None for no search."""
     if search == "none":
         return None
-    grid = Grid(*scales) if scales else DEFAULT
     labelled = read_all_labelled(base, validation, adapters) if search == "labels" else {}
-    return Search(search, validation if labelled else data, labelled, grid)
+    return Search(search, validation if labelled else data, labelled, grid_of(search, scales))
 
 
 def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:

@@ -39,13 +39,13 @@ Value = Callable[[nn.Module], float]  # of a model with a merge in it; the less 
 class Grid:
     """Scales from ``low`` to ``high``. steps: of the first grid, and of each further one around the best before it.
 
-    most: the first grid goes on as long as its last scale is the best, but no further than here.
+    most: the first grid goes on as long as its last scale is the best, but no further than here; None: than ``high``.
     """
 
     low: float = 0.1
     high: float = 1.5
     steps: tuple[float, ...] = (0.1, 0.01)
-    most: float = 5.0
+    most: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high:
@@ -54,7 +54,7 @@ class Grid:
             raise NSCError(f"the steps of a search must be above 0, each finer than the one before, not {self.steps}")
 
 
-DEFAULT = Grid()
+MOST = 5.0
 MEASURES = {"labels": "mean loss relative to the bare base's", "null-space": "mean null-space ratio"}  # minimised
 SEARCHES = ("none", *MEASURES)
 
@@ -78,11 +78,18 @@ class Found:
         return [f"its best scale, {self.scale:g}, {outside}"] if self.edge else []
 
 
-def search(value: Callable[[float], float], grid: Grid = DEFAULT) -> Found:
+def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple[float, ...] = Grid.steps) -> Grid:
+    """Of these scales and no others; without any the default's, beyond which a search by labels goes on to ``MOST``."""
+    if scales:
+        return Grid(*scales, steps)
+    return Grid(steps=steps, most=MOST if search == "labels" else None)
+
+
+def search(value: Callable[[float], float], grid: Grid = Grid()) -> Found:
     """The scale of the least value on the grids. Raises NSCError where no scale has a finite one."""
     started, first = time.perf_counter(), grid.steps[0]
     curve = {scale: value(scale) for scale in _scales(grid.low, grid.high, first)}
-    while (last := max(curve)) == _best(curve) and last + first <= grid.most:
+    while (last := max(curve)) == _best(curve) and last + first <= (grid.most or grid.high):
         curve[round(last + first, 10)] = value(round(last + first, 10))
     for coarse, fine in pairwise(grid.steps):
         best = _best(curve)
@@ -105,7 +112,7 @@ def _best(curve: Mapping[float, float]) -> float:
     return min(sorted(curve), key=lambda scale: curve[scale] if math.isfinite(curve[scale]) else math.inf)
 
 
-def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = DEFAULT) -> Found:
+def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = Grid()) -> Found:
     """The scale at which ``merged``, a merge of scale 1 as ``as_one`` makes it, has the least value in ``model``.
 
     The model is left as it was.

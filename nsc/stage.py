@@ -23,7 +23,7 @@ from nsc.learn import learn
 from nsc.memory import PeakMemory
 from nsc.places import input_device
 from nsc.recipes import Recipe, with_scale
-from nsc.search import DEFAULT, Grid, NullSpaceRatio, Value, require_finite, search_scale
+from nsc.search import Grid, NullSpaceRatio, Value, require_finite, search_scale
 from nsc.stack import Stack, by_rank, whitened
 from nsc.surgery import merged_layers
 
@@ -47,7 +47,7 @@ class Stage:
     config: MergeConfig
     say: Callable[[str], Any]
     value: Value | None = None
-    grid: Grid = DEFAULT
+    grid: Grid = field(default_factory=Grid)
     learned: dict[str, tuple[Tensor, float, int | None]] = field(default_factory=dict)
 
     @property

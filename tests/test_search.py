@@ -18,7 +18,7 @@ from nsc.inputs import read_adapters
 from nsc.labelled import Labelled
 from nsc.objective import NullSpaceObjective
 from nsc.recipes import read_recipe, with_scale
-from nsc.search import Grid, LabelledLoss, NullSpaceRatio, search, search_scale
+from nsc.search import Grid, LabelledLoss, NullSpaceRatio, grid_of, search, search_scale
 from nsc.stack import whitened
 from nsc.surgery import merged_layers
 
@@ -73,12 +73,17 @@ def test_the_range_is_kept_and_its_edge_told(best, scale, last):
 
 
 def test_the_first_grid_goes_on_while_its_last_scale_is_the_best():
-    found = search(lambda s: abs(s - 2.34))
+    found = search(lambda s: abs(s - 2.34), grid_of("labels"))
     assert found.scale == 2.34 and not found.edge and max(found.curve) == 2.4
     assert set(found.curve) >= {round(0.1 * i, 10) for i in range(1, 25)}
     found = search(lambda s: -s, Grid(most=2.0))
     assert found.scale == 2.0 and found.edge
-    assert max(search(lambda s: abs(s - 1.4)).curve) == 1.5
+    assert max(search(lambda s: abs(s - 1.4), grid_of("labels")).curve) == 1.5
+
+
+def test_scales_that_are_given_and_ratios_are_not_searched_beyond():
+    for grid in (grid_of("labels", (0.1, 1.5)), grid_of("null-space"), Grid()):
+        assert max(search(lambda s: -s, grid).curve) == 1.5
 
 
 def test_what_is_not_finite_is_never_the_best():
