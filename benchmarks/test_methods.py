@@ -1,6 +1,6 @@
 """Every merging method at LLaMA-3-8B's shapes, and with --dense what each takes when every update is dense.
 
-    pytest benchmarks/test_methods.py --benchmark-only --dense          half an hour on one core
+    pytest benchmarks/test_methods.py --benchmark-only --dense          a quarter of an hour on one core
 
 Without a GPU each runs in a process of its own, so that its peak memory is its own.
 """
