@@ -34,7 +34,8 @@ OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-
 class Proof:
     """What was compared. Errors are relative: weights to each update's largest entry, outputs to their norm.
 
-    outputs and effect are None where no base was at hand; effect is how far the merge moves the base's outputs.
+    outputs and effect are None where no base was at hand; effect is how far the merge moves the base's outputs.  lost:
+    the most that a truncation left out of an update's norm: what was written is compared with the truncated merge.
     """
 
     what: str
@@ -42,9 +43,11 @@ class Proof:
     weights: float
     outputs: float | None = None
     effect: float | None = None
+    lost: float = 0.0
 
     def __str__(self) -> str:
-        line = f"{self.what}: {self.modules} modules reloaded, weights agree to {self.weights:.1e}"
+        truncated = f"truncated (up to {self.lost:.1%} of an update's norm left out), " if self.lost >= 5e-4 else ""
+        line = f"{self.what}: {self.modules} modules reloaded, {truncated}weights agree to {self.weights:.1e}"
         if self.outputs is None:
             return f"{line} (no base loaded: outputs not compared)"
         return f"{line}, hidden states to {self.outputs:.1e} (the merge itself moves them by {self.effect:.1e})"

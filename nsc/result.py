@@ -99,7 +99,8 @@ class MergeResult:
             write_full_model(staging, self.record.base, merged)
         else:
             write_adapter(staging, factors, self.record.prefix, self.record.base, whole)
-        proof = self._prove(staging, merge, full)
+        lost = max((f.error for f in factors.values()), default=0.0)
+        proof = replace(self._prove(staging, merge, full), lost=lost)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
         _share(staging)

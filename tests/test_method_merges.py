@@ -68,6 +68,8 @@ def test_written_proven_and_replayed(base, two, tmp_path, method, form):
     proof = result.save(tmp_path / "out", **FORMS[form])
     assert proof.modules == 16 and proof.weights < 1e-6 and proof.outputs < 1e-5 < 1e-3 < proof.effect
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert proof.lost == max(report["truncation"].values(), default=0)
+    assert (f"{proof.lost:.1%} of an update's norm left out" in str(proof)) == (form == "truncated" and method != "svd")
     assert report["method"] == method and report["settings"]["scale"] == 0.7 and report["proofs"] == [str(proof)]
     place = AutoModelForCausalLM.from_pretrained(tmp_path / "out" if form == "full" else base)
     if form != "full":
