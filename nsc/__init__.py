@@ -5,6 +5,7 @@ result.save("merged")
 """
 
 from nsc.adapters import Adapter, read_adapter
+from nsc.comparing import compare
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.inspection import format_inspection, inspect
@@ -19,6 +20,7 @@ __all__ = [
     "NSCError",
     "__version__",
     "apply",
+    "compare",
     "format_inspection",
     "inspect",
     "merge",

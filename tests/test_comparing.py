@@ -274,6 +274,6 @@ def test_peak_memory_sees_what_was_held_for_a_moment():
 def test_the_python_of_the_page(base, heads, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = snippets("docs/comparing.md")
-    names = {"base": base, "adapters": heads, "data": {}, "test": rows["test"]}
+    names = {"nsc": nsc, "base": base, "adapters": heads, "data": {}, "test": rows["test"]}
     exec(code, names)
     assert names["found"].row("ties").scale == 0.4 and (tmp_path / "compared/compare.md").exists()
