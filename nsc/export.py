@@ -18,6 +18,7 @@ from nsc.errors import NSCError
 from nsc.families import tower_keys
 from nsc.merged import Merged, parameter_update, whole_updates
 from nsc.methods import LowRank
+from nsc.methods.method import decomposed
 from nsc.names import resolve
 
 DENSE_REMEDY = "no exact adapter holds it; give --rank to truncate it, or --full for the whole model"
@@ -146,13 +147,10 @@ def _factors(name: str, update: LowRank | Tensor, rank: int | None) -> MergedFac
 
 
 def _truncated(update: LowRank, rank: int) -> MergedFactors:
-    """QR of both factors, SVD of the small core: nothing of size (m, d) is ever formed."""
-    left, core_left = torch.linalg.qr(update.B)
-    right, core_right = torch.linalg.qr(update.A.mT)
-    u, sigma, vh = torch.linalg.svd(core_left @ core_right.mT)
-    kept = min(rank, sigma.numel())
-    error = sigma[kept:].norm() / sigma.norm().clamp_min(torch.finfo(sigma.dtype).tiny)
-    return _balanced(left @ u[:, :kept], sigma[:kept], vh[:kept] @ right.mT, error)
+    """Nothing of size (m, d) is ever formed."""
+    u, sigma, v = decomposed(update)
+    error = sigma[rank:].norm() / sigma.norm().clamp_min(torch.finfo(sigma.dtype).tiny)
+    return _balanced(u[:, :rank], sigma[:rank], v[:, :rank].mT, error)
 
 
 def _leading(update: Tensor, rank: int) -> MergedFactors:

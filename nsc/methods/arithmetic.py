@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.errors import NSCError
+from nsc.methods.checks import require_choice
 from nsc.methods.method import LowRank, Method, Place, Updates
 
 
@@ -22,8 +22,7 @@ class SumSettings:
     agg: str = "sum"
 
     def __post_init__(self) -> None:
-        if self.agg not in ("sum", "mean"):
-            raise NSCError(f"agg must be sum or mean, not {self.agg!r}")
+        require_choice("agg", self.agg, ("sum", "mean"))
 
     def share(self, tasks: int) -> float:
         """What the sum over K tasks is multiplied by."""

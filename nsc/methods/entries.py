@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from nsc.errors import NSCError
 from nsc.methods.method import Matrices, Place
 
 CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 27  # entries of all K together
@@ -33,17 +32,3 @@ def streamed(matrices: Matrices) -> Iterator[tuple[Place, Tensor]]:
 def by_rows(function: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
     """(p, q): ``function``, which sees no further than one entry of the K, on the blocks of X (K, p, q)."""
     return torch.cat([function(block) for block in row_blocks(X)])
-
-
-def require_fraction(name: str, value: float, zero: bool) -> None:
-    """Raise NSCError unless 0 < value <= 1, or 0 <= value < 1 where ``zero`` is the neutral value."""
-    if not (0 <= value < 1 if zero else 0 < value <= 1):
-        span = "at least 0 and below 1" if zero else "above 0 and at most 1"
-        raise NSCError(f"{name} is a fraction {span}, not {value}; percent is not taken: give 0.2 for 20 %")
-
-
-def require_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    """Raise NSCError unless ``value`` is one of them."""
-    if value not in choices:
-        words = [str(choice) for choice in choices if choice is not None]
-        raise NSCError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, not {value!r}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.methods.entries import require_choice, require_fraction
+from nsc.methods.checks import require_choice, require_fraction
 from nsc.methods.method import Method, Place
 
 

@@ -29,6 +29,14 @@ class LowRank(NamedTuple):
     A: Tensor
 
 
+def decomposed(update: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, r), S (r,), V (d, r) of the SVD of an update: QR of both factors, SVD of what is left, R wide at most."""
+    left, B = torch.linalg.qr(update.B)
+    right, A = torch.linalg.qr(update.A.mT)
+    U, S, Vh = torch.linalg.svd(B @ A.mT, full_matrices=False)
+    return left @ U, S, right @ Vh.mT
+
+
 class Place(NamedTuple):
     """Where K matrices come from.
 

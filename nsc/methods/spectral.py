@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from nsc.errors import NSCError
-from nsc.methods.method import LowRank, Method, Place, Updates
+from nsc.methods.checks import require_choice
+from nsc.methods.method import LowRank, Method, Place, Updates, decomposed
 
 NULL = 2**-24  # of the largest: a singular value that rounding of factors to float32 can make of zero
 
@@ -44,8 +45,7 @@ class CartSettings:
 
     def __post_init__(self) -> None:
         _require_share("ratio", self.ratio)
-        if self.rounding not in (None, "down", "up"):
-            raise NSCError(f"rounding must be down or up, not {self.rounding!r}")
+        require_choice("rounding", self.rounding, (None, "down", "up"))
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class SvdSettings:
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise NSCError(f"rank must be at least 1, not {self.rank}")
-        if self.split not in ("sqrt", "B"):
-            raise NSCError(f"split must be sqrt or B, not {self.split!r}")
+        require_choice("split", self.split, ("sqrt", "B"))
 
 
 def tsv(X: Tensor, settings: NoSettings, place: Place) -> Tensor:
@@ -130,14 +129,10 @@ def iso_cts(X: Tensor, settings: IsoCtsSettings, place: Place) -> Tensor:
 
 def truncated(updates: Updates, settings: SvdSettings) -> LowRank:
     """The weighted sum at a lower rank, through QR of its factors; exact where ``rank`` is no lower than it has."""
-    weighted = [w * b for w, b in zip(updates.weights, updates.scaled(), strict=True)]
-    left, B = torch.linalg.qr(torch.cat(weighted, 1))
-    right, A = torch.linalg.qr(torch.cat([a.double() for a in updates.A]).T)
-    U, S, Vh = torch.linalg.svd(B @ A.T, full_matrices=False)
-    rank = settings.rank or max(updates.ranks)
-    U, S, V = _first((U, S, Vh.T), rank)
+    whole = LowRank(torch.cat(updates.weighted(), 1), torch.cat([a.double() for a in updates.A]))
+    U, S, V = _first(decomposed(whole), settings.rank or max(updates.ranks))
     on_B, on_A = (S.sqrt(), S.sqrt()) if settings.split == "sqrt" else (S, torch.ones_like(S))
-    return LowRank(left @ (U * on_B), (right @ (V * on_A)).T)
+    return LowRank(U * on_B, (V * on_A).T)
 
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # U (p, r), S (r,), V (q, r)

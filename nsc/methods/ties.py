@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from nsc.errors import NSCError
-from nsc.methods.entries import by_rows, require_choice, require_fraction, streamed
+from nsc.methods.checks import require_choice, require_fraction
+from nsc.methods.entries import by_rows, streamed
 from nsc.methods.method import Matrices, Method, Place
 from nsc.selection import kth_largest
 
