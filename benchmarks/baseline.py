@@ -3,7 +3,7 @@
     for each task: run the body on its rows, catch what enters the target layers, om = sqrt(1 - u' G u / z'z), backward
 
 It is what ``nsc`` is timed against, so it is plain but not slow: no LM head, no cache, base and factors frozen, Gram
-inverses computed once. It computes the same loss and gradient (tests/test_baseline.py).
+inverses computed once. It computes the same loss and gradient (tests/benchmarks/test_baseline.py).
 
 Paper: https://arxiv.org/abs/2603.26317, Algorithm 1.
 """
@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nsc.objective import Batch
+from nsc.batch import Batch
 
 TINY = 1e-8
 

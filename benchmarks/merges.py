@@ -22,9 +22,9 @@ import torch
 from dense_methods import Dense, dense_updates
 from timing import CUDA, DEVICE, synchronize
 
-from nsc.combination import Combination, stack_of
 from nsc.methods import Updates
-from nsc.recipes import read_recipe
+from nsc.recipes.combination import Combination, stack_of
+from nsc.recipes.spec import read_recipe
 
 BLOCKS, TASKS, RANK = 32, 6, 16
 SHAPES = {"self_attn.q_proj": (4096, 4096), "self_attn.v_proj": (1024, 4096)}

@@ -22,8 +22,8 @@ from transformers import (
     ViTConfig,
 )
 
+from nsc.bases.loading import DTYPE
 from nsc.batch import Batch
-from nsc.families import DTYPE
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -17,9 +17,9 @@ from models import LLAMA3_70B, QV, RANK, Case
 from predict import BF16, Gpu
 from shapes import Shape
 
-from nsc.costs import Memory, Step, Work, linears_in_order
-from nsc.plan import meta_body
-from nsc.targets import choose_targets
+from nsc.bases.roles import choose_targets
+from nsc.performance.costs import Memory, Step, Work, linears_in_order
+from nsc.performance.plan import meta_body
 
 LARGEST = Case("LLaMA-3-70B", LLAMA3_70B, 6, 2, 96)
 

@@ -11,13 +11,13 @@ from baseline import PerTaskLoop, split_by_task
 from models import QV, RANK, Case, Tower, embedded, random_rows
 from torch import Tensor, nn
 
-from nsc.adapters import read_adapter
+from nsc.adapters.lora import read_adapter
+from nsc.adapters.matching import match_adapters
+from nsc.adapters.stack import Stack, stack_adapters, whitened
+from nsc.bases.loading import linear_shapes
+from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
-from nsc.families import linear_shapes
-from nsc.fitting import match_adapters
-from nsc.stack import Stack, stack_adapters, whitened
-from nsc.steps import Floor, sharing_weights
-from nsc.targets import choose_targets
+from nsc.performance.timing import Floor, sharing_weights
 
 
 @dataclass

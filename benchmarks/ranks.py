@@ -21,12 +21,12 @@ from models import SMOLLM2, Case, random_body, random_rows
 from race import random_stack
 from transformers import LlamaConfig
 
+from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.distributed import join
-from nsc.passes import share_out
-from nsc.steps import nsc_step, sharing_weights
-from nsc.targets import choose_targets
+from nsc.learning.passes import share_out
+from nsc.performance.timing import nsc_step, sharing_weights
+from nsc.runtime.distributed import join
 
 STEPS = 2  # between two looks at the clock
 Took = list[tuple[float, float]]  # seconds on the clock and CPU seconds of a step

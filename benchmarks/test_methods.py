@@ -19,7 +19,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import CUDA, Clock
 
-from nsc.recipes import names
+from nsc.recipes.spec import names
 
 HERE = Path(__file__).parent
 CLOCK = Clock()

@@ -25,11 +25,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from race import Race
 from timing import CUDA, DEVICE, synchronize
 
+from nsc.bases.loading import load_body
 from nsc.config import MergeConfig
-from nsc.families import load_body
-from nsc.profiling import find_hardware
-from nsc.steps import count_flops, nsc_step
-from nsc.timeline import profile_step
+from nsc.performance.profile import find_hardware
+from nsc.performance.timing import count_flops, nsc_step
+from nsc.performance.trace import profile_step
 
 ROUNDS, WARMUP = 10, 2
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import nsc
-from nsc.families import load_body
-from nsc.surgery import merged_layers
+from nsc.adapters.surgery import merged_layers
+from nsc.bases.loading import load_body
 
 
 @dataclass(frozen=True)

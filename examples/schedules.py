@@ -18,7 +18,7 @@ from tasks import TASKS, load, write_unlabelled
 from transformers import AutoTokenizer
 
 import nsc
-from nsc.families import load_body
+from nsc.bases.loading import load_body
 
 HERE = Path(__file__).parent
 DISTANCE = 0.1  # the paper's vision schedule: 1e-3 x 100

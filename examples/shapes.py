@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tasks import TASKS, write_unlabelled
 
+from nsc.bases.loading import load_tokenizer
 from nsc.batch import Batch
-from nsc.data import TextBatches, read_texts, tokenize
-from nsc.families import load_tokenizer
-from nsc.graphs import Graphs
+from nsc.data.text import TextBatches, read_texts, tokenize
+from nsc.runtime.cuda_graphs import Graphs
 
 STEPS = 500
 

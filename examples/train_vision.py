@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, ViTConfig, ViTImageProcessor, ViTModel
 
-from nsc.families import quiet_loading
+from nsc.bases.loading import quiet_loading
 
 BATCH, WARMUP, MASKED = 64, 0.05, 0.4
 BASE_RATE, LORA_RATE, HEAD_RATE = 1e-3, 4e-3, 2e-3

@@ -21,7 +21,7 @@ from torch import Tensor
 from train_vision import MEASURED, load, prepare_base, score, train_adapter
 
 import nsc
-from nsc.surgery import merged_layers
+from nsc.adapters.surgery import merged_layers
 
 TEST_ROWS, UNLABELLED = 1000, 512
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)

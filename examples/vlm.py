@@ -25,7 +25,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from vlm_base import answer_logits, fit, prepare_vlm
 
 import nsc
-from nsc.adapters import read_adapter
+from nsc.adapters.lora import read_adapter
 
 TARGETS = r".*language_model.*\.(q_proj|v_proj)"
 PROJECTOR = ["multi_modal_projector.linear_1", "multi_modal_projector.linear_2"]

@@ -4,13 +4,13 @@ result = nsc.merge(base, {"mnli": path, ...}, {"mnli": "mnli.jsonl", ...})
 result.save("merged")
 """
 
-from nsc.adapters import Adapter, read_adapter
-from nsc.comparing import compare
+from nsc.adapters.inspection import format_inspection, inspect
+from nsc.adapters.lora import Adapter, read_adapter
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
-from nsc.inspection import format_inspection, inspect
-from nsc.merging import apply, merge
-from nsc.result import MergeResult
+from nsc.evaluation.compare import compare
+from nsc.export.result import MergeResult
+from nsc.merging.from_data import apply, merge
 from nsc_kernels import __version__
 
 __all__ = [

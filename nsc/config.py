@@ -18,7 +18,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama": {"steps": 500, "lr": 3e-4, "start": 0.4, "batch_size": 2},
     "llava": {"steps": 500, "lr": 3e-4, "start": 0.4, "batch_size": 1},
 }
-
 WEIGHTS = ("full", "int8", "fp8", "nf4")
 CHOICES = {
     "layers": ("auto", "factors", "weights"),

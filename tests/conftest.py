@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from ops import RATIOS
 from safetensors.torch import load_file
-from tiny import (
+
+import nsc
+from tests.ops import RATIOS
+from tests.tiny import (
     WORDS,
     llava_prefixes,
     peft_adapter,
@@ -18,8 +20,6 @@ from tiny import (
     tiny_llama,
     write_adapter,
 )
-
-import nsc
 
 # Ranks, scales, targets and wrappers all differ; every adapter has the v_proj of the last block, the default target.
 ADAPTERS = {

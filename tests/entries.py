@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsc.methods import Place
 from nsc.methods.ties import PRESETS
-from nsc.recipes import read_recipe
+from nsc.recipes.spec import read_recipe
 
 METHODS_HERE = {
     **{f"ties {preset}": ("ties", dict(preset=preset, density=0.3)) for preset in PRESETS},

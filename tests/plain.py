@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from nsc.adapters.stack import ModuleStack, Stack
 from nsc.batch import Batch
-from nsc.stack import ModuleStack, Stack
 
 
 def plain_objective(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, targets: list[str]) -> Tensor:

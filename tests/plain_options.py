@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from plain import segments
 from torch import Tensor, nn
 
+from nsc.adapters.stack import DenseStack, ModuleStack, Stack
 from nsc.batch import Batch
-from nsc.stack import DenseStack, ModuleStack, Stack
+from tests.plain import segments
 
 
 @dataclass(frozen=True)

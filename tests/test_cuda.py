@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_goldens import FORMS, golden  # noqa: F401
-from test_graphs import CONFIG, TARGETS, setting  # noqa: F401
 
+from nsc.adapters.stack import whitened
+from nsc.adapters.surgery import merged_layers, set_coefficients
 from nsc.config import MergeConfig
-from nsc.distributed import ALONE
-from nsc.graphs import make_graphs
-from nsc.learn import learn, take_step
-from nsc.objective import NullSpaceObjective
-from nsc.passes import Passes
-from nsc.stack import whitened
-from nsc.state import begin
-from nsc.surgery import merged_layers, set_coefficients
+from nsc.learning.loop import learn, take_step
+from nsc.learning.objective import NullSpaceObjective
+from nsc.learning.passes import Passes
+from nsc.learning.state import begin
+from nsc.runtime.cuda_graphs import make_graphs
+from nsc.runtime.distributed import ALONE
 from nsc_kernels import GramCache
+from tests.learning.test_goldens import FORMS, golden  # noqa: F401
+from tests.runtime.test_cuda_graphs import CONFIG, TARGETS, setting  # noqa: F401
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import nsc
-from nsc.catalogue import list_methods
+from nsc.recipes.catalogue import list_methods
 
 ROOT = Path(__file__).parent.parent
 

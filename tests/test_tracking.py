@@ -6,11 +6,11 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import LLAMA, tiny_llama
 from torch import nn
 
 from nsc.errors import AdapterError, UnsupportedAdapter
 from nsc.tracking import track, untrack
+from tests.tiny import LLAMA, tiny_llama
 
 IDS = torch.randint(3, LLAMA["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)

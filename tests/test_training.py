@@ -10,11 +10,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_docs import snippets
-from test_tracking import BATCH, MASK, Q0, defined, lora_As, make, trainable
 from torch import nn
 
 from nsc.tracking import NullSpaceCallback, WatchedLinear, track
+from tests.test_docs import snippets
+from tests.test_tracking import BATCH, MASK, Q0, defined, lora_As, make, trainable
 
 
 @pytest.fixture(autouse=True)

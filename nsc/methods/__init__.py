@@ -1,7 +1,7 @@
 """The other merging methods: pure functions in a dict, one file a family."""
 
 from nsc.methods import arithmetic, dare, emr, fr, lego, robustmerge, spectral, ties
-from nsc.methods.method import LowRank, Method, Place, Updates
+from nsc.methods.protocol import LowRank, Method, Place, Updates
 
 METHODS: dict[str, Method] = {
     **arithmetic.METHODS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsc.methods.checks import require_choice
-from nsc.methods.method import LowRank, Method, Place, Updates
+from nsc.methods.protocol import LowRank, Method, Place, Updates
 
 
 @dataclass(frozen=True)

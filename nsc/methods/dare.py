@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsc.errors import NSCError
 from nsc.methods.checks import require_choice, require_fraction
-from nsc.methods.method import Matrices, Method, Place
+from nsc.methods.protocol import Matrices, Method, Place
 from nsc.methods.ties import Known, Rules, TiesSettings, look, model_wide, ties, trimmed
 
 RESCALES = ("inverse", "l1", "none")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nsc.errors import NSCError
-from nsc.methods.entries import by_rows, row_blocks
-from nsc.methods.method import Matrices, Method, Place
+from nsc.methods.protocol import Matrices, Method, Place
+from nsc.methods.row_blocks import by_rows, row_blocks
 
 
 @dataclass(frozen=True)

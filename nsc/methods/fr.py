@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nsc.methods.checks import require_choice, require_fraction
-from nsc.methods.method import Method, Place
+from nsc.methods.protocol import Method, Place
 
 
 @dataclass(frozen=True)

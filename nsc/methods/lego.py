@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from nsc.errors import NSCError
-from nsc.methods.method import LowRank, Method, Updates
+from nsc.methods.protocol import LowRank, Method, Updates
 
 
 @dataclass(frozen=True)

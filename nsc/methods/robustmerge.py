@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsc.errors import NSCError
-from nsc.methods.method import LowRank, Method, Updates
+from nsc.methods.protocol import LowRank, Method, Updates
 
 
 @dataclass(frozen=True)

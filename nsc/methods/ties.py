@@ -29,9 +29,9 @@ from torch import Tensor
 
 from nsc.errors import NSCError
 from nsc.methods.checks import require_choice, require_fraction
-from nsc.methods.entries import by_rows, streamed
-from nsc.methods.method import Matrices, Method, Place
-from nsc.selection import kth_largest
+from nsc.methods.kth_largest import kth_largest
+from nsc.methods.protocol import Matrices, Method, Place
+from nsc.methods.row_blocks import by_rows, streamed
 
 
 class Rules(NamedTuple):

@@ -1,0 +1,195 @@
+"""Adapters -> per-module stacked factors: the form in which the merged model runs and everything is exported.
+
+A module's ``A`` (R, d) and ``B`` (m, R) hold all K adapters, segment k of rank r_k, which is 0 where adapter k does not
+touch the module. ``whitened`` gives every segment of ``A`` orthonormal rows without changing any product B_k A_k.
+
+A layer that adapters have fine-tuned whole, such as LLaVA's projector, is a row of the coefficients like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from nsc.adapters.lora import Adapter
+from nsc_kernels import GramCache, GramFactor
+
+
+@dataclass(frozen=True)
+class ModuleStack:
+    """One linear layer: all adapters side by side.
+
+    A: (R, d).  B: (m, R).  ranks: r_k, 0 for an absent adapter.  scales: s_k.  grams: the factors of each A_k, None for
+    an absent adapter.  gram_inverse: (R, R) block-diagonal, or None once whitened.  by_rank: whether each row of A has
+    a coefficient of its own; else each adapter has one.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    grams: tuple[GramFactor | None, ...]
+    gram_inverse: Tensor | None
+    by_rank: bool = False
+
+    @property
+    def present(self) -> list[bool]:
+        """Which adapters touch this module."""
+        return [r > 0 for r in self.ranks]
+
+    @property
+    def owned(self) -> list[bool]:
+        """Which of its coefficients there are: one for each row of A by rank, else one for each adapter here."""
+        return [True] * sum(self.ranks) if self.by_rank else self.present
+
+    def delta(self, coefficients: Tensor) -> Tensor:
+        """(m, d) float64: sum_k lam_k s_k B_k A_k for a row of ``coefficients``."""
+        return (self.B.double() * self.column_weights(coefficients)) @ self.A.double()
+
+    def column_weights(self, coefficients: Tensor) -> Tensor:
+        """(R,) float64: lam_k s_k on segment k, for ``coefficients`` (K,); by rank the first R of them, times s_k."""
+        ranks = torch.tensor(self.ranks)
+        scales = torch.tensor(self.scales, dtype=torch.float64).repeat_interleave(ranks)
+        coefficients = coefficients.double().cpu()
+        each = coefficients[: len(scales)] if self.by_rank else coefficients.repeat_interleave(ranks)
+        return (each * scales).to(self.A.device)
+
+
+@dataclass(frozen=True)
+class DenseStack:
+    """One linear layer that P of K adapters fine-tuned whole.
+
+    deltas: (P, m, d), W_k - W0.  bias_deltas: (P, m), b_k - b0, or None for a layer without bias.  present: K flags,
+    whose they are.
+    """
+
+    deltas: Tensor
+    bias_deltas: Tensor | None
+    present: list[bool]
+
+    @property
+    def owned(self) -> list[bool]:
+        """Which of its coefficients there are."""
+        return self.present
+
+    def delta(self, coefficients: Tensor) -> Tensor:
+        """(m, d) float64: sum_k lam_k (W_k - W0) for ``coefficients`` of shape (K,)."""
+        return self._sum(self.deltas, coefficients)
+
+    def bias_delta(self, coefficients: Tensor) -> Tensor | None:
+        """(m,) float64: sum_k lam_k (b_k - b0), or None for a layer without bias."""
+        return None if self.bias_deltas is None else self._sum(self.bias_deltas, coefficients)
+
+    def _sum(self, deltas: Tensor, coefficients: Tensor) -> Tensor:
+        own = coefficients.double().cpu()[: len(self.present)][self.present].to(deltas.device)
+        return torch.tensordot(own, deltas.double(), dims=1)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """All layers that any adapter changes.
+
+    modules: those with LoRA.  dense: those fine-tuned whole.  order: both, in the base model's own order; empty where
+    all carry LoRA and ``modules`` is in that order.
+    """
+
+    tasks: tuple[str, ...]
+    modules: dict[str, ModuleStack]
+    dense: dict[str, DenseStack] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Module names, the rows of the coefficients."""
+        return list(self.order or self.modules)
+
+    @property
+    def present(self) -> Tensor:
+        """(M, K) bool: which adapter touches which module."""
+        return torch.tensor([self.layer(name).present for name in self.names], dtype=torch.bool)
+
+    def layer(self, name: str) -> ModuleStack | DenseStack:
+        """Of either kind, by name."""
+        return self.dense[name] if name in self.dense else self.modules[name]
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether the coefficients are those of rank rows."""
+        return any(module.by_rank for module in self.modules.values())
+
+    @property
+    def owned(self) -> Tensor:
+        """(M, C) bool: which coefficients there are; C is K, or by rank as many as the longest row of them takes."""
+        rows = [self.layer(name).owned for name in self.names]
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[False] * (width - len(row))] for row in rows], dtype=torch.bool)
+
+    def by_task(self, values: Tensor, reduce: Callable[[Tensor], Tensor], absent: float = 0) -> Tensor:
+        """(M, K) of ``values`` (M, C): as they are, or ``reduce`` of each adapter's rows, ``absent`` without any."""
+        return torch.stack([self._row(name, row, reduce, absent) for name, row in zip(self.names, values, strict=True)])
+
+    def _row(self, name: str, row: Tensor, reduce: Callable[[Tensor], Tensor], absent: float) -> Tensor:
+        layer = self.layer(name)
+        if isinstance(layer, DenseStack) or not layer.by_rank:
+            return row[: len(self.tasks)]
+        parts = row[: sum(layer.ranks)].split(layer.ranks)
+        return torch.stack([reduce(part) if len(part) else part.new_tensor(absent) for part in parts])
+
+
+def stack_adapters(
+    adapters: Mapping[str, Adapter],  # by task
+    matches: Mapping[str, Mapping[str, str]],  # task -> adapter's module name -> base's module name
+    shapes: Mapping[str, tuple[int, int]],  # the base's linears, in the model's own order -> (out, in)
+    dense: Mapping[str, DenseStack] | None = None,  # base's module name -> what adapters fine-tuned whole
+) -> Stack:
+    """Put the factors of all adapters side by side, module by module, as they are stored (promoted to one dtype)."""
+    dense = dict(dense or {})
+    by_base = {task: {base: name for name, base in matches[task].items()} for task in adapters}
+    names = [name for name in shapes if any(name in by_base[task] for task in adapters)]
+    found = {
+        name: [
+            a.factors[by_base[t][name]].narrowed(shapes[name][1]) if name in by_base[t] else None
+            for t, a in adapters.items()
+        ]
+        for name in names
+    }
+    grams = iter(GramCache().factor([f.A for row in found.values() for f in row if f is not None]))
+    modules = {}
+    for name, row in found.items():
+        here = [f for f in row if f is not None]
+        dtype = here[0].A.dtype
+        for factors in here:
+            dtype = torch.promote_types(dtype, torch.promote_types(factors.A.dtype, factors.B.dtype))
+        factored = tuple(next(grams) if f is not None else None for f in row)
+        modules[name] = ModuleStack(
+            A=torch.cat([f.A.to(dtype) for f in here]),
+            B=torch.cat([f.B.to(dtype) for f in here], dim=1),
+            ranks=tuple(f.rank if f is not None else 0 for f in row),
+            scales=tuple(f.scale if f is not None else 0.0 for f in row),
+            grams=factored,
+            gram_inverse=torch.block_diag(*[g.inverse for g in factored if g is not None]),
+        )
+    return Stack(tuple(adapters), modules, dense, tuple(name for name in shapes if name in modules or name in dense))
+
+
+def whitened(stack: Stack) -> Stack:
+    """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model.
+
+    Where rows have coefficients of their own they are left as they are: another basis would mix them.
+    """
+    return replace(stack, modules={n: m if m.by_rank else _whiten(m) for n, m in stack.modules.items()})
+
+
+def by_rank(stack: Stack) -> Stack:
+    """The same adapters with a coefficient for every row of every A_k; a layer fine-tuned whole keeps one a task."""
+    return replace(stack, modules={name: replace(module, by_rank=True) for name, module in stack.modules.items()})
+
+
+def _whiten(module: ModuleStack) -> ModuleStack:
+    factored = [g for g in module.grams if g is not None]
+    whiten = torch.block_diag(*[g.whiten for g in factored])
+    unwhiten = torch.block_diag(*[g.unwhiten for g in factored])
+    return replace(module, A=whiten @ module.A.double(), B=module.B.double() @ unwhiten, gram_inverse=None)

@@ -1,0 +1,131 @@
+"""One reversible swap: target linears out, MergedLoRALinear in, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nsc.adapters.stack import DenseStack, ModuleStack, Stack
+from nsc.batch import Batch
+from nsc.performance.costs import layer_plan
+from nsc.runtime.placement import is_plain, run_device
+from nsc_kernels import MergedDenseLinear, MergedLoRALinear, Siblings
+
+
+@contextmanager
+def merged_layers(
+    model: nn.Module, stack: Stack, lam: Tensor, plans: Mapping[str, str] | None = None
+) -> Iterator[dict[str, MergedLoRALinear]]:
+    """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, C).
+
+    lam: a coefficient for each adapter, or for each rank row where the stack is ``by_rank``.  plans: of modules that
+    are not to run by their factors, as ``choose_plans`` finds them. Where adapters fine-tuned a layer whole it is a
+    MergedDenseLinear, which is no target and shares no input. The model is changed in place and is exactly what it was
+    on leaving, also after an exception. Factors are cast to the dtype and device in which the layer that they join
+    computes.
+    """
+    originals = {name: model.get_submodule(name) for name in stack.names}
+    dtype = next(model.parameters()).dtype
+    layers: dict[str, Any] = {
+        name: _merged_layer(originals[name], stack.layer(name), row, (plans or {}).get(name, "factors"), dtype)
+        for name, row in zip(stack.names, lam.unbind(0), strict=True)
+    }
+    try:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        set_coefficients(layers, lam.detach())
+        yield layers
+    finally:
+        for layer in layers.values():
+            layer.siblings = None  # a circle of references would keep the factors in memory
+        for name, original in originals.items():
+            replace_module(model, name, original)
+
+
+def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
+    """Point every layer at its row of ``lam`` (M, C), on its own device; the next forward is differentiable in it."""
+    for layer, row in zip(layers.values(), lam, strict=True):
+        layer.lam = row[: layer.lam.numel()].to(layer.lam.device)  # by rank, rows are as long as the longest
+
+
+def share_inputs(
+    model: nn.Module, layers: Mapping[str, MergedLoRALinear], targets: Sequence[str], batch: Batch
+) -> None:
+    """Let layers that read the very same tensor share one pass over it, as ``Siblings``, until ``layers`` are undone.
+
+    Which they are is seen in a forward of ``batch``; one row is enough. A layer that runs by its weights takes part
+    only where it is one of ``targets``, which need u.
+    """
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, MergedLoRALinear)}
+    for names in _readers(model, layers, batch):
+        members = [layers[name] for name in names if layers[name].plan == "factors" or name in targets]
+        if len(members) > 1:
+            Siblings(members)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` points."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict[str, str]:
+    """Module -> "factors" or "weights": ``plan`` itself, or with "auto" what takes fewer FLOPs for so many tokens.
+
+    A layer that is quantised, offloaded or sharded has no weight to fold into and runs by its factors.
+    """
+    plans = {}
+    for name, module in stack.modules.items():
+        linear = model.get_submodule(name)
+        (m, R), d = module.B.shape, module.A.shape[1]
+        best = layer_plan(tokens, d, m, R) if plan == "auto" else plan
+        plans[name] = best if is_plain(linear) else "factors"
+    return plans
+
+
+@torch.no_grad()
+def _readers(model: nn.Module, layers: Mapping[str, MergedLoRALinear], batch: Batch) -> list[list[str]]:
+    """The layers by the tensor that they read, in the order in which they run; without those that run twice."""
+    groups: list[list[str]] = []
+    seen = WeakTensorKeyDictionary()  # a tensor that is gone must not be mistaken for a new one in its place
+    runs: Counter[str] = Counter()
+
+    def note(name: str, layer: MergedLoRALinear, args: tuple[Tensor]) -> None:
+        runs[name] += 1
+        alike = seen.setdefault(args[0], {})
+        kind = (layer.lora_A.dtype, layer.lora_A.device)
+        if kind not in alike:
+            groups.append(alike.setdefault(kind, []))
+        alike[kind].append(name)
+
+    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    try:
+        model(**batch.arguments(next(model.parameters()).dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [[name for name in group if runs[name] == 1] for group in groups]
+
+
+def _merged_layer(
+    linear: nn.Module,
+    module: ModuleStack | DenseStack,
+    row: Tensor,
+    plan: str,
+    dtype: torch.dtype,  # of the model, for a layer whose weight is stored in integers
+) -> MergedLoRALinear | MergedDenseLinear:
+    stored, device = next(linear.parameters()).dtype, run_device(linear)
+    to: Any = {"device": device, "dtype": stored if stored.is_floating_point else dtype}
+    lam = row.detach().to(device)[: len(module.owned)]
+    if isinstance(module, DenseStack):
+        bias = None if module.bias_deltas is None else module.bias_deltas.to(**to)
+        return MergedDenseLinear(linear, module.deltas.to(**to), bias, module.present, lam)
+    A, B = module.A.to(**to), module.B.to(**to)
+    return MergedLoRALinear(linear, A, B, module.ranks, module.scales, lam, plan=plan, by_rank=module.by_rank)

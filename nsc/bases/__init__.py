@@ -1,0 +1,1 @@
+"""The base model: its config, loading, structure, module names and weights."""

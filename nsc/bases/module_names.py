@@ -1,0 +1,243 @@
+"""Which module of the base an adapter's module name means.
+
+AutoModel, CausalLM and SequenceClassification put a prefix more or less before the name of one and the same layer, and
+transformers 5 renamed layers. A spelling is a way to read both; the first that explains every module of an adapter is
+taken. Whatever stays unmatched, ambiguous or doubled is an error that shows the names, never a module left out.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from nsc.adapters.lora import Adapter
+from nsc.errors import NameMismatch
+
+Spelling = tuple[Callable[[str], str], Callable[[str], str]]  # of the adapter's names, of the base's names
+# Old -> new, one row a family, after transformers 5's conversion_mapping.py.
+_DINOV2 = (
+    (r"\battention\.attention\.query\b", "attention.q_proj"),
+    (r"\battention\.attention\.key\b", "attention.k_proj"),
+    (r"\battention\.attention\.value\b", "attention.v_proj"),
+    (r"\battention\.output\.dense\b", "attention.o_proj"),
+)
+_VIT = (
+    *_DINOV2,
+    (r"\bencoder\.layer\.", "layers."),
+    (r"\bintermediate\.dense\b", "mlp.fc1"),
+    (r"\boutput\.dense\b", "mlp.fc2"),
+)
+_CLIP_TOWER = ((r"\bvision_tower\.vision_model\.", "vision_tower."),)
+_LLAVA = (
+    *_CLIP_TOWER,
+    (r"^language_model\.lm_head\b", "lm_head"),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+FOREIGN = {  # what lies in the other tower, by what the body takes
+    "pixel_values": ("text_model", "language_model"),
+    "input_ids": ("vision_model", "vision_tower"),
+}
+RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA)
+
+
+def resolve(adapter_name: str, names: Iterable[str], available: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Adapter module name -> base module name, one to one.
+
+    ``available``: the linear modules of the base body (AutoModel) -> (out_features, in_features).
+    Raises NameMismatch where a name matches no base module, several, or one that another name matches too.
+    """
+    names = list(names)
+    spelling = _spelling_for(names, available)
+    matches = _match(names, available, spelling)
+    if not all(matches.values()):
+        raise _unmatched(adapter_name, matches, available)
+    if several := next(((name, found) for name, found in matches.items() if len(found) > 1), None):
+        meant = ", ".join(f"'{base}'" for base in several[1])
+        raise NameMismatch(
+            f"adapter '{adapter_name}': module '{several[0]}' could be any of {meant} in the base; "
+            "give the base model class that the adapter was trained on"
+        )
+    mapping = {name: found[0] for name, found in matches.items()}
+    _refuse_doubles(adapter_name, mapping)
+    return mapping
+
+
+def resolve_saved(
+    adapter_name: str, names: Iterable[str], mapping: Mapping[str, str], parameters: Iterable[str]
+) -> dict[str, str | None]:
+    """modules_to_save tensor name -> parameter of the base body, or None for a head, which lies outside of it.
+
+    ``mapping`` is ``resolve``'s, ``parameters`` the body's parameter names. Raises NameMismatch where a name lies
+    inside the body (it carries the prefix of the LoRA modules) and the body has no such parameter.
+    """
+    prefix, (adapter_side, base_side) = prefix_of(mapping) or "", _spelling_for(mapping, mapping.values())
+    spelled = {base_side(parameter): parameter for parameter in parameters}
+    resolved = {name: spelled.get(adapter_side(name).removeprefix(prefix)) for name in names}
+    for name, parameter in resolved.items():
+        if parameter is None and prefix and adapter_side(name).startswith(prefix):
+            raise NameMismatch(
+                f"adapter '{adapter_name}': saved tensor '{name}' is no parameter of the base; "
+                f"{_closest(name, spelled.values())}"
+            )
+    return resolved
+
+
+def prefix_of(mapping: Mapping[str, str]) -> str | None:
+    """What an adapter's names carry before the base body's: "model." for LLaMA's CausalLM, "" for AutoModel.
+
+    None where the modules disagree; "" where the adapter was trained on a part of the base body.
+    """
+    adapter_side, base_side = _spelling_for(mapping, mapping.values())
+    pairs = [(adapter_side(name), base_side(base)) for name, base in mapping.items()]
+    prefixes = {name.removesuffix(base) if name.endswith(base) else "" for name, base in pairs}
+    return prefixes.pop() if len(prefixes) == 1 else None
+
+
+def layout(mappings: Iterable[Mapping[str, str]]) -> str | None:
+    """The prefix that all adapters share, so that their merge fits the same wrapper; None where they disagree."""
+    prefixes = {prefix_of(mapping) for mapping in mappings}
+    return prefixes.pop() if len(prefixes) == 1 else None
+
+
+def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:
+    """Raise NameMismatch unless every A is (r, in_features) and every B (out_features, r) of its base module.
+
+    An A that all modules share must be as wide as the widest of them.
+    """
+    widest = max((available[mapping[name]][1] for name, f in adapter.factors.items() if f.wide), default=0)
+    for name, factors in adapter.factors.items():
+        weight = tuple(available[mapping[name]])
+        A = factors.narrowed(weight[1]).A if factors.A.shape[1] == widest else factors.A
+        update = (factors.B.shape[0], A.shape[1])
+        if update != weight:
+            raise NameMismatch(
+                f"adapter '{adapter.name}': the update of '{name}' is {update} (out, in), the base's '{mapping[name]}' "
+                f"is {weight}. Wrong base? {_trained_on(adapter)}"
+            )
+
+
+def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> None:
+    """Raise NameMismatch if a module of another tower, by its name, would end in a body that ``takes`` something else.
+
+    CLIP's text tower has layers of the names, and SigLIP's of the shapes, of its image tower.
+    """
+    for name, base in mapping.items():
+        other = [tower for tower in FOREIGN.get(takes, ()) if tower in name.split(".")]
+        if other and not any(tower in base.split(".") for tower in FOREIGN[takes]):
+            raise NameMismatch(
+                f"adapter '{adapter_name}': '{name}' lies in the {other[0]}, but the base takes {takes} and would"
+                f" take it for '{base}'; give the base whose {other[0]} was trained"
+            )
+
+
+def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iterable[str]) -> None:
+    """Raise NameMismatch if PEFT would have adapted a base module for which the adapter has no factors.
+
+    The sign of a base with more layers than the one the adapter was trained on. Nothing is checked where the config
+    narrows its targets by more than a list of names. Names without a dot mean every module of a kind, whose base may
+    have another name for it.
+    """
+    config = adapter.config
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return
+    prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
+    kinds = set() if any("." in target for target in targets) else {_kind(base) for base in resolved}
+    for base in (name for name in available if name != _kind(name)):  # in blocks: a pooler comes and goes with wrappers
+        targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or _kind(base) in kinds
+        if targeted and base not in resolved and f"{prefix}{base}.weight" not in adapter.saved:
+            raise NameMismatch(
+                f"adapter '{adapter.name}' targets '{base}' by its config, but has no factors for it. "
+                f"Is the base deeper than the one it was trained on? {_trained_on(adapter)}"
+            )
+
+
+def match_modules(first: Iterable[str], second: Iterable[str]) -> dict[str, str]:
+    """Modules that two adapters share, whatever wrappers they were trained in: name in the first -> in the second."""
+    return {name: found[0] for name, found in _match(first, second, (str, str)).items() if len(found) == 1}
+
+
+def _spellings() -> Iterator[Spelling]:
+    """As they are; then, family by family, an old adapter on a new base, a new one on an old base, and in between."""
+    yield str, str
+    for rename in map(_renamer, RENAMES):
+        yield rename, str
+        yield str, rename
+        yield rename, rename
+
+
+def _renamer(renames: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
+    def rename(name: str) -> str:
+        for old, new in renames:
+            name = re.sub(old, new, name)
+        return name
+
+    return rename
+
+
+def _spelling_for(names: Iterable[str], available: Iterable[str]) -> Spelling:
+    """The first spelling that explains every name, or else the first of those that explain most."""
+    names, available = list(names), list(available)
+    explained: dict[Spelling, int] = {}
+    for spelling in _spellings():
+        explained[spelling] = sum(map(bool, _match(names, available, spelling).values()))
+        if explained[spelling] == len(names):
+            return spelling
+    return max(explained, key=lambda spelling: explained[spelling])
+
+
+def _match(names: Iterable[str], available: Iterable[str], spelling: Spelling) -> dict[str, list[str]]:
+    """Every name with the base modules it may mean: equal ones, or else those equal but for a prefix on either side."""
+    adapter_side, base_side = spelling
+    bases = {base_side(base): base for base in available}
+    longer: dict[str, list[str]] = {}
+    for spelled, base in bases.items():
+        for suffix in _suffixes(spelled):
+            longer.setdefault(suffix, []).append(base)
+
+    def candidates(name: str) -> list[str]:
+        shorter = [bases[suffix] for suffix in _suffixes(name) if suffix in bases]
+        return [bases[name]] if name in bases else shorter + longer.get(name, [])
+
+    return {name: candidates(adapter_side(name)) for name in names}
+
+
+def _suffixes(name: str) -> list[str]:
+    """What is left of a dotted name without its first part, its first two parts..."""
+    return [name[dot.end() :] for dot in re.finditer(r"\.", name)]
+
+
+def _kind(name: str) -> str:
+    """A module's name for all blocks: "layers.*.self_attn.q_proj"."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _refuse_doubles(adapter_name: str, mapping: Mapping[str, str]) -> None:
+    """Raise NameMismatch if two modules of the adapter mean the same module of the base."""
+    seen: dict[str, str] = {}
+    for name, base in mapping.items():
+        if base in seen:
+            raise NameMismatch(
+                f"adapter '{adapter_name}': modules '{seen[base]}' and '{name}' both match '{base}' of the base; "
+                "the base is only a part of the model that the adapter was trained on"
+            )
+        seen[base] = name
+
+
+def _unmatched(adapter_name: str, matches: Mapping[str, list[str]], available: Iterable[str]) -> NameMismatch:
+    """An error that shows the first unmatched names, each with its closest names in the base."""
+    missing = [name for name, found in matches.items() if not found]
+    shown = "".join(f"\n  '{name}': {_closest(name, available)}" for name in missing[:3])
+    return NameMismatch(
+        f"adapter '{adapter_name}': {len(missing)} of {len(matches)} modules match no linear layer of the base. "
+        "Is it the model the adapter was trained on? LoRA on a head (lm_head, score) cannot be merged." + shown
+    )
+
+
+def _closest(name: str, available: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(available), n=3, cutoff=0.0)
+    return "closest in the base: " + (", ".join(f"'{base}'" for base in close) or "nothing, it has no linear layer")
+
+
+def _trained_on(adapter: Adapter) -> str:
+    return f"The adapter's config names '{adapter.base}'." if adapter.base else "The adapter's config names no base."

@@ -1,0 +1,174 @@
+"""What ``nsc merge`` is told: by flags, ``--set``, a YAML file and presets; each goes before what comes after it.
+
+The schema is the fields of ``Job``, and those of the settings of the method, with their types: nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from nsc.checks import expected, typed
+from nsc.config import LEARNED, MergeConfig, preset_settings
+from nsc.errors import NSCError
+from nsc.export.record import COEFFICIENTS
+from nsc.merging.tuning import refuse_search
+from nsc.recipes.spec import OF_BASE, Recipe, read_settings, settings_of, split_learned
+
+NEEDED = {"base": "--base", "adapters": "--adapter TASK=PATH", "data": "--data TASK=FILE", "out": "--out"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``nsc merge``: the keys of a file that are no settings, as the flags of the same names take them."""
+
+    base: str
+    adapters: dict[str, str]
+    data: dict[str, str]
+    out: str
+    rank: int | None = None
+    full: bool = False
+    preset: str | None = None
+    method: str = "nsc"
+    coefficients: str | None = None
+    search: str = "none"
+    validation: dict[str, str] = field(default_factory=dict)
+    scales: tuple[float, float] | None = None
+    recipe: Recipe | None = None  # the method's, with its settings
+
+    @property
+    def learns(self) -> bool:
+        """Whether data are needed."""
+        return self.recipe is None or self.recipe.learned is not None
+
+
+JOB = {key: kind for key, kind in get_type_hints(Job).items() if key != "recipe"}
+SETTINGS = settings_of("nsc")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a file says: the job, and settings of its method."""
+
+    job: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def gather(
+    flags: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None
+) -> tuple[Job, MergeConfig]:
+    """The job and its settings. flags: those given, by the names of the fields.  assignments: "KEY=VALUE", in YAML.
+
+    Flags go before assignments, those before the preset of the flags, that before the file and its own preset; a scale
+    or a search of the flags before either of the file; adapters and rows are put together task by task. Raises NSCError
+    for what is missing, unknown, of another type, or no setting of the method.
+    """
+    told = read_file(file, flags.get("method")) if file else Told({}, {})
+    _settle_scale(told, flags, assignments)
+    method = flags.get("method") or told.job.get("method", "nsc")
+    learned, kinds = split_learned(method)[0], job_of(method)
+    job = {key: value for source in (told.job, flags) for key, value in source.items() if key in kinds}
+    job |= {key: {**told.job.get(key, {}), **flags.get(key, {})} for key in ("adapters", "data", "validation")}
+    assigned = dict(read_assignment(text, method) for text in assignments)
+    given = {key: value for key, value in flags.items() if key not in kinds}
+    presets = [source.get("preset") if "preset" in kinds else None for source in (told.job, flags)]
+    if any(presets) and not learned:
+        raise NSCError(f"method {method} learns nothing, so that it has no preset; leave it out")
+    said = preset_settings(presets[0]) | told.settings | preset_settings(presets[1]) | assigned | given
+    search = job.get("search", "none")
+    recipe, settings = read_settings(method, said, search != "none")
+    missing = [
+        f"{key}: give {flag}, or {key}: in the file of --config"
+        for key, flag in NEEDED.items()
+        if not job.get(key) and (learned or search == "null-space" or key != "data")
+    ]
+    if missing:
+        raise NSCError(f"a merge lacks {'; '.join(missing)}")
+    config = MergeConfig(**{**(LEARNED[learned].settings if learned else {}), **settings})
+    refuse_search(search, method, "scale" in said, config, job["data"], job["validation"], job.get("scales"))
+    return Job(**job, recipe=recipe), config
+
+
+def _settle_scale(told: Told, flags: Mapping[str, Any], assignments: Sequence[str]) -> None:
+    """Take out of a file the scale, or the search for it, in whose place the flags say the other."""
+    if flags.get("search", "none") != "none":
+        told.settings.pop("scale", None)
+    elif "scale" in {*flags, *(text.partition("=")[0] for text in assignments)}:
+        for key in ("search", "validation", "scales"):
+            told.job.pop(key, None)
+
+
+def job_of(method: str) -> dict[str, Any]:
+    """The keys of a job with this method -> their types: a rank of its own goes before that of the written adapter, and
+    a preset of its own, where nothing is learned, before those of learning."""
+    learned, own = split_learned(method)[0], settings_of(method)
+    return {key: kind for key, kind in JOB.items() if key not in own or (learned and key != "rank")}
+
+
+def read_file(file: Path, method: str | None = None) -> Told:
+    """The checked values of a YAML file; those under ``settings:``, as in a saved merge.yaml, count like the others.
+
+    method: goes before the file's own; of a saved merge by another method only the job is taken. Raises NSCError naming
+    the file, and the key that is no key or the value of another type.
+    """
+    try:
+        told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise NSCError(f"{file} cannot be read as YAML: {error}") from error
+    if not isinstance(told, dict):
+        raise NSCError(f"{file} must hold a mapping of keys to values, such as base: FOLDER")
+    if "method" in told and "made" in told:  # a saved merge.yaml, which also says what came out
+        told = _of_record(told, file, method)
+    nested = told.pop("settings", None) or {}
+    if not isinstance(nested, dict):
+        raise NSCError(f"{file}: settings must be a mapping of settings to values, not {nested!r}")
+    method = method or str(told.get("method", "nsc"))
+    of_job, kinds = job_of(method), settings_of(method)
+    job = {key: _checked(key, value, of_job, f"{file}: ") for key, value in told.items() if key in of_job}
+    rest = {**nested, **{key: value for key, value in told.items() if key not in of_job}}
+    where = f"{file}: " if method == "nsc" else f"{file}: of method {method}, "
+    return Told(job, {key: _checked(key, value, kinds, where, of_job) for key, value in rest.items()})
+
+
+def _of_record(told: Mapping[str, Any], file: Path, method: str | None) -> dict[str, Any]:
+    """Of a saved merge.yaml, what says the same merge again; by another method, on the same base and adapters."""
+    kept = {key: value for key, value in told.items() if key in {"settings", *JOB} and value is not None}
+    kept["adapters"] = {task: entry["path"] for task, entry in told["adapters"].items()}
+    learned, _ = split_learned(kept["method"])
+    if method not in (None, kept["method"]):
+        of_any = {key: value for key, value in kept["settings"].items() if key in OF_BASE}
+        return {key: kept[key] for key in ("base", "adapters", "data")} | {"settings": of_any}
+    if told.get("masks"):
+        raise NSCError(f"{file} is of a merge with masks given in Python; replay it with nsc apply {file.parent}")
+    if not learned and (file.parent / COEFFICIENTS).exists():
+        kept["coefficients"] = str(file.parent)
+    return kept
+
+
+def read_assignment(text: str, method: str = "nsc") -> tuple[str, Any]:
+    """A setting of a method and its value from "KEY=VALUE". Raises NSCError as ``read_file`` does."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise NSCError(f"--set {text!r} must read KEY=VALUE")
+    where = "--set " if method == "nsc" else f"--set of method {method}, "
+    try:
+        return key, _checked(key, yaml.safe_load(value), settings_of(method), where)
+    except yaml.YAMLError as error:
+        raise NSCError(f"--set {key}: {value!r} is no YAML: {error}") from error
+
+
+def _checked(key: str, value: Any, schema: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None) -> Any:
+    """more: keys that there are elsewhere, for the message."""
+    if key not in schema:
+        there = sorted({*schema, *(more or {})})
+        close = difflib.get_close_matches(str(key), there, n=1, cutoff=0.0)
+        raise NSCError(f"{where}there is no key {key}; did you mean {close[0]}? There are {', '.join(there)}")
+    try:
+        return typed(value, schema[key])
+    except TypeError:
+        raise NSCError(f"{where}{key} must be {expected(schema[key])}, not {value!r}") from None

@@ -1,0 +1,85 @@
+"""What the commands share: options as settings, pairs of TASK=PLACE, errors in words and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+OF_COMMAND = ("config", "setting", "resume")  # what says no setting by itself
+
+
+def given(context: typer.Context) -> dict[str, Any]:
+    """The options on the command line by the names of the settings, those that are written differently there read."""
+    read: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "adapter": ("adapters", lambda values: pairs(values, "--adapter")),
+        "data": ("data", lambda values: pairs(values, "--data")),
+        "validation": ("validation", lambda values: pairs(values, "--validation")),
+        "out": ("out", str),
+        "coefficients": ("coefficients", str),
+        "target_module": ("target_modules", tuple),
+        "target_block": ("target_blocks", tuple),
+        "max_drift": ("max_drift", lambda drift: None if drift < 0 else drift),
+        "tokens_per_pass": (
+            "tokens_per_pass", lambda text: None if text == "auto" else _whole(text, "--tokens-per-pass"),
+        ),
+    }  # fmt: skip
+    found = {}
+    for option, value in context.params.items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE" and option not in OF_COMMAND:
+            name, convert = read.get(option, (option, lambda value: value))
+            found[name] = convert(value)
+    return found
+
+
+def _whole(text: str, option: str) -> int:
+    from nsc.errors import NSCError
+
+    if not text.isdigit():
+        raise NSCError(f"{option} must be a whole number or auto, not {text!r}")
+    return int(text)
+
+
+def pairs(values: Sequence[str], option: str) -> dict[str, str]:
+    """Task -> place, of a repeated TASK=PLACE. Raises NSCError naming the option that reads otherwise."""
+    from nsc.errors import NSCError
+
+    found: dict[str, str] = {}
+    for value in values:
+        task, equals, place = value.partition("=")
+        if not (task and equals and place):
+            raise NSCError(f"{option} {value!r} must read TASK=PLACE")
+        if task in found:
+            raise NSCError(f"{option} names task {task} twice")
+        found[task] = place
+    return found
+
+
+@contextmanager
+def plain_errors(out: Path | None = None) -> Iterator[None]:
+    """User errors in words and exit code 1; an interrupt says how to go on with ``out``, with exit code 130."""
+    from nsc.errors import NSCError
+
+    try:
+        yield
+    except NSCError as error:
+        typer.echo(f"nsc{_rank()}: {error}", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        from nsc.export.result import CHECKPOINT, partial_folder
+
+        saved = out is not None and (partial_folder(out) / CHECKPOINT).exists()
+        remedy = "the coefficients so far are saved, go on with --resume" if saved else "nothing was saved"
+        typer.echo(f"nsc{_rank()}: interrupted; {remedy}", err=True)
+        sys.exit(130)
+
+
+def _rank() -> str:
+    """Which process speaks, where torchrun or accelerate started several."""
+    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""

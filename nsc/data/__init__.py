@@ -1,0 +1,1 @@
+"""Unlabeled and labelled rows: reading, sampling, packing, and what each modality takes."""

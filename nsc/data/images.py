@@ -1,0 +1,244 @@
+"""Unlabeled images -> seeded batches that carry every task at once, as the base's own processor prepares them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc.batch import Batch
+from nsc.data.text import draw, load_hub, place_and_fields
+from nsc.errors import DataError, TargetError
+from nsc.runtime.placement import input_device
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_FIELDS = ("image", "img", "picture")
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image, decoded when it is used: two are equal if their digests are.
+
+    name: where it is from, for errors.  content: a file, a file's bytes, or a PIL image in RGB.  digest: of that.
+    """
+
+    name: str = field(compare=False)
+    content: Any = field(compare=False, repr=False)
+    digest: str
+
+    def decode(self) -> Any:
+        """As a PIL image in RGB. Raises DataError naming the image if Pillow cannot read it."""
+        pillow = _extra("PIL.Image")
+        if isinstance(self.content, pillow.Image):
+            return self.content
+        file = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content
+        with _named(self.name), pillow.open(file) as image:
+            return image.convert("RGB")
+
+
+def read_images(source: str | Path | Sequence[Any]) -> list[Image]:
+    """The images of one task, without labels.
+
+    source: a folder (every PNG and JPEG in it and below), a parquet file or ``hub:NAME[:CONFIG[:SPLIT]]`` (a Hub
+    dataset; needs the ``datasets`` extra) with a column of images as Hub datasets store them, or the images themselves:
+    PIL images, uint8 arrays or tensors, (H, W, 3) or (3, H, W). Append ``#column`` to name the column; otherwise the
+    usual names are tried (image, img, picture).
+
+    Raises DataError for a missing or empty source, an unreadable image (by name) or an unknown column, and where the
+    ``images`` extra (Pillow, pyarrow) is not installed.
+    """
+    if not isinstance(source, (str, Path)):
+        return _not_empty([as_image(x, f"image {i}") for i, x in enumerate(source, start=1)], "the given list")
+    place, columns = place_and_fields(str(source))
+    if place.startswith("hub:"):
+        return _not_empty(_read_hub(place, columns), place)
+    path = Path(place)
+    if not path.exists():
+        raise DataError(
+            f"image data {place} does not exist; give a folder of images, a parquet file, or hub:NAME:CONFIG:SPLIT"
+        )
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        return _not_empty([as_image(file, str(file)) for file in files], place)
+    if path.suffix == ".parquet":
+        return _not_empty(_read_parquet(path, columns), place)
+    raise DataError(f"image data {place} is neither a folder nor .parquet; put images into a folder, or convert it")
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """Batches as a pure function of the step, the same in every process and after every resume.
+
+    images: task -> its samples.  pixels: a sample -> (3, H, W), as the base takes it.  tokens: that the base makes of
+    one image.  Task k takes ``batch_size`` samples a step, as in ``TextBatches``.
+    """
+
+    images: Mapping[str, Sequence[Image]]
+    pixels: Callable[[Image], Tensor]
+    tokens: int
+    batch_size: int
+    seed: int = 0
+
+    shares_rows = False
+
+    def __call__(self, step: int) -> list[Batch]:
+        """The one batch of a step, on the CPU."""
+        drawn = [
+            (rows[i], k)
+            for k, (task, rows) in enumerate(self.images.items())
+            for i in draw(len(rows), self.batch_size, step, f"{self.seed}/{task}")
+        ]
+        return [collate_images([self.pixels(image) for image, _ in drawn], [k for _, k in drawn], self.tokens)]
+
+
+def collate_images(pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int) -> Batch:
+    """One image in each row, of ``tokens`` tokens; every image weighs the same within its task.
+
+    pixels: (3, H, W) each; weights are of their dtype, but of float32 at least. Raises DataError where sizes differ.
+    """
+    sizes = sorted({tuple(image.shape) for image in pixels})
+    if len(sizes) > 1:
+        raise DataError(f"images of one batch differ in size: {sizes[:3]}; have the image processor resize and crop")
+    task = torch.tensor(tasks)
+    precision = torch.promote_types(pixels[0].dtype, torch.float32)
+    weight = 1 / (tokens * torch.bincount(task)[task].to(precision))
+    task, weight = (row[:, None].repeat(1, tokens) for row in (task, weight))
+    return Batch({"pixel_values": torch.stack(list(pixels))}, task, weight)
+
+
+def pixels_by(processor: Any, dtype: torch.dtype) -> Callable[[Image], Tensor]:
+    """What prepares an image by a transformers image processor: (3, H, W) in ``dtype``, on the CPU."""
+
+    def pixels(image: Image) -> Tensor:
+        return processor(images=[image.decode()], return_tensors="pt")["pixel_values"][0].to(dtype)
+
+    return pixels
+
+
+@torch.no_grad()
+def tokens_seen(model: nn.Module, targets: Sequence[str], pixels: Tensor) -> int:
+    """Tokens of one image (3, H, W) that enter the targets, class and register tokens included; one image is run.
+
+    Raises TargetError where a target does not run, or not all see as many.
+    """
+    seen: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.update({name: args[0].shape[:-1].numel()})
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in targets]
+    try:
+        model(pixel_values=pixels[None].to(input_device(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = {name: seen.get(name, 0) for name in targets}
+    if len(set(counts.values())) > 1 or not all(counts.values()):
+        raise TargetError(f"targets must see the same tokens of an image, but see {counts}; choose among those alike")
+    return counts[targets[0]]
+
+
+def _read_parquet(path: Path, columns: tuple[str, ...] | None) -> list[Image]:
+    parquet = _extra("pyarrow.parquet")
+    with _named(str(path)):
+        file = parquet.ParquetFile(path)
+    column = _column(file.schema_arrow.names, columns, str(path))
+    values = (x for part in file.iter_batches(columns=[column]) for x in part.column(0).to_pylist())
+    return [as_image(value, f"{path} row {number}") for number, value in enumerate(values, start=1)]
+
+
+def _read_hub(spec: str, columns: tuple[str, ...] | None) -> list[Image]:
+    rows = undecoded(load_hub(spec))
+    column = _column(rows.column_names, columns, spec)
+    return [as_image(row[column], f"{spec} row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def read_table(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, images as they are stored. Raises DataError if it cannot be read."""
+    parquet = _extra("pyarrow.parquet")
+    with _named(str(path)):
+        file = parquet.ParquetFile(path)
+    return (row for part in file.iter_batches() for row in part.to_pylist())
+
+
+def undecoded(rows: Any) -> Any:
+    """A Hub dataset whose images are files: decoded when they are used."""
+    for name, feature in rows.features.items():
+        if hasattr(feature, "decode"):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
+
+
+def _column(there: Sequence[str], columns: tuple[str, ...] | None, where: str) -> str:
+    chosen = next((name for name in columns or IMAGE_FIELDS if name in there), None)
+    if chosen is None or len(columns or ()) > 1:
+        raise DataError(f"{where} has the columns {', '.join(there)}, not one of images; name it as in FILE#column")
+    return chosen
+
+
+def as_image(value: Any, name: str) -> Image:
+    """An image of a file, a file's bytes, a row {"bytes", "path"}, a PIL image, an array or a tensor.
+
+    name: of it in errors. Raises DataError if it is none of these, or broken.
+    """
+    pillow = _extra("PIL.Image")
+    if isinstance(value, dict):
+        value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
+    if isinstance(value, pillow.Image):
+        value = value.convert("RGB")
+        return Image(name, value, _digest(f"{value.size}".encode() + value.tobytes()))
+    if not isinstance(value, (bytes, Path)):
+        return as_image(_from_array(pillow, value, name), name)
+    with _named(name):
+        data = value if isinstance(value, bytes) else value.read_bytes()
+        with pillow.open(io.BytesIO(data)) as image:
+            image.verify()  # what the format can check without decoding
+    return Image(name, value, _digest(data))
+
+
+def _from_array(pillow: Any, value: Any, name: str) -> Any:
+    try:
+        array = value if isinstance(value, Tensor) else torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} is a {type(value).__name__}, not an image; remove it") from error
+    if array.dtype != torch.uint8 or array.ndim != 3 or 3 not in (array.shape[0], array.shape[-1]):
+        raise DataError(
+            f"{name} is {array.dtype} {tuple(array.shape)}; give uint8 from 0 to 255, (H, W, 3) or (3, H, W), or a PIL"
+            " image"
+        )
+    rows = array if array.shape[-1] == 3 else array.movedim(0, -1)
+    return pillow.fromarray(rows.contiguous().cpu().numpy())
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors of the libraries inside as a DataError that names what could not be read."""
+    try:
+        yield
+    except Exception as error:  # Pillow raises SyntaxError for a broken PNG, struct's own error for others, and more
+        raise DataError(f"{name} cannot be read ({error}); mend or remove it") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _extra(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise DataError(f"images need {module.partition('.')[0]}: pip install 'nsc-merging[images]'") from error
+
+
+def _not_empty(images: list[Image], where: str) -> list[Image]:
+    if not images:
+        raise DataError(f"{where} holds no image; every task needs at least one unlabeled sample (PNG, JPEG)")
+    return images

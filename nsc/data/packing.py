@@ -1,0 +1,185 @@
+"""Samples of different lengths -> rectangles of tokens with little padding, in which no sample sees another.
+
+Rows hold one sample each where that pads little. Otherwise several share a row, told apart by positions that start anew
+and a block-diagonal attention mask; where a model cannot do that, samples of like lengths go together instead. Every
+token keeps its task and its weight, so the loss and its gradient are those of one sample at a time.
+
+Where steps are to be replayed, few shapes are worth more than the least padding: rectangles are rounded up to sizes of
+few significant bits, as long as padding stays as little.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsc.bases.loading import is_causal
+from nsc.batch import Batch
+from nsc.runtime.placement import input_device
+
+MOST_PADDING = 0.1  # of the tokens that are computed
+WIDER = 1.2  # how much wider rows are tried next
+ROUND, ROWS, FINE = 2, 3, 5  # significant bits: of widths if possible, of how many rows, of widths at most
+NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a packed sample's hidden states, relative; else 0.1
+
+
+def pack(
+    samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, *, causal: bool, shares_rows: bool,
+    few_shapes: bool = False, counted: Sequence[slice] | None = None,
+) -> list[Batch]:  # fmt: skip
+    """Token ids of each sample and its task -> batches whose losses and ratios add up to those of all samples.
+
+    Every sample weighs the same within its task, every token the same within its sample, padding nothing.
+    few_shapes: that of a step is to be that of other steps; up to ``MOST_PADDING``, and rows of padding alone.
+    counted: the tokens of each sample that weigh anything, where not all do.
+    """
+    lengths = [len(ids) for ids in samples]
+    alone = [[i] for i in range(len(samples))]
+    if padding(lengths, alone, _tight(lengths, alone, few_shapes)) <= MOST_PADDING:
+        groups = [(alone, _tight(lengths, alone, few_shapes))]
+    elif shares_rows and few_shapes:
+        groups = [rows_of_few_shapes(lengths)]
+    elif shares_rows:
+        rows = shared_rows(lengths)
+        groups = [(rows, _tight(lengths, rows))]
+    else:
+        rows_of = [[[i] for i in bucket] for bucket in buckets(lengths, few_shapes)]
+        groups = [(rows, _tight(lengths, rows, few_shapes)) for rows in rows_of]
+    counted = counted or [slice(0, n) for n in lengths]
+    weights = _sample_weights([part.stop - part.start for part in counted], tasks)
+    return [_rectangle(samples, tasks, weights, rows, shape, pad_id, causal, counted) for rows, shape in groups]
+
+
+def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
+    """One sample in each row, padded on the right; weighted as by ``pack``."""
+    lengths = [len(ids) for ids in samples]
+    rows = [[i] for i in range(len(samples))]
+    return _rectangle(samples, tasks, _sample_weights(lengths, tasks), rows, _tight(lengths, rows), pad_id, causal)
+
+
+def padding(lengths: Sequence[int], rows: Sequence[Sequence[int]], shape: tuple[int, int] | None = None) -> float:
+    """The share of a rectangle that is padding; rows: the samples in each; shape: if larger than they need."""
+    height, width = shape or _tight(lengths, rows)
+    return 1 - sum(lengths[i] for row in rows for i in row) / (height * width)
+
+
+def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Samples of each row: the narrowest rows, not below the longest sample, that pad no more than ``MOST_PADDING``."""
+    width, rows = max(lengths), _first_fit(lengths, max(lengths))
+    while padding(lengths, rows) > MOST_PADDING:
+        width = int(width * WIDER) + 1
+        rows = _first_fit(lengths, width)
+    return rows
+
+
+def rows_of_few_shapes(lengths: Sequence[int]) -> tuple[list[list[int]], tuple[int, int]]:
+    """Samples of each row, and a shape that comes again: of the roundest width that pads no more than ``MOST_PADDING``.
+
+    Widths of two significant bits are tried from the longest sample up, then of three and so on; those of five fit.
+    """
+    for bits in range(ROUND, FINE + 1):
+        width, rows = 0, [[0], [0]]
+        while len(rows) > 1:
+            width = round_up(max(*lengths, width + 1), bits)
+            rows = _first_fit(lengths, width)
+            shape = round_up(len(rows), ROWS), width
+            if padding(lengths, rows, shape) <= MOST_PADDING:
+                return rows, shape
+    return rows, shape
+
+
+def round_up(n: int, bits: int) -> int:
+    """The least number not below ``n`` of which only the first ``bits`` bits are not 0."""
+    step = 1 << max(0, n.bit_length() - bits)
+    return -(-n // step) * step
+
+
+def buckets(lengths: Sequence[int], few_shapes: bool = False) -> list[list[int]]:
+    """Samples by length, longest first, cut wherever one more would pad its bucket beyond ``MOST_PADDING``."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rows = [[j] for j in [*found[-1], i]] if found else []
+        if found and padding(lengths, rows, _tight(lengths, rows, few_shapes)) <= MOST_PADDING:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def can_share_rows(model: nn.Module) -> bool:
+    """Whether this model keeps samples in one row apart, given positions and a mask: tried out on random tokens.
+
+    Only for causal models with one kind of attention, in an implementation that takes a mask of its own.
+    """
+    config: Any = model.config
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    local = window or getattr(config, "attention_chunk_size", None)
+    takes_mask = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    if not takes_positions or local or not takes_mask or not is_causal(model):
+        return False
+    ids = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    device, dtype = input_device(model), next(model.parameters()).dtype
+    together = _rectangle([ids[:5], ids[5:]], [0, 0], [1.0, 1.0], [[0, 1]], (1, 12), 0, True).to(device)
+    try:
+        with torch.no_grad():
+            packed = model(**together.arguments(dtype))[0][:, 5:]
+            alone = model(input_ids=torch.tensor([ids[5:]], device=device))[0]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return bool((packed - alone).norm() <= NEAR.get(dtype, 0.1) * alone.norm())
+
+
+def _tight(lengths: Sequence[int], rows: Sequence[Sequence[int]], rounded: bool = False) -> tuple[int, int]:
+    """The shape that these rows need; rounded: in width."""
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    return len(rows), round_up(width, FINE) if rounded else width
+
+
+def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Rows of at most ``width`` tokens: longest first, each into the first row with room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
+        if place is None:
+            rows.append([i])
+            room.append(width - lengths[i])
+        else:
+            rows[place].append(i)
+            room[place] -= lengths[i]
+    return rows
+
+
+def _sample_weights(lengths: Sequence[int], tasks: Sequence[int]) -> list[float]:
+    """The weight of one token of each sample; lengths: of the tokens that count."""
+    return [1 / (length * list(tasks).count(task)) for length, task in zip(lengths, tasks, strict=True)]
+
+
+def _rectangle(
+    samples: Sequence[Sequence[int]], tasks: Sequence[int], weights: Sequence[float], rows: Sequence[Sequence[int]],
+    shape: tuple[int, int], pad_id: int, causal: bool, counted: Sequence[slice] | None = None,
+) -> Batch:  # fmt: skip
+    """One batch of this shape with these samples in each row, from the left, and rows of padding alone below."""
+    ids = torch.full(shape, pad_id)
+    task, position = torch.zeros(2, *shape, dtype=torch.int64)
+    segment = torch.full(shape, -1)
+    weight = torch.zeros(shape)
+    for r, row in enumerate(rows):
+        start = 0
+        task[r] = tasks[row[-1]]
+        for i in row:
+            here = slice(start, start + len(samples[i]))
+            ids[r, here], position[r, here] = torch.tensor(samples[i]), torch.arange(len(samples[i]))
+            task[r, here], segment[r, here] = tasks[i], i
+            part = counted[i] if counted else slice(0, len(samples[i]))
+            weight[r, start + part.start : start + part.stop] = weights[i]
+            start = here.stop
+    if max(map(len, rows)) > 1:
+        return Batch({"input_ids": ids, "position_ids": position}, task, weight, segment)
+    inputs = {"input_ids": ids} if causal else {"input_ids": ids, "attention_mask": (segment >= 0).long()}
+    return Batch(inputs, task, weight)

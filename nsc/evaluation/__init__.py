@@ -1,0 +1,1 @@
+"""Scoring merges on labelled rows, searching scales, comparing methods."""

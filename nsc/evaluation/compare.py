@@ -1,0 +1,218 @@
+"""All methods on the same adapters, base and labelled rows: one model in memory, every merge put into it in turn.
+
+A method is a name of ``read_recipe``, one that learns (``LEARNED``), or both: nsc+ties gives the coefficients that nsc
+learned to ties as weights. What cannot be merged, or is not defined, is a row with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nsc.adapters.matching import fit
+from nsc.bases import loading
+from nsc.config import LEARNED, MergeConfig
+from nsc.data.labelled import read_all_labelled
+from nsc.data.modalities import feed_of
+from nsc.data.sources import Source, absolute, fingerprint, place_of, read_adapters, read_data
+from nsc.errors import DataError, NSCError
+from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, grid_of
+from nsc.evaluation.scoring import Exam, exams_of
+from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
+from nsc.evaluation.trial import Planned, Stage, row_of
+from nsc.export.result import partial_folder
+from nsc.learning.loop import printer
+from nsc.recipes.spec import read_recipe, split_learned
+from nsc.runtime.placement import input_device
+
+RECORD = "compare.yaml"
+
+
+def compare(
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    data: Mapping[str, Source],
+    test: Mapping[str, Source],
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    validation: Mapping[str, Source] | None = None,
+    search: str = "none",
+    grid: Grid | None = None,
+    metrics: Mapping[str, str] = {},
+    config: Mapping[str, Any] = {},
+    settings: Mapping[str, Mapping[str, Any]] = {},
+    resume: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Score ``methods`` on labelled ``test`` rows, and write table, picture, JSON and record to a new folder ``out``.
+
+    base, adapters, data: as of ``nsc.merge``.  test, validation: task -> what ``read_labelled`` takes, without a row in
+    common.  search: how the scale is found of a method whose ``settings`` give none: "labels" on the validation rows,
+    "null-space" on ``config["evaluation_samples"]`` rows of ``data`` a task, or "none", which is 1.  grid: by default
+    ``grid_of(search)``.  metrics: task -> one of METRICS.  config: fields of MergeConfig, over what each learning
+    method has by itself.  settings: method -> its own.  resume: rows that an interrupted comparison left are kept.
+    Raises a subclass of NSCError for anything that concerns all methods, or a name or setting that there is not.
+    """
+    out, base, validation, grid = Path(out), absolute(base), validation or {}, grid or grid_of(search)
+    planned = {name: _plan(name, config, settings, search) for name in methods}
+    _refuse(out, planned, data, validation, search, settings)
+    say = printer(progress)
+    stage, exams = _prepare(base, adapters, data, test, config, metrics, say)
+    held_out = _held_out(stage, validation, test, metrics)
+    record = _record(stage, data, test, validation, metrics, planned, search, grid)
+    of_task, identity = {task: exam.metric for task, exam in exams.items()}, _identity(record)
+    done = _begin(out, identity, record["methods"], resume)
+    stage.grid = grid
+    if search != "none":
+        stage.value = LabelledLoss(stage.model, held_out) if search == "labels" else stage.null_space()
+    for name in (ALONE, BARE, *methods):
+        if name not in done:
+            row = row_of(name, stage, exams, planned.get(name), done.get(ALONE))
+            done[name] = replace(row, settings=record["methods"].get(name, {}))
+        comparison = Comparison(of_task, tuple(done.values()), identity)
+        comparison.write(partial_folder(out))
+        say(_line(done[name]))
+    return _finish(replace(comparison, rows=tuple(done[name] for name in (ALONE, BARE, *methods))), out, record)
+
+
+def _refuse(
+    out: Path, planned: Mapping[str, Planned], data: Mapping[str, Source], validation: Mapping[str, Source],
+    search: str, settings: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Raise NSCError for what need not be tried."""
+    if out.exists():
+        raise NSCError(f"{out} exists already; choose another folder, or move it away")
+    if search not in SEARCHES:
+        raise NSCError(f"search must be one of {', '.join(SEARCHES)}, not {search}")
+    if search == "labels" and not validation:
+        raise NSCError("a search by labels needs rows that are not the test's: give --validation TASK=FILE")
+    learning = [name for name, chosen in planned.items() if chosen.config]
+    if not data and (learning or search == "null-space"):
+        raise NSCError(f"{learning[0] if learning else 'the search'} needs unlabeled rows: give --data TASK=FILE")
+    if strange := sorted(set(settings) - set(planned) - set(LEARNED)):
+        raise NSCError(f"settings are given for {', '.join(strange)}, which is not among the methods")
+
+
+def _prepare(
+    base: str, adapters: Mapping[str, str | Path], data: Mapping[str, Source], test: Mapping[str, Source],
+    config: Mapping[str, Any], metrics: Mapping[str, str], say: Callable[[str], Any],
+) -> tuple[Stage, dict[str, Exam]]:  # fmt: skip
+    """data: empty where nothing needs any."""
+    read, common = read_adapters(adapters), MergeConfig.from_dict(config)
+    if common.keep_modules:
+        raise NSCError("layers that tasks keep to themselves (keep_modules) cannot be scored in one model")
+    samples = read_data(data, read, feed_of(base).read, common.unseen) if data else {}
+    rows = read_all_labelled(base, test, read)
+    model = loading.load_body(base, common.dtype, common.device, common.weights, common.device_map)
+    fitted = fit(base, model, read, replace(common, granularity="layer"))
+    say(f"base {base}: {len(fitted.stack.names)} layers merged, {len(fitted.targets)} measured")
+    exams = exams_of(base, model, fitted.adapters, rows, common.max_length, metrics)
+    say("test rows: " + ", ".join(f"{task} {len(rows[task].labels)} ({exams[task].metric})" for task in exams))
+    return Stage(base, model, fitted, samples, common, say), exams
+
+
+def _held_out(
+    stage: Stage, validation: Mapping[str, Source], test: Mapping[str, Source], metrics: Mapping[str, str]
+) -> dict[str, Exam]:
+    """The exams of the validation rows. Raises DataError where a row is in the test too."""
+    if not validation:
+        return {}
+    rows, tested = (read_all_labelled(stage.base, found, stage.fitted.adapters) for found in (validation, test))
+    for task in rows:
+        if shared := sum(sample in set(tested[task].samples) for sample in rows[task].samples):
+            raise DataError(f"task {task}: {shared} validation rows are test rows too; take others")
+    return exams_of(stage.base, stage.model, stage.fitted.adapters, rows, stage.config.max_length, metrics)
+
+
+def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], search: str) -> Planned:
+    learner, recipe = split_learned(name)
+    own = dict(settings.get(name, {}))
+    learning = None
+    if learner:
+        mine = settings.get(learner, {}) if recipe else own
+        learning = MergeConfig.from_dict({**LEARNED[learner].settings, **config, **mine})
+        if recipe and learning.granularity == "rank":
+            raise NSCError(f"{name}: weights of a method are of layers or tasks, not of rank rows; leave granularity")
+    chosen = read_recipe(recipe, **own) if recipe else None
+    return Planned(learning, chosen, chosen is not None and search != "none" and "scale" not in own)
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """Of all that every row depends on."""
+    told = {key: value for key, value in record.items() if key not in ("made", "methods")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _begin(out: Path, identity: str, methods: Mapping[str, Any], resume: bool) -> dict[str, Row]:
+    """The rows that an interrupted comparison left, of the methods and settings of this one, and not refused."""
+    folder = partial_folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / JSON).exists():
+        return {}
+    if not resume:
+        raise NSCError(f"an interrupted comparison lies in {folder}: add --resume, or remove that folder")
+    found = Comparison.read(folder / JSON)
+    if found.identity != identity:
+        raise NSCError(f"{folder} is of other adapters, rows or settings; remove it, or compare with the same ones")
+    return {row.method: row for row in found.rows if not row.refused and row.settings == methods.get(row.method, {})}
+
+
+def _finish(comparison: Comparison, out: Path, record: Mapping[str, Any]) -> Comparison:
+    folder = partial_folder(out)
+    comparison.write(folder)
+    (folder / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    shutil.move(folder, out)
+    return comparison
+
+
+def _record(
+    stage: Stage, data: Mapping[str, Source], test: Mapping[str, Source], validation: Mapping[str, Source],
+    metrics: Mapping[str, str], planned: Mapping[str, Planned], search: str, grid: Grid,
+) -> dict[str, Any]:  # fmt: skip
+    """What replays the comparison, in plain values."""
+    device = input_device(stage.model)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    place = partial(map, lambda item: (item[0], place_of(item[1])))
+    methods = {
+        name: {
+            **({"recipe": chosen.recipe.to_dict()} if chosen.recipe else {}),
+            **({"learned": chosen.config.to_dict()} if chosen.config else {}),
+            "searched": chosen.searched,
+        }
+        for name, chosen in planned.items()
+    }
+    made = {
+        "command": sys.argv, "when": time.strftime("%Y-%m-%d %H:%M:%S"), "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+    }  # fmt: skip
+    read = stage.fitted.adapters
+    return {
+        "base": stage.base,
+        "adapters": {t: {"path": str(a.path.resolve()), "fingerprint": fingerprint(a)} for t, a in read.items()},
+        "data": dict(place(data.items())), "test": dict(place(test.items())),
+        "validation": dict(place(validation.items())), "metrics": dict(metrics),
+        "search": search, "grid": json.loads(json.dumps(asdict(grid))), "config": stage.config.to_dict(),
+        "methods": json.loads(json.dumps(methods)), "made": made,
+    }  # fmt: skip
+
+
+def _line(row: Row) -> str:
+    if row.refused:
+        return f"{row.method}: refused: {row.refused}"
+    scale = "" if row.scale is None else f" at scale {row.scale:g}"
+    took = {"preparing": row.preparation, "learning": row.optimisation, "searching": row.search}
+    seconds = "".join(f", {x:.1f} s {what}" for what, x in took.items() if x)
+    return f"{row.method}{scale}: {row.mean:.1f} % of fine-tuned{seconds}"

@@ -1,0 +1,204 @@
+"""The one scale of a merge: a coarse grid, then a finer one around its best, by labels or by null-space ratios.
+
+    labels       mean over tasks of  loss_k(scale) / loss_k(0)          loss_k(0): task k's head on the bare base
+    null space   mean over tasks and targets of om_k of the merged model's inputs, task k's rows against its own A_k
+
+What does not depend on the scale is done once: the merge itself, its factors in the model, rows as tokens. A loss is
+taken relative to that of the bare base, which is far from 0; relative to the adapter's own, a task that its adapter has
+all but solved would decide alone.
+
+Ratios need no labels, but they do not ask what the model says: docs/comparing.md tells how they go with the scale,
+and why the range is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc.adapters.stack import DenseStack, Stack, whitened
+from nsc.adapters.surgery import merged_layers, set_coefficients
+from nsc.batch import Batch
+from nsc.errors import NonFiniteError, NSCError, TargetError
+from nsc.evaluation.scoring import Exam
+from nsc.runtime.placement import input_device
+from nsc_kernels import null_space_ratio
+
+Value = Callable[[nn.Module], float]  # of a model with a merge in it; the less the better
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales from ``low`` to ``high``. steps: of the first grid, and of each further one around the best before it.
+
+    most: the first grid goes on as long as its last scale is the best, but no further than here; None: than ``high``.
+    """
+
+    low: float = 0.1
+    high: float = 1.5
+    steps: tuple[float, ...] = (0.1, 0.01)
+    most: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high:
+            raise NSCError(f"the scales searched must be above 0 and in order, not from {self.low} to {self.high}")
+        if not self.steps or min(self.steps) <= 0 or list(self.steps) != sorted(set(self.steps), reverse=True):
+            raise NSCError(f"the steps of a search must be above 0, each finer than the one before, not {self.steps}")
+
+
+MOST = 5.0
+MEASURES = {"labels": "mean loss relative to the bare base's", "null-space": "mean null-space ratio"}  # minimised
+SEARCHES = ("none", *MEASURES)
+
+
+@dataclass(frozen=True)
+class Found:
+    """scale: the best.  curve: every scale tried, in order, and its value.  seconds: of the search.
+
+    edge: whether the best is the last scale at either end of all tried, so that a better one may lie outside.
+    """
+
+    scale: float
+    curve: dict[float, float]
+    seconds: float
+    edge: bool
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know."""
+        outside = "is the last of the range searched; a better one may lie outside"
+        return [f"its best scale, {self.scale:g}, {outside}"] if self.edge else []
+
+
+def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple[float, ...] = Grid.steps) -> Grid:
+    """Of these scales and no others; without any the default's, beyond which a search by labels goes on to ``MOST``."""
+    if scales:
+        return Grid(*scales, steps)
+    return Grid(steps=steps, most=MOST if search == "labels" else None)
+
+
+def search(value: Callable[[float], float], grid: Grid = Grid()) -> Found:
+    """The scale of the least value on the grids. Raises NSCError where no scale has a finite one."""
+    started, first = time.perf_counter(), grid.steps[0]
+    curve = {scale: value(scale) for scale in _scales(grid.low, grid.high, first)}
+    while (last := max(curve)) == _best(curve) and last + first <= (grid.most or grid.high):
+        curve[round(last + first, 10)] = value(round(last + first, 10))
+    for coarse, fine in pairwise(grid.steps):
+        best = _best(curve)
+        reach, top = coarse - fine, max(grid.high, *curve)
+        around = _scales(max(grid.low, best - reach), min(top, best + reach), fine)
+        curve |= {scale: value(scale) for scale in around if scale not in curve}
+    best = _best(curve)
+    if not math.isfinite(curve[best]):
+        raise NSCError(f"no scale from {grid.low:g} to {grid.high:g} gives a finite loss; the merge overflows")
+    curve = dict(sorted(curve.items()))
+    return Found(best, curve, time.perf_counter() - started, len(curve) > 1 and best in (min(curve), max(curve)))
+
+
+def _scales(low: float, high: float, step: float) -> list[float]:
+    return [round(low + j * step, 10) for j in range(math.floor((high - low) / step + 1e-9) + 1)]
+
+
+def _best(curve: Mapping[float, float]) -> float:
+    """The smallest scale of the least finite value."""
+    return min(sorted(curve), key=lambda scale: curve[scale] if math.isfinite(curve[scale]) else math.inf)
+
+
+def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = Grid()) -> Found:
+    """The scale at which ``merged``, a merge of scale 1 as ``as_one`` makes it, has the least value in ``model``.
+
+    The model is left as it was.
+    """
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    lam = torch.ones(len(merged.names), 1, dtype=dtype, device=input_device(model))
+    with torch.no_grad(), merged_layers(model, merged, lam) as layers:
+
+        def at(scale: float) -> float:
+            set_coefficients(layers, lam * scale)
+            return value(model)
+
+        return search(at, grid)
+
+
+def require_finite(merged: Stack) -> None:
+    """Raise NonFiniteError, naming the layer, for a merge that cannot be put into a model."""
+    for name in merged.names:
+        layer = merged.layer(name)
+        parts = (layer.deltas,) if isinstance(layer, DenseStack) else (layer.A, layer.B)
+        if not all(part.isfinite().all() for part in parts):
+            raise NonFiniteError(f"its update of {name} is not finite")
+
+
+class LabelledLoss:
+    """Mean over tasks of the loss on labelled rows, each relative to ``bare``: that of its head without any adapter."""
+
+    def __init__(self, model: nn.Module, exams: Mapping[str, Exam]) -> None:
+        """model: the base as it is."""
+        self.exams = exams
+        self.bare = {task: exam.loss(model) or 1.0 for task, exam in exams.items()}
+
+    def __call__(self, model: nn.Module) -> float:
+        shares = [exam.loss(model) / self.bare[task] for task, exam in self.exams.items()]
+        return sum(shares) / len(shares)
+
+
+class NullSpaceRatio:
+    """Mean over tasks with rows, and each one's targets, of the null-space ratios of unlabeled rows in a merged model.
+
+    stack: of the adapters themselves.  batches: of all tasks' rows, weighted as by ``nsc.packing.pack``. Raises
+    TargetError where an adapter with rows has none of the targets.
+    """
+
+    def __init__(self, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], device: torch.device) -> None:
+        self.targets, self.batches = list(targets), [batch.to(device) for batch in batches]
+        rows = torch.cat([batch.task[batch.weight > 0].cpu() for batch in batches])
+        counted = rows.bincount(minlength=len(stack.tasks)) > 0  # (K,)
+        present = torch.tensor([stack.modules[name].present for name in targets]).double() * counted
+        if orphans := [t for t, n, seen in zip(stack.tasks, present.sum(0), counted, strict=True) if seen and not n]:
+            raise TargetError(f"adapter {', '.join(orphans)} has none of the targets; choose others by target_modules")
+        self.share = (present / present.sum(0).clamp_min(1) / counted.sum()).to(device)  # (T, K)
+        modules = whitened(stack).modules
+        self.A = {name: modules[name].A.to(device) for name in targets}
+        self.offsets = {n: torch.tensor([0, *modules[n].ranks], device=device).cumsum(0) for n in targets}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> float:
+        return sum(self._of_batch(model, batch) for batch in self.batches)
+
+    def _of_batch(self, model: nn.Module, batch: Batch) -> float:
+        """One forward, up to the input of the last target."""
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = self._ratio(name, args[0], batch)
+            if len(seen) == len(self.targets):
+                raise _Stop
+
+        hooks = [model.get_submodule(n).register_forward_pre_hook(partial(watch, n)) for n in self.targets]
+        try:
+            model(**batch.arguments(next(model.parameters()).dtype))
+        except _Stop:
+            return float(sum(seen.values()))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise TargetError(f"target {', '.join(set(self.targets) - set(seen))} never ran in the forward of this model")
+
+    def _ratio(self, name: str, z: Tensor, batch: Batch) -> Tensor:
+        """() this target's part of the mean."""
+        z, task = z.flatten(0, -2), batch.task.flatten()
+        u = z @ self.A[name].to(z).T
+        weight = batch.weight.flatten() * self.share[self.targets.index(name)].to(batch.weight)[task]
+        return null_space_ratio(z, u, adapter=task, offsets=self.offsets[name], weight=weight)
+
+
+class _Stop(Exception):
+    """Raised inside the forward once the last target has been seen."""

@@ -1,0 +1,1 @@
+"""Writing a merge: factors, files, proof, record and report."""

@@ -1,0 +1,259 @@
+"""Proof by reload: what stock PEFT and transformers read back from disk is what was merged in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nsc.adapters.lora import read_adapter
+from nsc.adapters.stack import Stack
+from nsc.adapters.surgery import merged_layers, replace_module
+from nsc.bases.loading import load_body
+from nsc.bases.weights import checkpoint_folder
+from nsc.batch import Batch
+from nsc.errors import AdapterError, NSCError, ProofError
+from nsc.export.files import MergedFactors, merged_places
+from nsc.methods import LowRank
+from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
+
+WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
+OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared. Errors are relative: weights to each update's largest entry, outputs to their norm.
+
+    outputs and effect are None where no base was at hand; effect is how far the merge moves the base's outputs.  lost:
+    the most that a truncation left out of an update's norm: what was written is compared with the truncated merge.
+    """
+
+    what: str
+    modules: int
+    weights: float
+    outputs: float | None = None
+    effect: float | None = None
+    lost: float = 0.0
+
+    def __str__(self) -> str:
+        truncated = f"truncated (up to {self.lost:.1%} of an update's norm left out), " if self.lost >= 5e-4 else ""
+        line = f"{self.what}: {self.modules} modules reloaded, {truncated}weights agree to {self.weights:.1e}"
+        if self.outputs is None:
+            return f"{line} (no base loaded: outputs not compared)"
+        return f"{line}, hidden states to {self.outputs:.1e} (the merge itself moves them by {self.effect:.1e})"
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """(rows, d) last hidden states, padding left out, float64 on the CPU."""
+    states = model(**batch.arguments(next(model.parameters()).dtype))[0]
+    counts = batch.weight > 0
+    return (states.flatten(0, -2) if counts.all() else states[counts]).double().cpu()
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What should have been written: the merge, and the factors made of it, none where it is written in full.
+
+    whole: parameter -> what it is merged to, of layers that adapters fine-tuned whole.
+    """
+
+    merged: Merged
+    factors: Mapping[str, MergedFactors]
+    prefix: str
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all layers."""
+        return self.merged.names
+
+    def update(self, parameter: str) -> Tensor | None:
+        """(m, d) or (m,) float64 on the CPU, straight from the adapters' own factors; None where there is none."""
+        return parameter_update(self.merged, parameter)
+
+    def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """``hidden_states`` of the merged model in memory; of the truncated one where a truncation was asked for."""
+        truncated = any(f.error for f in self.factors.values())
+        stack, lam = self._truncated() if truncated else self.merged.in_model()
+        with merged_layers(model, stack, lam.to(batch.weight.device)):
+            return hidden_states(model, batch)
+
+    def _truncated(self) -> tuple[Stack, Tensor]:
+        whole = whole_updates(self.merged)
+        updates: dict[str, LowRank | Tensor] = {name: LowRank(f.B, f.A) for name, f in self.factors.items()}
+        updates |= {name: whole[f"{name}.weight"] for name in self.merged.whole}
+        stack = as_stack(updates, {name: whole[f"{name}.bias"] for name in updates if f"{name}.bias" in whole})
+        return stack, torch.ones(len(updates), 1)
+
+
+def prove_files(folder: Path, merge: Merge) -> Proof:
+    """Read the adapter back without any model: every update must be there, and nothing else."""
+    try:
+        read = read_adapter(folder, "merged")
+    except AdapterError as error:
+        raise ProofError(f"the merged adapter cannot be read back: {error}") from error
+    written = {name.removeprefix(merge.prefix): f for name, f in read.factors.items()}
+    _same_names(set(written), set(merge.factors), "the adapter file")
+    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
+    updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
+    return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
+
+
+def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
+    """Load the folder with stock PEFT onto the base: its own updates and hidden states must be those in memory."""
+    in_memory = merge.hidden_states(model, batch)
+    bare = hidden_states(model, batch)
+    with _loaded_by_peft(model, folder, merge) as (layers, whole):
+        _same_names(set(layers), set(merge.factors), "PEFT's model")
+        updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
+        weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
+        outputs = hidden_states(model, batch)
+    return _proof("adapter", len(merge.names), weights, in_memory, outputs, bare, _dtype(model))
+
+
+def prove_full_model(
+    folder: Path, merge: Merge, base: str, model: nn.Module | None = None, batch: Batch | None = None
+) -> Proof:
+    """Compare every tensor with the base's files, then load the folder with stock transformers and compare outputs,
+    where there is a model in memory to compare with.
+
+    Merged layers must be source plus update, rounded once to the file's dtype; all others the source's own bits.
+    """
+    weights, coarsest = _worst_tensor(folder, checkpoint_folder(base), merge)
+    if model is None or batch is None:
+        return Proof("full model", len(merge.names), weights)
+    in_memory = merge.hidden_states(model, batch)
+    bare = hidden_states(model, batch)
+    try:
+        loaded = load_body(str(folder), str(_dtype(model)).removeprefix("torch."), str(batch.weight.device))
+    except NSCError as error:
+        raise ProofError(f"transformers cannot load what was written to {folder}: {error}") from error
+    outputs = hidden_states(loaded, batch)
+    return _proof("full model", len(merge.names), weights, in_memory, outputs, bare, _dtype(model), coarsest)
+
+
+def _worst_tensor(folder: Path, source: Path, merge: Merge) -> tuple[float, torch.dtype]:
+    """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
+    shards, places = merged_places(source, merge.names)
+    worst, dtypes = 0.0, set()
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as before, safe_open(folder / shard.name, framework="pt") as after:
+                keys = set(before.keys())
+                _same_names(set(after.keys()), keys, shard.name)
+                for key in keys:
+                    written, stored = after.get_tensor(key), before.get_tensor(key)
+                    update = merge.update(places[key]) if key in places else None
+                    worst = max(worst, _tensor_error(key, written, stored, update))
+                    if update is not None:
+                        dtypes.add(written.dtype)
+        except (SafetensorError, OSError) as error:
+            raise ProofError(f"{shard.name} cannot be read back from {folder}: {error}") from error
+    return worst, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None) -> float:
+    """Relative to the largest entry; one rounding to the file's dtype is no error, nor is anything else allowed."""
+    if written.dtype != stored.dtype or written.shape != stored.shape:
+        was, now = (f"{t.dtype} {tuple(t.shape)}" for t in (stored, written))
+        raise ProofError(f"{key} was {was} in the base and is {now} read back")
+    if update is None:
+        if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
+            raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
+        return 0.0
+    expected = stored.double() + update
+    rounding = torch.finfo(written.dtype).eps * expected.abs()
+    error = ((written.double() - expected).abs() - rounding).clamp_min(0).max()
+    relative = (error / expected.abs().max().clamp_min(1e-30)).item()
+    if not relative <= WEIGHT_TOLERANCE:
+        raise ProofError(f"{key} read back from disk differs from the merge by {relative:.1e} of its largest entry")
+    return relative
+
+
+@contextmanager
+def _loaded_by_peft(
+    model: nn.Module, folder: Path, merge: Merge
+) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
+    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
+    prefix, shell = merge.prefix, cast(Any, model)
+    originals = {name: model.get_submodule(name) for name in merge.merged.whole}
+    for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
+        outer = nn.Module()
+        outer.add_module(part, shell)
+        shell = outer
+    peft_model = PeftModel.from_pretrained(shell, folder)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
+    try:
+        yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
+    finally:
+        peft_model.unload()
+        for name, original in originals.items():  # PEFT leaves its own there
+            replace_module(model, name, original)
+
+
+def _proof(
+    what: str, modules: int, weights: float, in_memory: Tensor, outputs: Tensor, bare: Tensor, *dtypes: torch.dtype
+) -> Proof:
+    error = ((outputs - in_memory).norm() / in_memory.norm()).item()
+    effect = ((bare - in_memory).norm() / in_memory.norm()).item()
+    if not error <= max(OUTPUT_TOLERANCE.get(dtype, 5e-2) for dtype in dtypes):
+        raise ProofError(
+            f"the {what} read back from disk computes something else than the merge in memory: hidden states differ by"
+            f" {error:.1e} of their norm (the whole merge moves them by {effect:.1e})"
+        )
+    return Proof(what, modules, weights, error, effect)
+
+
+def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
+    """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
+    worst = 0.0
+    for name, written in updates:
+        expected = cast(Tensor, merge.update(f"{name}.weight"))
+        distance = (written.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)
+        excess = max(0.0, distance.item() - merge.factors[name].error) if distance.isfinite() else distance.item()
+        if not excess <= WEIGHT_TOLERANCE:
+            raise ProofError(
+                f"the update of {name} read back from disk is {distance:.1e} of its norm away from the merge in memory"
+                f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
+            )
+        worst = max(worst, excess)
+    return worst
+
+
+def _worst_whole(written: Mapping[str, Tensor], merge: Merge, dtype: torch.dtype = torch.float32) -> float:
+    """Largest error of a layer written whole, relative to its largest entry, both rounded to ``dtype``."""
+    _same_names(set(written), set(merge.whole), "modules_to_save")
+    worst = 0.0
+    for name, tensor in written.items():
+        expected = merge.whole[name].to(dtype).double()
+        error = (tensor.to(dtype).double().cpu() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+        if not error <= WEIGHT_TOLERANCE:
+            raise ProofError(
+                f"{name} read back from disk differs from the merge in memory by {error:.1e} of its largest entry;"
+                " the export is wrong, do not use it"
+            )
+        worst = max(worst, error.item())
+    return worst
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _same_names(found: set[str], expected: set[str], where: str) -> None:
+    if found != expected:
+        lost, extra = sorted(expected - found)[:3], sorted(found - expected)[:3]
+        raise ProofError(f"{where} lacks {lost or 'nothing'} and has {extra or 'nothing'} beyond what was merged")

@@ -1,0 +1,162 @@
+"""The record of a merge, which replays it without learning: what was done, to which adapters, and what was learned."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nsc.adapters.lora import Adapter
+from nsc.adapters.matching import Fitted
+from nsc.adapters.modules_to_save import parameters_of
+from nsc.bases.module_names import layout
+from nsc.config import MergeConfig
+from nsc.data.sources import fingerprint
+from nsc.errors import NSCError
+from nsc.recipes.spec import Recipe, read_settings, write_settings
+from nsc_kernels import __version__
+
+COEFFICIENTS, MASKS, DESCRIPTION = "coefficients.safetensors", "masks.safetensors", "merge.yaml"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``apply`` needs.
+
+    coefficients: (M, K), or of rank rows, as ``Stack.owned`` has them, where the settings' granularity is "rank"; None
+    where the method has none.
+    modules: name in the base body -> (out, in).  adapters: task -> {path, fingerprint}.  prefix: of the written
+    adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.  rank: that the
+    adapter was truncated to, if it was.  dense: parameters of the base that adapters fine-tuned whole.  method: as
+    ``nsc.merge`` takes it.  masks: that the caller gave.  searched: how the scale in the settings was found, if it was.
+    """
+
+    base: str
+    prefix: str
+    start: float
+    coefficients: Tensor | None
+    modules: dict[str, tuple[int, int]]
+    adapters: dict[str, dict[str, str]]
+    data: dict[str, str]
+    targets: list[str]
+    settings: dict[str, Any]
+    rank: int | None = None
+    dense: tuple[str, ...] = ()
+    method: str = "nsc"
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    searched: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, base: str, method: str, fitted: Fitted, adapters: Mapping[str, Adapter], coefficients: Tensor | None,
+        config: MergeConfig, recipe: Recipe | None = None, **more: Any,
+    ) -> Record:  # fmt: skip
+        """Of a merge just made. adapters: as they were read.  more: other fields."""
+        prefix = layout(fitted.matches.values())
+        if prefix is None:
+            prefix = max((layout([match]) or "" for match in fitted.matches.values()), key=len)
+        return cls(
+            base=base,
+            method=method,
+            prefix=prefix,
+            start=config.start,
+            coefficients=coefficients,
+            modules={name: fitted.shapes[name] for name in fitted.stack.names},
+            adapters={t: {"path": str(a.path.resolve()), "fingerprint": fingerprint(a)} for t, a in adapters.items()},
+            targets=fitted.targets,
+            settings=write_settings(recipe, config),
+            dense=tuple(parameters_of(fitted.stack.dense)),
+            **{"data": {}, **more},
+        )
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What was done with the adapters; None for the sum by learned coefficients. Raises as ``read_settings``."""
+        return read_settings(self.method, self.settings)[0]
+
+    def write(self, folder: Path) -> None:
+        """merge.yaml, and what there is of coefficients.safetensors and masks.safetensors."""
+        of_rows = {"modules": self.modules, "tasks": list(self.adapters)}
+        if self.coefficients is not None:
+            metadata = {key: json.dumps(value) for key, value in of_rows.items()}
+            save_file({"coefficients": self.coefficients.contiguous()}, folder / COEFFICIENTS, metadata=metadata)
+        if self.masks:
+            save_file({name: mask.contiguous() for name, mask in self.masks.items()}, folder / MASKS)
+        description = {
+            "method": self.method,
+            "base": self.base,
+            "adapters": self.adapters,
+            "data": self.data,
+            "prefix": self.prefix,
+            "start": self.start,
+            "targets": self.targets,
+            "settings": self.settings,
+            "rank": self.rank,
+            "dense": list(self.dense),
+            "masks": bool(self.masks),
+            **({"searched": dict(self.searched)} if self.searched else {}),
+            **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
+            "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
+        }
+        text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
+        (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """The inverse of ``write``. Raises NSCError naming the file that is missing or broken."""
+        try:
+            text = yaml.safe_load((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            rows, coefficients = _rows(folder, text)
+            modules = {name: (shape[0], shape[1]) for name, shape in rows["modules"].items()}
+            adapters = {task: text["adapters"][task] for task in rows["tasks"]}  # by column
+            keys = ("base", "prefix", "start", "data", "targets", "settings")
+            rest = {key: text[key] for key in keys}
+            record = cls(coefficients=coefficients, modules=modules, adapters=adapters, rank=text.get("rank"), **rest)
+            masks = load_file(folder / MASKS) if text.get("masks") else {}
+            dense, method = tuple(text.get("dense", ())), text["method"]
+            record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
+        except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+            raise NSCError(
+                f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
+            ) from error
+        record.check()
+        return record
+
+    def check(self) -> None:
+        """Raise NSCError unless the coefficients are finite and fit the modules and, if not by rank, the tasks."""
+        if self.coefficients is None:
+            return
+        columns = self.coefficients.shape[-1] if self.settings.get("granularity") == "rank" else len(self.adapters)
+        shape = (len(self.modules), columns)
+        if tuple(self.coefficients.shape) != shape or not torch.isfinite(self.coefficients).all():
+            raise NSCError(f"coefficients {tuple(self.coefficients.shape)} must be finite and of shape {shape}")
+
+
+def _rows(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """Modules and tasks, by row and column, and the coefficients that they are of, if there are any."""
+    if "layers" in text:
+        return json.loads(text["layers"]), None
+    with safe_open(folder / COEFFICIENTS, framework="pt") as file:
+        rows = {key: json.loads(file.metadata()[key]) for key in ("modules", "tasks")}
+        return rows, file.get_tensor("coefficients")
+
+
+def _versions() -> dict[str, str]:
+    found = {"nsc": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

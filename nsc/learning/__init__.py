@@ -1,0 +1,1 @@
+"""Learning coefficients: objectives, passes, the optimiser loop and its checkpoint."""

@@ -1,0 +1,142 @@
+"""The other objective: how unsure the merged model is of what it says, on each task's rows.
+
+    loss = sum over tasks of pref_k mean over samples, and mean or sum over a sample's rows, of H(softmax(head_k(h)))
+    H(p) = - sum_c p_c log p_c
+
+h: the body's last hidden states. A task's head is the one that its adapter carries, or else the base's own over its
+vocabulary, the same for all. Every pref_k is 1 unless preferences say otherwise, and their mean over seen tasks is 1.
+
+Paper: https://arxiv.org/abs/2310.02575 (AdaMerging, Eq. 5); on generated tokens, https://arxiv.org/abs/2603.26317.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsc.adapters.lora import Adapter
+from nsc.bases import loading
+from nsc.batch import Batch
+from nsc.errors import NSCError, TargetError
+
+
+class Head(NamedTuple):
+    """A linear layer over the body's last hidden states: weight (C, d), bias (C,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, d) -> (n, C), in the states' dtype and on their device."""
+        return F.linear(states, self.weight.to(states), None if self.bias is None else self.bias.to(states))
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """heads: of each task, None of one without rows.  rows: the "first" or "last" of a sample's, or all that count.
+
+    reduction: of all that count, the "mean" or "sum".
+    """
+
+    heads: Sequence[Head | None]
+    rows: str
+    reduction: str = "mean"
+
+    def __call__(self, states: Tensor, batch: Batch, preferences: Tensor) -> Tensor:
+        """() for ``states`` (b, L, d), with a weight (K,) for each task, in float32 at least.
+
+        Raises TargetError where the body does not return a row for every token of the batch.
+        """
+        if states.shape[:-1] != batch.task.shape:
+            raise TargetError(
+                f"the body returns {tuple(states.shape)} for tokens {tuple(batch.task.shape)}: the entropy needs a row"
+                " for each; choose targets that see all tokens"
+            )
+        weight = row_weights(batch, self.rows, self.reduction).to(preferences.dtype)
+        task, states = batch.task.flatten(), states.flatten(0, 1)
+        total = weight.new_zeros(())
+        for k, head in enumerate(self.heads):
+            if head is not None:
+                mine = (task == k) & (weight > 0)
+                total = total + preferences[k] * (weight[mine] * entropy(head.logits(states[mine]))).sum()
+        return total
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """(n, C) logits -> (n,) entropy of their softmax in nats, in float32 at least."""
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1)
+
+
+def row_weights(batch: Batch, rows: str, reduction: str = "mean") -> Tensor:
+    """(b L,): a whole sample's weight on the "first" or "last" of its tokens that count; or as the batch has it.
+
+    Under reduction "sum", the whole sample's weight on each that counts.
+    """
+    weight = batch.weight.flatten()
+    if rows not in ("first", "last") and reduction == "mean":
+        return weight
+    sample, place = batch.samples(), torch.arange(len(weight), device=weight.device)
+    whole = torch.zeros_like(weight).index_add(0, sample, weight)[sample]
+    if rows not in ("first", "last"):
+        return torch.where(weight > 0, whole, 0)
+    last = rows == "last"
+    counted = torch.where(weight > 0, place, -1 if last else len(place))
+    edge = torch.zeros_like(place).scatter_reduce(
+        0, sample, counted, "amax" if last else "amin", include_self=False
+    )  # fmt: skip
+    return torch.where(place == edge[sample], whole, 0)
+
+
+def entropy_of(
+    base: str, model: nn.Module, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str] = (),
+    reduction: str = "mean",
+) -> Entropy:  # fmt: skip
+    """By the heads that adapters carry, or by the base's own where none does, and on generated positions.
+
+    rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
+    there is no head, only some adapters carry one, one is more than a linear layer, or all have a single output.
+    """
+    seen = {task: _outside(model, adapter) for task, adapter in adapters.items() if task not in unseen}
+    carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
+    rows = "counted" if positions != "prompt" else "last" if loading.is_causal(model) else "first"
+    if not carrying:
+        head = Head(*loading.load_generating_head(base, model))
+        return Entropy([head if task in seen else None for task in adapters], rows, reduction)
+    if len(carrying) < len(seen):
+        without = sorted(set(seen) - set(carrying))
+        raise NSCError(
+            f"{', '.join(carrying)} carry a head and {', '.join(without)} none: their entropies are of different kinds;"
+            " merge them by the null-space objective, or name those without a head as unseen"
+        )
+    heads = [carried_head(seen[task]) if task in seen else None for task in adapters]
+    if all(head is None or len(head.weight) == 1 for head in heads):
+        raise NSCError(
+            f"the heads of {', '.join(carrying)} have one output each, which is no class: their entropy is always 0;"
+            " use the null-space objective"
+        )
+    return Entropy(heads, rows, reduction)
+
+
+def _outside(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Without the layers inside the body that its task keeps, which are no head."""
+    ends = tuple(f".{name}" for name in loading.linear_shapes(model))
+    kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
+    return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})
+
+
+def carried_head(adapter: Adapter) -> Head:
+    """The one linear layer in an adapter's modules_to_save. Raises NSCError if there is another thing in it."""
+    matrices = [name for name, tensor in adapter.saved.items() if tensor.ndim == 2 and name.endswith(".weight")]
+    place = matrices[0].removesuffix(".weight") if matrices else ""
+    if len(matrices) != 1 or set(adapter.saved) - {f"{place}.weight", f"{place}.bias"}:
+        raise NSCError(
+            f"adapter {adapter.name}: its head holds {', '.join(sorted(adapter.saved))}; the entropy needs one linear"
+            " layer over the last hidden states: use the null-space objective, or name this task as unseen"
+        )
+    return Head(adapter.saved[f"{place}.weight"], adapter.saved.get(f"{place}.bias"))

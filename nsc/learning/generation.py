@@ -1,0 +1,99 @@
+"""What the merged model says, as fixed tokens behind its prompts: for coefficients learned on generated positions.
+
+The continuation of a sample is greedy, from the model at the start coefficients, made once before the first step. Taken
+from the model as it changes it would be another loss in every step, of which no gradient passes through the choice of a
+token; made once, a batch stays a function of its step, so a run can be resumed, recorded, and shared out over ranks.
+
+With prompt p_0 ... p_{P-1} and answer g_0 ... g_{G-1}, the token at place P - 1 + i is where g_i is computed. Rows hold
+the prompt and g_0 ... g_{G-2}: the last answer token is computed, never read. "full" counts the places P - 1 to
+P + G - 2, "last" the last of them, P + G - 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nsc.adapters.stack import Stack
+from nsc.adapters.surgery import merged_layers
+from nsc.bases import loading
+from nsc.bases.llava import ImageTextBody
+from nsc.config import MergeConfig
+from nsc.data.image_text import places
+from nsc.learning.entropy import Head
+from nsc.runtime.placement import input_device
+
+TOKENS = 4096  # of prompts of one length that are continued together
+Features = Callable[[int], Tensor]  # number of a prompt -> (P, h) of its image
+Generate = Callable[[Sequence[Sequence[int]], Features | None], list[list[int]]]  # prompts, images -> answers
+
+
+def generator(base: str, model: nn.Module, stack: Stack, config: MergeConfig) -> Generate:
+    """Continues prompts by the merged model at the start coefficients.
+
+    Raises NSCError where the base has no head that generates.
+    """
+    head = Head(*loading.load_generating_head(base, model))
+    start = torch.full(stack.owned.shape, config.start, device=input_device(model))
+    stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
+    ends = {stated} if isinstance(stated, int) else set(stated or ())
+
+    def generate(prompts: Sequence[Sequence[int]], features: Features | None = None) -> list[list[int]]:
+        with merged_layers(model, stack, start):
+            return continue_prompts(model, head, prompts, config.max_new_tokens, ends, features)
+
+    return generate
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: nn.Module, head: Head, prompts: Sequence[Sequence[int]], most: int, ends: Collection[int] = (),
+    features: Features | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """At most ``most`` greedy tokens behind each prompt, up to and with the first of ``ends``; a causal body's.
+
+    features: of the image in each prompt, where ``model`` is an ImageTextBody.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for alike in _of_one_length(prompts):
+        inputs = {"input_ids": torch.tensor([list(prompts[i]) for i in alike])}
+        if features:
+            assert isinstance(model, ImageTextBody)
+            inputs["features"] = torch.stack([features(i)[None] for i in alike])
+            inputs["place"] = places(inputs["input_ids"] == model.image_token)
+        tokens = _greedy(model, head, inputs, most)
+        for i, row in zip(alike, tokens.tolist(), strict=True):
+            end = next((place + 1 for place, token in enumerate(row) if token in ends), most)
+            answers[i] = row[:end]
+    return answers
+
+
+def with_answer(prompt: Sequence[int], answer: Sequence[int], positions: str) -> tuple[list[int], slice]:
+    """The tokens of a row, and which of them count: at "full" those that computed the answer, at "last" the last."""
+    ids = [*prompt, *answer[:-1]]
+    return ids, slice(len(prompt) - 1 if positions == "full" else len(ids) - 1, len(ids))
+
+
+def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Numbers of prompts of one length, at most TOKENS together: no padding, so each is as if alone."""
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    found = []
+    for length, alike in by_length.items():
+        rows = max(TOKENS // length, 1)
+        found += [alike[at : at + rows] for at in range(0, len(alike), rows)]
+    return found
+
+
+def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: int) -> Tensor:
+    """(b, most) on the CPU; inputs: of rows of one length. What is said is text, also behind an image."""
+    device, text = input_device(model), getattr(model, "text", model)
+    output = model(**{name: x.to(device) for name, x in inputs.items()}, use_cache=True)
+    said = [head.logits(output[0][:, -1]).argmax(-1, keepdim=True)]
+    while len(said) < most:
+        output = text(input_ids=said[-1], past_key_values=output.past_key_values, use_cache=True)
+        said.append(head.logits(output[0][:, -1]).argmax(-1, keepdim=True))
+    return torch.cat(said, 1).cpu()

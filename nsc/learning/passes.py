@@ -1,0 +1,98 @@
+"""A step's gradient in as few forwards and backwards as memory allows, and each rank's share of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from nsc.adapters.surgery import set_coefficients
+from nsc.batch import Batch
+from nsc.errors import NSCError
+from nsc.learning.objective import NullSpaceObjective
+from nsc.runtime.cuda_graphs import Graphs
+from nsc.runtime.distributed import Team
+from nsc.runtime.sharding import LostPass, Shards, shards_of, weightless
+
+
+def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
+    """The rows of these batches, each once, as a share for each rank of about as many tokens.
+
+    The same in every process. Where there are fewer rows than ranks, some shares are empty.
+    """
+    parts = [part for batch in batches for part in batch.split(math.ceil(len(batch.task) / ranks))]
+    shares: list[list[Batch]] = [[] for _ in range(ranks)]
+    for part in sorted(parts, key=lambda part: -part.tokens):
+        min(shares, key=lambda share: sum(batch.tokens for batch in share)).append(part)
+    return shares
+
+
+def own_share(batches: Sequence[Batch], team: Team, shards: Shards | None = None) -> list[Batch]:
+    """This rank's share of these batches; of a sharded base never empty, but of weight 0 if need be."""
+    share = share_out(batches, team.size)[team.rank]
+    return share if share or shards is None else [weightless(batches[0])]
+
+
+class Passes:
+    """The gradient of a step in as few passes as memory allows; the same gradient whatever their number.
+
+    tokens: the most that one pass may hold, None for a whole batch. Where memory runs out it is halved, for good.
+    loss: () where the loss adds up, as the gradient does in ``theta.grad``; both stay where they are, since ``graphs``
+    write there.  coefficients: of ``theta``, which are (M, C); ``theta`` itself where none are given.
+    """
+
+    def __init__(
+        self, objective: NullSpaceObjective, theta: Tensor, tokens: int | None = None, loss: Tensor | None = None,
+        graphs: Graphs | None = None, coefficients: Callable[[Tensor], Tensor] = lambda theta: theta,
+    ) -> None:  # fmt: skip
+        self.objective = objective
+        self.theta = theta
+        self.coefficients = coefficients
+        self.tokens = tokens
+        self.loss = torch.zeros((), dtype=theta.dtype, device=theta.device) if loss is None else loss
+        self.graphs = graphs or Graphs()
+        if theta.grad is None:
+            theta.grad = torch.zeros_like(theta)
+        self.shards = shards_of(objective.model)
+
+    def gradient(self, batches: Sequence[Batch]) -> Tensor:
+        """() the loss of these batches, added to ``loss``; its gradient goes to ``theta.grad``. Both are zero before.
+
+        With a sharded base all ranks run as many passes, so each must give a batch, of weight 0 if need be.
+
+        Raises NSCError where not even one row of tokens fits.
+        """
+        while True:
+            try:
+                passes = [p for b in batches for p in (b.within(self.tokens) if self.tokens else [b])]
+                return self._gradient(self.shards.even(passes) if self.shards else passes)
+            except torch.OutOfMemoryError as error:
+                largest = max(min(b.tokens, self.tokens or b.tokens) for b in batches)
+                narrowest = max(b.task.shape[1] for b in batches)
+                if largest <= narrowest and not isinstance(error, LostPass):
+                    raise NSCError(
+                        f"memory does not even hold one pass of {narrowest} tokens; give a smaller max_length or dtype"
+                    ) from error
+            self.tokens = max(largest // 2, narrowest)
+            self.graphs.clear()
+            for total in (self.loss, self.theta.grad):
+                total.zero_()  # type: ignore[union-attr]
+            if self.theta.is_cuda:
+                torch.cuda.empty_cache()
+
+    def _gradient(self, passes: Sequence[Batch]) -> Tensor:
+        for batch in passes:
+            with self.shards.one_pass() if self.shards else nullcontext():
+                self.graphs(self._pass, batch.pinned() if self.theta.is_cuda else batch)
+        return self.loss
+
+    def _pass(self, batch: Batch) -> None:
+        assert self.theta.grad is not None
+        set_coefficients(self.objective.layers, self.coefficients(self.theta))
+        loss = self.objective.loss(batch.to(self.theta.device))
+        (gradient,) = torch.autograd.grad(loss, self.theta)
+        self.theta.grad += gradient
+        self.loss += loss.detach()

@@ -1,0 +1,165 @@
+"""The state of a run: coefficients, moments and losses; one update of it, on its device; to disk and back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc.config import MergeConfig
+from nsc.errors import NonFiniteError, ResumeError
+from nsc.learning.coefficients import Coefficients
+from nsc.runtime.cuda_graphs import Graphs
+
+
+@dataclass
+class State:
+    """Everything that a step changes lies in tensors that stay where they are, so that graphs may record it.
+
+    theta: what is optimised; ``lam`` the (M, C) coefficients of it.  reach: of theta's shape, how far a coefficient may
+    be from the start; ``lower`` and ``upper``: theta there.  frozen: (M, C) bool.  factors: (steps,) the share of each
+    step that the schedule takes, None for all of it.  loss: () of the step under way.  losses: (steps,) of those taken.
+    done: (1,) how many that are, on the device; ``step`` is the host's own count.
+    """
+
+    theta: nn.Parameter
+    coefficients: Coefficients
+    optimizer: torch.optim.Optimizer
+    reach: Tensor
+    lower: Tensor
+    upper: Tensor
+    frozen: Tensor
+    factors: Tensor | None
+    identity: str
+    loss: Tensor
+    losses: Tensor
+    done: Tensor
+    graphs: Graphs
+    step: int = 0
+
+    @property
+    def lam(self) -> Tensor:
+        """(M, C) coefficients."""
+        return self.coefficients(self.theta.detach())
+
+    def update(self) -> None:
+        """One step by ``theta.grad``, within the bounds; the loss is noted, and both are zero for the next."""
+        self.graphs(self._update)
+        self.step += 1
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        assert self.theta.grad is not None
+        before = None if self.factors is None else self.theta.clone()
+        self.optimizer.step()
+        if self.factors is not None and before is not None:  # every optimiser's step is proportional to its lr
+            self.theta.copy_(torch.lerp(before, self.theta, self.factors.index_select(0, self.done)))
+        self.theta.clamp_(self.lower, self.upper)
+        self.coefficients.draw_back(self.theta, self.reach)
+        self.losses.index_copy_(0, self.done, self.loss[None])
+        self.done += 1
+        self.theta.grad.zero_()
+        self.loss.zero_()
+
+    def require_finite(self) -> None:
+        """Raise NonFiniteError if the last loss or a coefficient is NaN or infinite. Waits for the device."""
+        if self.step and not torch.isfinite(self.losses[self.step - 1]):
+            raise NonFiniteError(f"the objective became {self.losses[self.step - 1].item()} by step {self.step}")
+        if not torch.isfinite(self.theta).all():
+            raise NonFiniteError(f"a coefficient became NaN or infinite by step {self.step}")
+
+
+def begin(
+    theta: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str, graphs: Graphs | None = None,
+    coefficients: Coefficients | None = None,
+) -> State:  # fmt: skip
+    """The state before the first step; frozen: (M, C) bool, what is to keep its value."""
+    coefficients = coefficients or Coefficients(torch.ones_like(frozen), config.start)
+    reach = torch.full_like(theta, float("inf") if config.max_drift is None else config.max_drift)
+    reach = torch.where(coefficients.by_row(frozen), 0.0, reach.detach())
+    lower, upper = coefficients.box(reach)
+    theta.grad = torch.zeros_like(theta)
+    losses = theta.detach().new_zeros(config.steps)
+    done = torch.zeros(1, dtype=torch.int64, device=theta.device)
+    factors = schedule(config)
+    return State(
+        theta, coefficients, make_optimizer(theta, config), reach, lower, upper, frozen,
+        None if factors is None else factors.to(losses), identity, losses.new_zeros(()), losses, done,
+        graphs or Graphs(),
+    )  # fmt: skip
+
+
+def make_optimizer(theta: nn.Parameter, config: MergeConfig) -> torch.optim.Optimizer:
+    """AdamW, Adam or plain gradient descent, as torch has them."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD([theta], lr=config.lr, weight_decay=config.weight_decay)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(
+        [theta], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+        fused=True, capturable=theta.is_cuda,
+    )  # fmt: skip
+
+
+def schedule(config: MergeConfig) -> Tensor | None:
+    """(steps,) float64: the share of ``lr`` in each step; None where it is constant."""
+    done = torch.arange(config.steps, dtype=torch.float64) / max(1, config.steps)
+    shares = {"constant": None, "linear": 1 - done, "cosine": (1 + (torch.pi * done).cos()) / 2}
+    return shares[config.schedule]
+
+
+def save(state: State, path: Path, tokens: int | None) -> None:
+    """Atomic: the file is either the old state or the new one, and never one that holds NaN.
+
+    tokens: the most that a pass held; where a step is cut decides the last bits.
+    """
+    state.require_finite()
+    stored = {
+        "identity": state.identity,
+        "step": state.step,
+        "theta": state.theta.detach(),
+        "moments": state.optimizer.state_dict()["state"],
+        "losses": state.losses[: state.step].clone(),
+        "tokens": tokens,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(stored, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
+    """What ``save`` stored. Raises ResumeError if it is missing, broken, of another merge or past ``steps``."""
+    if path is None or not path.is_file():
+        raise ResumeError(f"nothing to resume: there is no checkpoint at {path}")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for one thing: the file is no checkpoint
+        raise ResumeError(f"checkpoint {path} cannot be read ({error}); remove it to start again") from error
+    if stored["identity"] != identity:
+        raise ResumeError(
+            f"checkpoint {path} was made with other adapters, data or settings; resume with the same ones, or remove it"
+        )
+    if "theta" not in stored:
+        raise ResumeError(f"checkpoint {path} is of another version of nsc; finish it with that one, or remove it")
+    if stored["step"] > steps:
+        past = f"is at step {stored['step']}, past the {steps} that were asked for"
+        raise ResumeError(f"checkpoint {path} {past}; ask for at least as many, or remove it")
+    return stored
+
+
+@torch.no_grad()
+def restore(state: State, stored: dict[str, Any]) -> None:
+    """Put what ``read`` gave into ``state``, as it goes on."""
+    state.theta.copy_(stored["theta"])
+    own = state.optimizer.state_dict()["param_groups"]  # of this device
+    state.optimizer.load_state_dict({"state": stored["moments"], "param_groups": own})
+    state.step = stored["step"]
+    state.done.fill_(state.step)
+    state.losses[: state.step] = stored["losses"].to(state.losses)

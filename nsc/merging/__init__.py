@@ -1,0 +1,1 @@
+"""The main job: `merge` and `apply`."""

@@ -1,0 +1,132 @@
+"""Merges by another method: of adapters alone, with coefficients as weights, or of what was learned just before.
+
+Nothing is learned here and no weight of the base is read: names and shapes come from its config, until the proof. Only
+of layers that adapters fine-tuned whole the base's own are needed, to take differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from nsc.adapters.lora import Adapter
+from nsc.adapters.matching import put_on
+from nsc.adapters.stack import Stack
+from nsc.bases import loading
+from nsc.config import MergeConfig
+from nsc.data.sources import base_warnings, fingerprint, read_adapters
+from nsc.errors import NSCError
+from nsc.export.record import Record
+from nsc.export.result import MergeResult
+from nsc.merging.report_builder import describe_recipe, describe_stack
+from nsc.recipes.combination import Combination
+from nsc.recipes.spec import OF_BASE, OF_SEARCH, Recipe, write_settings
+
+Coefficients = str | Path | Tensor | None
+Masks = Mapping[str, Tensor] | None
+
+
+def combine(
+    base: str, adapters: Mapping[str, str | Path], recipe: Recipe, config: MergeConfig, coefficients: Coefficients,
+    masks: Masks, searches: bool, say: Callable[[str], None],
+) -> MergeResult:  # fmt: skip
+    """What ``recipe``, which learns nothing, makes of ``adapters`` on ``base``. Arguments as ``nsc.merge`` has them.
+
+    searches: whether its scale will be searched. No layer is worked on before it is asked for. Raises a subclass of
+    NSCError for what does not go together.
+    """
+    _require_no_learning(recipe, config, OF_BASE + OF_SEARCH if searches else OF_BASE)
+    read = read_adapters(adapters)
+    fitted = put_on(base, loading.empty_body(base), read, config)
+    stack = fitted.stack
+    taken, start, warnings = _weights(coefficients, stack, read)
+    combination = Combination(stack, recipe, taken, masks, loading.one_device(config.device))
+    say(f"base {base}: {len(stack.names)} modules of {len(read)} adapters, merged by {recipe.label}")
+    report = describe_recipe(describe_stack(base, stack, taken, start, recipe.label), recipe)
+    report = replace(report, warnings=report.warnings + warnings + base_warnings(base, read))
+    record = Record.of(
+        base, recipe.label, fitted, read, taken, replace(config, start=start), recipe, masks=combination.masks
+    )
+    return MergeResult(taken, report, record, fitted.adapters, stack, combination=combination, with_base=True)
+
+
+def combine_learned(result: MergeResult, recipe: Recipe, config: MergeConfig, masks: Masks) -> MergeResult:
+    """The same adapters by ``recipe``, weighted by the coefficients that ``result`` has just learned."""
+    device = loading.one_device(config.device)
+    combination = Combination(result.stack, recipe, result.coefficients, masks, device)
+    settings = write_settings(recipe, config)
+    record = replace(result.record, method=recipe.label, settings=settings, masks=combination.masks)
+    return replace(
+        result, report=describe_recipe(result.report, recipe), record=record, combination=combination, with_base=True
+    )
+
+
+def require_weights_of_tasks(recipe: Recipe, config: MergeConfig) -> None:
+    """Raise NSCError where what is to be learned would be no weight of a layer and task."""
+    if config.granularity == "rank":
+        raise NSCError(
+            f"{recipe.label} takes one weight a layer and task, and granularity rank learns one a rank row; learn by"
+            " layer or task"
+        )
+
+
+def replay(result: MergeResult) -> MergeResult:
+    """The recorded merge by its recipe, where the record has one."""
+    record = result.record
+    recipe = record.recipe
+    if recipe is None:
+        return result
+    device = loading.one_device(record.settings.get("device", "auto"))
+    combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
+    report = replace(describe_recipe(result.report, recipe), searched=record.searched)
+    return replace(result, report=report, combination=combination)
+
+
+def _weights(
+    coefficients: Coefficients, stack: Stack, adapters: Mapping[str, Adapter]
+) -> tuple[Tensor | None, float, list[str]]:
+    """(M, K) of this stack, where they started, and what should be known about them."""
+    if coefficients is None:
+        return None, 1.0, []
+    if isinstance(coefficients, Tensor):
+        return coefficients, coefficients.mean().item(), []
+    record = Record.read(Path(coefficients))
+    where = f"the coefficients of {coefficients}"
+    if record.coefficients is None:
+        raise NSCError(f"{where} do not exist: that merge, by {record.method}, learned none; give one by nsc")
+    if record.settings.get("granularity") == "rank":
+        raise NSCError(f"{where} are of rank rows, no weights of layers and tasks; learn by layer or task")
+    columns = {task: _column(task, fingerprint(adapter), record, where) for task, adapter in adapters.items()}
+    if lost := sorted(set(record.adapters) - set(columns.values())):
+        raise NSCError(f"{where} are of {lost[0]} too, which is not merged here; learn them for these adapters")
+    if strange := sorted(set(stack.names) ^ set(record.modules)):
+        raise NSCError(f"{where} are of other layers: {strange[0]} is not in both; learn them for these adapters")
+    rows, tasks = list(record.modules), list(record.adapters)
+    taken = record.coefficients[[rows.index(name) for name in stack.names]]
+    taken = taken[:, [tasks.index(task) for task in columns.values()]]
+    other = [t for t, old in columns.items() if record.adapters[old]["fingerprint"] != fingerprint(adapters[t])]
+    warnings = [f"{where} were learned for another adapter of the same name: {', '.join(other)}"] if other else []
+    return taken, record.start, warnings
+
+
+def _column(task: str, mark: str, record: Record, where: str) -> str:
+    """The task of the record that is this adapter's, by its fingerprint or else by name."""
+    same = [old for old, entry in record.adapters.items() if entry["fingerprint"] == mark]
+    if task in same or (not same and task in record.adapters):
+        return task
+    if not same:
+        raise NSCError(f"{where} have none for adapter {task}; they are of {', '.join(record.adapters)}")
+    return same[0]
+
+
+def _require_no_learning(recipe: Recipe, config: MergeConfig, allowed: Sequence[str]) -> None:
+    plain = MergeConfig().to_dict()
+    set_there = [key for key, value in config.to_dict().items() if value != plain[key] and key not in allowed]
+    if set_there:
+        raise NSCError(
+            f"method {recipe.label} learns nothing, so that it has no {set_there[0]}; of MergeConfig it takes"
+            f" {', '.join(allowed)} alone"
+        )

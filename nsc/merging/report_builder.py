@@ -1,0 +1,133 @@
+"""The report of a merge, put together from what was merged, decided and learned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc.adapters.stack import Stack
+from nsc.config import LEARNED, PAPER_REACH, MergeConfig
+from nsc.export.report import Report, vllm_rank
+from nsc.learning.loop import Learned
+from nsc.recipes.spec import Recipe, method_of, split_learned
+
+
+def describe_stack(base: str, stack: Stack, coefficients: Tensor | None, start: float, method: str = "nsc") -> Report:
+    """The part of a report that needs no learning: ranks, scales, conditions, and coefficients where there are any."""
+    rank = max(sum(module.ranks) for module in stack.modules.values())
+    return Report(
+        base=base,
+        tasks=list(stack.tasks),
+        modules=stack.names,
+        coefficients=[] if coefficients is None else stack.by_task(coefficients, torch.mean, start).tolist(),
+        granularity="rank" if stack.by_rank else "layer",
+        start=start,
+        ranks={task: _span([m.ranks[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
+        scales={task: _span([m.scales[k] for m in stack.modules.values() if m.ranks[k]]) for k, task in _tasks(stack)},
+        conditions={task: _worst_condition(stack, k) for k, task in _tasks(stack)},
+        conditions_by_module={n: [g.condition if g else None for g in m.grams] for n, m in stack.modules.items()},
+        absent=_named(~stack.present, stack),
+        merged_rank=rank,
+        vllm_max_lora_rank=vllm_rank(rank),
+        warnings=_gram_warnings(stack) if split_learned(method)[0] else [],
+        method=method,
+        **_about(method),
+    )
+
+
+def describe_recipe(report: Report, recipe: Recipe) -> Report:
+    """The same of a merge by ``recipe``, of the adapters, or with the coefficients, that ``report`` tells of."""
+    settings = {key: value for key, value in recipe.to_dict().items() if key != "method"}
+    about = _about(recipe.full_name)
+    if recipe.learned:
+        about["line"] += f", weighted by the coefficients of {recipe.learned}"
+    unknown: dict[str, Any] = {"merged_rank": None, "vllm_max_lora_rank": None}  # before it is made
+    return replace(report, method=recipe.label, space=recipe.space, settings=settings, **about, **unknown)
+
+
+def describe_merge(
+    base: str, stack: Stack, targets: list[str], learned: Learned, before: Tensor, after: Tensor, config: MergeConfig,
+    method: str = "nsc",
+) -> Report:  # fmt: skip
+    """The whole report of a learned merge. before, after: (T, K) ratios, NaN where an adapter is absent."""
+    known = describe_stack(base, stack, learned.coefficients, config.start, method)
+    frozen, bounded = stack.by_task(learned.frozen, torch.all, True), stack.by_task(learned.bounded, torch.any, False)
+    drift = (learned.coefficients - config.start).abs().max().item()
+    return Report(
+        **{
+            **asdict(known),
+            "targets": targets,
+            "ratio_before": before.nanmean(0).tolist(),
+            "ratio_after": after.nanmean(0).tolist(),
+            "ratios_by_target": dict(zip(targets, after.tolist(), strict=True)),
+            "granularity": config.granularity,
+            "unseen": list(config.unseen),
+            "untrained": _named(frozen & stack.present, stack),
+            "bounded": _named(bounded, stack),
+            "max_drift": drift,
+            "drift_bound": config.max_drift,
+            "steps": config.steps,
+            "losses": learned.losses,
+            "seconds_per_step": learned.seconds,
+            "peak_memory_gib": learned.peak_memory / 2**30,
+            "warnings": known.warnings + _drift_warnings(learned, drift, config),
+        }
+    )
+
+
+def _about(method: str) -> dict[str, Any]:
+    """Line and source."""
+    learned, name = split_learned(method)
+    entry = method_of(name) if name else LEARNED[learned or "nsc"]
+    return {"line": entry.line, "source": entry.source}
+
+
+def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list[str]:
+    warnings = []
+    if learned.bounded.any():
+        warnings.append(
+            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={config.max_drift:g}; going further"
+            " lowers the objective, but need not make a better merge"
+        )
+    if drift > PAPER_REACH + 1e-6:
+        warnings.append(
+            f"a coefficient drifted {drift:.3f} from its start, past {PAPER_REACH:g}, the reach of the paper's"
+            " schedules; check the merge on real tasks: the objective alone cannot tell that it broke"
+        )
+    return warnings
+
+
+def _gram_warnings(stack: Stack) -> list[str]:
+    warnings = []
+    for k, task in _tasks(stack):
+        deficient = [n for n, m in stack.modules.items() if (g := m.grams[k]) is not None and g.rank < m.ranks[k]]
+        if deficient:
+            warnings.append(
+                f"adapter {task}: lora_A is rank-deficient in {len(deficient)} modules, first {deficient[0]}; its"
+                " true row space is used"
+            )
+    return warnings
+
+
+def _worst_condition(stack: Stack, k: int) -> str:
+    grams = [m.grams[k] for m in stack.modules.values()]
+    known = [g for g in grams if g is not None]
+    worst = max((g.condition for g in known if g.rank), default=float("inf"))
+    deficient = sum(g.rank < g.inverse.shape[0] for g in known)
+    return f"{worst:.3g}" + (f", {deficient} rank-deficient" if deficient else "")
+
+
+def _named(mask: Tensor, stack: Stack) -> list[str]:
+    return [f"{stack.names[m]} ({stack.tasks[k]})" for m, k in mask.nonzero().tolist()]
+
+
+def _tasks(stack: Stack) -> list[tuple[int, str]]:
+    return list(enumerate(stack.tasks))
+
+
+def _span(values: list[Any]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"

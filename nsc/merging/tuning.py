@@ -1,0 +1,153 @@
+"""The scale of one merge by another method, found on its own base: without labels, or by labelled rows held out.
+
+The base is loaded once, the merge made once, at scale 1, and put into the base once; each scale tried is then one
+number in each layer and one forward of the rows. What is found is the recipe's scale, as if it had been given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from nsc.bases import loading
+from nsc.bases.roles import choose_targets
+from nsc.config import MergeConfig
+from nsc.data.labelled import Labelled, read_all_labelled
+from nsc.data.modalities import batches_of, feed_of
+from nsc.data.sources import Source, place_of, read_data
+from nsc.errors import NSCError
+from nsc.evaluation.scale_search import (
+    MEASURES,
+    SEARCHES,
+    Found,
+    Grid,
+    LabelledLoss,
+    NullSpaceRatio,
+    Value,
+    grid_of,
+    require_finite,
+    search_scale,
+)
+from nsc.evaluation.scoring import exams_of
+from nsc.export.result import MergeResult
+from nsc.merging.report_builder import describe_recipe
+from nsc.recipes.combination import as_one
+from nsc.recipes.spec import OF_SEARCH, split_learned, write_settings
+from nsc.runtime.placement import input_device
+
+
+class Search(NamedTuple):
+    """by: "labels" or "null-space".  sources: task -> where its rows are.  labelled: those read, of labels."""
+
+    by: str
+    sources: Mapping[str, Source]
+    labelled: dict[str, Labelled]
+    grid: Grid
+
+
+def refuse_search(
+    search: str, method: str, scaled: bool, config: MergeConfig, data: Mapping[str, Any],
+    validation: Mapping[str, Any], scales: tuple[float, float] | None,
+) -> None:  # fmt: skip
+    """Raise NSCError where this is no search, or not one of this method. scaled: whether a scale is given."""
+    if search not in SEARCHES:
+        raise NSCError(f"search must be one of {', '.join(SEARCHES)}, not {search}")
+    if validation and search != "labels":
+        raise NSCError("validation rows are for a search by labels: give --search labels, or leave them out")
+    if search == "none":
+        if scales:
+            raise NSCError("scales are the range of a search: give --search null-space or labels, or leave them out")
+        return
+    learned, recipe = split_learned(method)
+    if recipe is None:
+        raise NSCError(
+            f"method {method} has no scale to search, since it learns its coefficients; search that of another one, as"
+            f" ties or {learned}+ties"
+        )
+    if scaled:
+        raise NSCError("a scale is given, so there is none to search: leave out the scale or the search")
+    if search == "labels" and not validation:
+        raise NSCError("a search by labels needs labelled rows: give --validation TASK=FILE for each task")
+    if search == "null-space" and not data:
+        raise NSCError("a search by null-space ratios needs unlabeled rows: give --data TASK=FILE for each task")
+    if not config.whole_base:
+        raise NSCError("a search needs the whole base on one device: leave out weights, device_map and shard")
+    if search == "labels" and config.keep_modules:
+        raise NSCError(
+            "layers that tasks keep to themselves (keep_modules) are in no one model that labelled rows could be tried"
+            " on: search by null-space ratios, or give a scale"
+        )
+
+
+def read_search(
+    search: str, base: str, adapters: Collection[str], data: Mapping[str, Source], validation: Mapping[str, Source],
+    scales: tuple[float, float] | None,
+) -> Search | None:  # fmt: skip
+    """Arguments as ``nsc.merge`` has them, refused by ``refuse_search`` where they must be; None for no search."""
+    if search == "none":
+        return None
+    labelled = read_all_labelled(base, validation, adapters) if search == "labels" else {}
+    return Search(search, validation if labelled else data, labelled, grid_of(search, scales))
+
+
+def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:
+    """The same merge at the scale that is found, with the base that it was found on in memory.
+
+    Raises a subclass of NSCError for rows that do not go with the adapters, for a merge that is not finite, and where
+    no scale has a finite loss.
+    """
+    assert result.combination is not None
+    base, adapters = result.record.base, result.adapters
+    model = result.model or loading.load_body(base, config.dtype, config.device)
+    targets = result.record.targets
+    if search.by == "labels":
+        losses = dict.fromkeys(adapters, "loss")
+        value: Value = LabelledLoss(model, exams_of(base, model, adapters, search.labelled, config.max_length, losses))
+    else:
+        targets = choose_targets(model, list(result.stack.modules), config.target_modules, config.target_blocks)
+        value = _null_space_ratio(result, model, targets, search.sources, config)
+    combination = result.combination.at_scale(1.0)
+    merged = as_one(combination)
+    require_finite(merged)
+    say(f"its scale is searched from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
+    found = search_scale(model, merged, value, search.grid)
+    combination = combination.at_scale(found.scale)
+    return _described(replace(result, model=model, combination=combination), found, search, targets, config)
+
+
+def _null_space_ratio(
+    result: MergeResult, model: nn.Module, targets: list[str], data: Mapping[str, Source], config: MergeConfig
+) -> NullSpaceRatio:
+    base, only_evaluated = result.record.base, replace(config, steps=0)
+    samples = read_data(data, result.adapters, feed_of(base).read, config.unseen)
+    rows = batches_of(base, model, result.stack, targets, samples, only_evaluated)[1]
+    return NullSpaceRatio(result.stack, targets, rows, input_device(model))
+
+
+def _described(
+    result: MergeResult, found: Found, search: Search, targets: list[str], config: MergeConfig
+) -> MergeResult:
+    assert result.combination is not None and result.model is not None
+    base, recipe, told = result.record.base, result.combination.recipe, _told(found, search, config)
+    report = replace(describe_recipe(result.report, recipe), searched=told)
+    report = replace(report, warnings=report.warnings + found.warnings)
+    record = replace(result.record, settings=write_settings(recipe, config), targets=targets, searched=told)
+    if search.by == "null-space":
+        record = replace(record, data=told["rows"])
+    batch = result.batch or feed_of(base).example(base, result.model)
+    return replace(result, report=report, record=record, batch=batch)
+
+
+def _told(found: Found, search: Search, config: MergeConfig) -> dict[str, Any]:
+    """How the scale was found, in plain values."""
+    settings = config.to_dict()
+    return {
+        "search": search.by, "measure": MEASURES[search.by],
+        "scales": [search.grid.low, search.grid.high], "steps": list(search.grid.steps),
+        "rows": {task: place_of(source) for task, source in search.sources.items()},
+        **{key: settings[key] for key in OF_SEARCH},
+        "best": found.scale, "seconds": found.seconds, "curve": found.curve,
+    }  # fmt: skip

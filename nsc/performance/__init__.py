@@ -1,0 +1,1 @@
+"""What a merge costs: predicted from shapes, and measured."""

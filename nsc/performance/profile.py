@@ -1,0 +1,234 @@
+"""Where the time of a step goes: real steps of a merge, by turns with the frozen base alone, and what was predicted.
+
+    over the floor = seconds of a step / seconds of the base alone        MFU = FLOPs needed / (seconds x datasheet)
+
+The floor is measured in the same run, on the same rows: forward to the last target's input, and back to the output of
+the first module with LoRA, below which no gradient is needed. FLOPs are counted as they run: every matrix product, and
+in attention every pair of tokens. Those needed are the ones of ``nsc.costs``, or the counted ones where it has none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsc.adapters.matching import fit
+from nsc.adapters.stack import Stack, whitened
+from nsc.bases import loading
+from nsc.bases.llava import ImageTextBody
+from nsc.batch import Batch
+from nsc.config import MergeConfig
+from nsc.data.modalities import feed_of
+from nsc.data.sources import Source, read_adapters, read_data
+from nsc.errors import NSCError
+from nsc.learning.loop import _peak_memory
+from nsc.performance.costs import Step, Work, linears_in_order
+from nsc.performance.hardware import HARDWARE, Hardware, get_hardware, metric
+from nsc.performance.timing import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
+from nsc.performance.trace import profile_step
+from nsc.runtime.memory import kept_bytes
+from nsc.runtime.placement import input_device
+
+WARMUP = 2
+PROFILED = 2  # steps under the profiler
+NAMES = {
+    "base": "base, and what surrounds it", "lora": "LoRA", "ratio": "ratios", "optimizer": "optimiser",
+    "host": "host",
+}  # fmt: skip
+OTHER_RATES = r"\b(PCIe|NVL|MIG)\b"  # variants of a device whose datasheet is another
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured, all seconds and FLOPs of one step; None for what this device or base cannot tell, see notes.
+
+    step, floor: medians on the clock.  parts: of ``split_of`` seconds, in which ``host`` is the time that the device,
+    or on a CPU every operator, was idle.  kept: bytes that autograd holds for the backward.  peak: bytes of the GPU's
+    allocator, or of the process.  beyond: of the GPU's, without the base's weights.  rate: FLOP/s of the datasheet.
+    """
+
+    base: str
+    device: str
+    dtype: str
+    tasks: int
+    tokens: int
+    steps: int
+    step: float
+    floor: float
+    floor_predicted: float | None
+    parts: dict[str, float]
+    split_of: float
+    flops: int
+    flops_predicted: float | None
+    rate: float | None
+    mfu: float | None
+    kept: int
+    kept_predicted: float | None
+    weights: int
+    peak: int
+    beyond: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def over_floor(self) -> float:
+        """How many times as long as the floor a step takes."""
+        return self.step / self.floor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"over_floor": self.over_floor}
+
+
+def profile_merge(
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    data: Mapping[str, Source],
+    config: MergeConfig | None = None,
+    *,
+    steps: int = 5,
+    hardware: str | None = None,
+    flops: float | None = None,
+    **settings: Any,
+) -> Profile:
+    """Time ``steps`` steps of this merge on the rows of its first one, by turns with its floor, and take one apart.
+
+    base, adapters, data, config, settings: as of ``nsc.merge``; nothing is written and no coefficient kept.  hardware:
+    a device of ``nsc plan``, to predict with; by default the GPU that is there, if it is known.  flops: the datasheet's
+    FLOP/s in the base's dtype, instead. Raises a subclass of NSCError as ``nsc.merge`` does.
+    """
+    if steps < 1:
+        raise NSCError(f"steps must be 1 or more, not {steps}")
+    config = replace(config or MergeConfig(), **settings)
+    read = read_adapters(adapters)
+    feed = feed_of(str(base))
+    samples = read_data(data, read, feed.read, config.unseen)
+    model = loading.load_body(str(base), config.dtype, config.device)
+    device = input_device(model)
+    datasheet = find_hardware(device, hardware, flops)
+    fitted = fit(str(base), model, read, config)
+    stack, targets = fitted.stack, fitted.targets
+    batches = [batch.to(device) for batch in feed.batches(str(base), model, targets, samples, config)[0](0)]
+    return measure(str(base), model, whitened(stack), targets, batches, config, steps, datasheet)
+
+
+def measure(
+    base: str, model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], config: MergeConfig,
+    steps: int, datasheet: Hardware | str,
+) -> Profile:  # fmt: skip
+    """The profile of a step on ``batches``, which are on the model's device. datasheet: of it, or why there is none."""
+    weight = next(model.parameters())
+    device = input_device(model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    floor = Floor(sharing_weights(model), stack.names[0], targets[-1])
+    parts = [part for b in batches for part in (b.within(config.tokens_per_pass) if config.tokens_per_pass else [b])]
+    on_gpu = device.type == "cuda"
+    with nsc_step(model, stack, targets, batches, config) as step:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(WARMUP):
+            step()
+        peak = _peak_memory(device)
+        both = {"step": step, "floor": lambda: [floor(part) for part in parts]}
+        took = time_by_turns(both, steps, 1, device)
+    with nsc_step(model, stack, targets, batches, replace(config, graphs=False)) as step:  # a graph is one launch
+        step()
+        busy, profiled = profile_step(step, device, PROFILED)
+        counted, kept = count_flops(step), kept_bytes(step, model)
+    seconds = {name: median(wall for wall, _ in pairs) for name, pairs in took.items()}
+    split_of = max(seconds["step"] if on_gpu else profiled, sum(busy.values()))
+    work, kept_predicted, notes = _predicted(model, stack, targets, batches, weight.element_size())
+    predicted = sum(part.flops for of_batch in work for part in of_batch) if work else None
+    rate = _rate(datasheet, weight.element_size())
+    return Profile(
+        base=base, device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        dtype=str(weight.dtype).removeprefix("torch."), tasks=len(stack.tasks), tokens=sum(b.tokens for b in batches),
+        steps=steps, step=seconds["step"], floor=seconds["floor"], floor_predicted=_floor(work, datasheet, rate),
+        parts=busy | {"host": split_of - sum(busy.values())}, split_of=split_of, flops=counted,
+        flops_predicted=predicted, rate=rate, mfu=(predicted or counted) / seconds["step"] / rate if rate else None,
+        kept=kept, kept_predicted=kept_predicted,
+        weights=weights, peak=peak, beyond=peak - weights if on_gpu else None,
+        notes=(*notes, *([datasheet] if isinstance(datasheet, str) else [])),
+    )  # fmt: skip
+
+
+def find_hardware(device: torch.device, name: str | None = None, flops: float | None = None) -> Hardware | str:
+    """The datasheet by this name, or of this GPU; or why there is none."""
+    if name:
+        return get_hardware(name, flops)
+    found = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if found:
+        return get_hardware(found, flops)
+    if flops:
+        return Hardware(flops, flops, math.inf, math.inf)
+    return "no datasheet of this device is known: give flops or hardware for MFU and a predicted floor"
+
+
+def known_gpu(name: str) -> str | None:
+    """The device of ``nsc plan`` that a GPU calling itself ``name`` is; None for a variant with other rates."""
+    if re.search(OTHER_RATES, name):
+        return None
+    words = re.split(r"\W+", name.replace("GB", " "))
+    return next((known for known in HARDWARE if set(known.split("-")) <= set(words)), None)
+
+
+def _rate(datasheet: Hardware | str, itemsize: int) -> float | None:
+    if isinstance(datasheet, str):
+        return None
+    return datasheet.flops if itemsize == 2 else datasheet.flops_float32
+
+
+def _floor(work: Sequence[Sequence[Work]], datasheet: Hardware | str, rate: float | None) -> float | None:
+    """Seconds that the base alone takes at the datasheet's rates, one batch after the other."""
+    if isinstance(datasheet, str) or rate is None or not work:
+        return None
+    bases = [Work("base", sum(w.flops for w in parts[:2]), sum(w.bytes for w in parts[:2])) for parts in work]
+    return sum(base.seconds(rate, datasheet.bandwidth) for base in bases)
+
+
+def _predicted(
+    model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], itemsize: int
+) -> tuple[list[list[Work]], float | None, list[str]]:
+    """Of every batch its work as ``nsc plan`` counts it, the bytes kept for a backward, and why there are none."""
+    if isinstance(model, ImageTextBody):
+        return [], None, ["nothing is predicted where images come with text: their tower is run once, not in a step"]
+    try:
+        linears = linears_in_order(model)
+    except NSCError as error:
+        return [], None, [str(error)]
+    ranks = {name: sum(module.ranks) for name, module in stack.modules.items()}
+    shapes = [batch.task.shape for batch in batches]
+    steps = [Step(model, linears, ranks, targets, len(stack.tasks), n, length, itemsize) for n, length in shapes]
+    return [step.work() for step in steps], max(step.memory().activations for step in steps), []
+
+
+def format_profile(profile: Profile) -> str:
+    """The profile for people."""
+    p = profile
+    predicted = "not predicted" if p.floor_predicted is None else f"predicted {metric(p.floor_predicted, 's')}"
+    planned = "not predicted" if p.flops_predicted is None else f"predicted {metric(p.flops_predicted)}"
+    kept = "not predicted" if p.kept_predicted is None else f"predicted {metric(p.kept_predicted, 'B')}"
+    beyond = "" if p.beyond is None else f", {metric(p.beyond, 'B')} beyond the base's weights"
+    under = "" if p.device != "cpu" else "; under the profiler, which slows the host"
+    return "\n".join(
+        [
+            f"base     {p.base} on {p.device}, {p.dtype}; {p.tasks} tasks, {p.tokens} tokens a step",
+            f"step     {metric(p.step, 's')}, median of {p.steps}",
+            f"floor    {metric(p.floor, 's')} measured by turns ({predicted}); the step takes {p.over_floor:.3f} of it",
+            f"FLOPs    {metric(p.flops)} of matrix products a step ({planned})",
+            *([f"MFU      {p.mfu:.1%} of {metric(p.rate or 0, 'FLOP/s')}"] if p.mfu is not None else []),
+            f"kept     {metric(p.kept, 'B')} for the backward ({kept})",
+            f"memory   peak {metric(p.peak, 'B')} of the {'process' if p.beyond is None else 'GPU'}{beyond}",
+            "",
+            f"split of {metric(p.split_of, 's')}{under}",
+            *(f"  {NAMES[name]:26}{metric(s, 's'):>10}  {s / p.split_of:6.1%}" for name, s in p.parts.items()),
+            *(f"note     {note}" for note in p.notes),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Which method merges what: names, settings, spaces, and the updates that a recipe makes."""

@@ -1,0 +1,49 @@
+"""The list of all methods of merging, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from nsc.config import LEARNED
+from nsc.methods import METHODS
+from nsc.recipes.spec import COMMON
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """Name, line, source, spaces, whether it learns from data, and own settings with their defaults; plain values."""
+    learned = [
+        {"name": name, "line": m.line, "source": m.source, "spaces": [], "learns": True, "settings": dict(m.settings)}
+        for name, m in LEARNED.items()
+    ]
+    others = [
+        {
+            "name": name, "line": m.line, "source": m.source, "spaces": list(m.spaces), "learns": False,
+            "settings": {f.name: None if f.default is MISSING else f.default for f in fields(m.settings)},
+        }
+        for name, m in METHODS.items()
+    ]  # fmt: skip
+    return learned + others
+
+
+def format_methods(methods: Sequence[dict[str, Any]]) -> str:
+    """One line a method, its settings and source below."""
+    width = max(len(method["name"]) for method in methods)
+    lines = []
+    for method in methods:
+        lines.append(f"{method['name']:{width}}  {method['line']}")
+        more = [method["source"]]
+        if spaces := [space for space in method["spaces"] if space != "full"]:
+            more.append("also " + ", ".join(f"{space}-{method['name']}" for space in spaces))
+        if method["settings"]:
+            more.append("settings " + ", ".join(f"{key} {value}" for key, value in method["settings"].items()))
+        lines.append(f"{'':{width}}  {'; '.join(more)}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{', '.join(LEARNED)} learn coefficients from unlabeled data; nsc+NAME takes them as weights of a method.",
+            f"Every method that learns nothing also has {', '.join(COMMON)}.",
+        ]
+    )

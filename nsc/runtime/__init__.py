@@ -1,0 +1,1 @@
+"""How a forward runs: processes, shards, placement, quantization, CUDA graphs, memory."""

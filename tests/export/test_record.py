@@ -1,0 +1,186 @@
+"""The record replays a merge: byte for byte, without the base, and never with other adapters than those merged."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import nsc
+from nsc.errors import AdapterError, NSCError
+from nsc.export.record import Record
+from tests.conftest import ADAPTERS
+from tests.tiny import rewrite, save_base
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, adapters, texts) -> Path:
+    """A workplace with its own base and adapters, which tests may copy and damage, and the merge of them in ``out``."""
+    home = tmp_path_factory.mktemp("made")
+    save_base(home / "base")
+    here = {task: shutil.copytree(path, home / "adapters" / task) for task, path in adapters.items()}
+    nsc.merge(home / "base", here, texts, steps=3, lr=0.05, progress=False).save(home / "out")
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path) -> Path:
+    """A copy of the workplace; the record in it still names the adapters of ``made``."""
+    return Path(shutil.copytree(made, tmp_path / "home"))
+
+
+def moved(home: Path) -> dict[str, Path]:
+    return {task: home / "adapters" / task for task in ADAPTERS}
+
+
+def edit(home: Path, change) -> None:
+    file = home / "out/merge.yaml"
+    record = yaml.safe_load(file.read_text())
+    change(record)
+    file.write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_apply_is_byte_identical_without_the_base(home):
+    shutil.rmtree(home / "base")
+    edit(home, lambda record: record.update(base=str(home / "base")))
+    result = nsc.apply(home / "out")
+    assert result.model is None
+    result.save(home / "again")
+    assert weights(home / "again") == weights(home / "out")
+    for file in ("coefficients.safetensors", "heads/double.safetensors"):
+        before, after = load_file(home / "out" / file), load_file(home / "again" / file)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    nsc.apply(home / "again").save(home / "third")
+    assert weights(home / "third") == weights(home / "out")
+
+
+def test_the_record_holds_how_it_was_learned(home, merged):
+    record = Record.read(home / "out")
+    assert record.settings["steps"] == 3 and record.settings["lr"] == 0.05 and record.start == 0.4
+    assert record.targets == ["layers.3.self_attn.v_proj"] and record.prefix == "model."
+    assert list(record.adapters) == merged.tasks and list(record.modules) == merged.modules
+    assert record.modules["layers.0.mlp.down_proj"] == (32, 48)
+    assert nsc.MergeConfig.from_dict(record.settings).to_dict() == record.settings
+    assert {"nsc", "torch", "transformers", "peft"} <= yaml.safe_load((home / "out/merge.yaml").read_text())[
+        "made"
+    ].keys()
+
+
+def test_write_and_read_are_inverse(home, tmp_path):
+    record = Record.read(home / "out")
+    (tmp_path / "new").mkdir()
+    record.write(tmp_path / "new")
+    again = Record.read(tmp_path / "new")
+    assert torch.equal(again.coefficients, record.coefficients)
+    assert replace(again, coefficients=None) == replace(record, coefficients=None)
+    assert list(again.modules) == list(record.modules) and list(again.adapters) == list(record.adapters)
+
+
+def test_moved_adapters_and_base(home, made):
+    edit(home, lambda r: [entry.update(path=f"/gone/{task}") for task, entry in r["adapters"].items()])
+    with pytest.raises(AdapterError, match="/gone/plain does not exist"):
+        nsc.apply(home / "out")
+    nsc.apply(home / "out", adapters=moved(home)).save(home / "again")
+    assert weights(home / "again") == weights(made / "out")
+    with pytest.raises(NSCError, match="the record has no task typo; it has plain, rslora"):
+        nsc.apply(home / "out", adapters={"typo": made})
+    edit(home, lambda r: r.update(base="/gone/base"))
+    result = nsc.apply(home / "out", adapters=moved(home), base=home / "base")
+    result.save(home / "full", full=True)
+    assert result.record.base == str(home / "base") and (home / "full/model.safetensors").is_file()
+
+
+def test_full_by_apply_is_full_by_merge(home, made, adapters, texts):
+    shutil.rmtree(home / "out")
+    direct = nsc.merge(home / "base", moved(home), texts, steps=3, lr=0.05, progress=False)
+    direct.save(home / "direct", full=True)
+    proof = nsc.apply(home / "direct").save(home / "applied", full=True)
+    assert proof.outputs < 1e-5 < proof.effect
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (home / "direct" / file).read_bytes() == (home / "applied" / file).read_bytes()
+    nsc.apply(home / "direct").save(home / "adapter")
+    assert weights(home / "adapter") == weights(made / "out")
+
+
+def change_weights(path: Path) -> None:
+    rewrite(path / "adapter_model.safetensors", lambda t: next(iter(t.values())).view(-1)[:1].add_(1e-3))
+
+
+def change_alpha(path: Path) -> None:
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+
+
+@pytest.mark.parametrize("change", [change_weights, change_alpha])
+def test_a_changed_adapter_is_refused_by_name(home, change):
+    change(home / "adapters/rslora")
+    with pytest.raises(NSCError, match=r"adapter rslora at .* is not the one that was merged"):
+        nsc.apply(home / "out", adapters=moved(home))
+
+
+def test_two_adapters_exchanged_are_refused(home):
+    places = moved(home)
+    with pytest.raises(NSCError, match="is not the one that was merged"):
+        nsc.apply(home / "out", adapters={**places, "plain": places["double"], "double": places["plain"]})
+
+
+def test_the_order_in_the_description_does_not_move_coefficients(home, made):
+    edit(home, lambda r: r.update(adapters=dict(reversed(r["adapters"].items()))))
+    nsc.apply(home / "out").save(home / "again")
+    assert weights(home / "again") == weights(made / "out")
+
+
+def cut(name: str, keep: int):
+    return lambda out: (out / name).write_bytes((out / name).read_bytes()[:keep])
+
+
+def coefficients(change):
+    def write(out: Path) -> None:
+        file = out / "coefficients.safetensors"
+        metadata = {
+            "modules": json.dumps(Record.read(out).modules),
+            "tasks": json.dumps(list(Record.read(out).adapters)),
+        }
+        save_file({"coefficients": change(load_file(file)["coefficients"]).contiguous()}, file, metadata=metadata)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut("coefficients.safetensors", -4), "no readable record"),
+        (cut("coefficients.safetensors", 3), "no readable record"),
+        (cut("merge.yaml", 60), "no readable record"),
+        (cut("merge.yaml", 0), "no readable record"),
+        (lambda out: (out / "merge.yaml").unlink(), r"no readable record.*merge\.yaml"),
+        (lambda out: (out / "coefficients.safetensors").unlink(), "no readable record.*coefficients"),
+        (lambda out: (out / "merge.yaml").write_text("- a\n- b\n"), "no readable record"),
+        (lambda out: (out / "merge.yaml").write_bytes(b"base: caf\xe9"), "no readable record"),
+        (
+            lambda out: save_file({"coefficients": torch.ones(1)}, out / "coefficients.safetensors"),
+            "no readable record",
+        ),
+        (coefficients(lambda c: c[:-1]), r"coefficients \(19, 4\) must be finite and of shape \(20, 4\)"),
+        (coefficients(lambda c: c * float("nan")), "must be finite"),
+        (lambda out: shutil.rmtree(out), "no readable record"),
+    ],
+)
+def test_damaged_records(home, damage, said):
+    damage(home / "out")
+    with pytest.raises(NSCError, match=said):
+        nsc.apply(home / "out")
+
+
+def test_a_description_that_lacks_a_task_is_refused(home):
+    edit(home, lambda r: r["adapters"].pop("double"))
+    with pytest.raises(NSCError, match="double"):
+        nsc.apply(home / "out")

@@ -1,0 +1,300 @@
+"""Several gloo processes learn what one does: uneven shares, lost ranks, interrupts, NaN, and the command line."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import replace
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import nsc
+import nsc.learning.loop as learning
+from nsc.adapters.lora import read_adapter
+from nsc.adapters.stack import stack_adapters, whitened
+from nsc.config import MergeConfig
+from nsc.data.packing import pack
+from nsc.data.text import TextBatches
+from nsc.errors import NonFiniteError, ResumeError
+from nsc.learning.loop import learn
+from nsc.learning.passes import Passes, share_out
+from nsc.runtime.distributed import RankError, join
+from tests.tiny import linears, random_factors, tiny_llama, write_adapter
+
+TARGETS = ["layers.2.self_attn.v_proj", "layers.3.self_attn.v_proj"]
+CONFIG = MergeConfig(steps=12, lr=1e-2)
+LENGTHS = {"a": (4, 17, 5), "b": (9, 2, 2, 6, 3), "c": (11,)}
+CLOSE = {"rtol": 0, "atol": 1e-9}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """(model, stack, batches) in float64: three adapters on every q_proj and v_proj, tasks of 3, 5 and 1 samples."""
+    model = tiny_llama("AutoModel").double().requires_grad_(False).eval()
+    shapes = linears(model)
+    names = [name for name in shapes if name.endswith(("q_proj", "v_proj"))]
+    adapters = {}
+    for seed, task in enumerate(LENGTHS):
+        factors = {n: random_factors([n], d=32, m=shapes[n][0], seed=9 * seed + i)[n] for i, n in enumerate(names)}
+        adapters[task] = read_adapter(write_adapter(tmp_path_factory.mktemp(task), factors), task)
+    stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, shapes))
+    generator = torch.Generator().manual_seed(0)
+    tokens = {
+        task: [torch.randint(3, 60, (n,), generator=generator).tolist() for n in ns] for task, ns in LENGTHS.items()
+    }
+    return model, stack, TextBatches(tokens, batch_size=2, pad_id=0)
+
+
+@pytest.fixture(scope="module")
+def alone(setting):
+    return run(setting)
+
+
+def run(setting, config=CONFIG, batches=None, **options):
+    """``learn`` in the group that this process belongs to, if any."""
+    model, stack, own = setting
+    return learn(model, stack, TARGETS, batches or own, config, progress=False, team=join(), **options)
+
+
+def together(folder, size, work, environment=False):
+    """What ``work(rank)`` returned or raised in each of ``size`` processes; the exit code of one that just ended.
+
+    They meet in a gloo group made here, or with ``environment`` by the variables that torchrun sets.
+    """
+    meeting, port = folder / uuid.uuid4().hex, free_port()
+
+    def process(rank):
+        torch.set_num_threads(1)  # a thread pool does not survive a fork
+        if environment:
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        else:
+            group = dict(init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=30))
+            dist.init_process_group("gloo", **group)
+        try:
+            outcome = work(rank)
+        except BaseException as error:
+            outcome = error
+        meeting.with_suffix(f".{rank}").write_bytes(pickle.dumps(outcome))
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=process, args=(rank,)) for rank in range(size)]
+    for one in processes:
+        one.start()
+    deadline = time.monotonic() + 60
+    for one in processes:
+        one.join(max(0, deadline - time.monotonic()))
+    hung = [rank for rank, one in enumerate(processes) if one.is_alive()]
+    for rank in hung:
+        processes[rank].kill()
+    assert not hung, f"rank {hung} hung"
+    files = [meeting.with_suffix(f".{rank}") for rank in range(size)]
+    return [pickle.loads(f.read_bytes()) if f.exists() else p.exitcode for f, p in zip(files, processes, strict=True)]
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def assert_same(learned, expected):
+    """The same bits on every rank, and what one process finds."""
+    for one in learned:
+        assert torch.equal(one.coefficients, learned[0].coefficients) and one.losses == learned[0].losses
+    torch.testing.assert_close(learned[0].coefficients, expected.coefficients, **CLOSE)
+    torch.testing.assert_close(learned[0].losses, expected.losses, **CLOSE)
+    assert torch.equal(learned[0].frozen, expected.frozen)
+    assert (expected.coefficients - CONFIG.start).abs().max() > 0.05  # there was something to find
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("batch_size", [1, 2])  # 3 or 6 rows a step
+@pytest.mark.parametrize("options", [{}, {"shares_rows": True}], ids=str)
+def test_ranks_find_what_one_process_finds(setting, tmp_path, size, batch_size, options):
+    batches = replace(setting[2], batch_size=batch_size, **options)
+    learned = together(tmp_path, size, lambda rank: run(setting, batches=batches))
+    assert_same(learned, run(setting, batches=batches))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7])
+@pytest.mark.parametrize("shares_rows", [True, False])
+def test_every_row_is_in_one_share_and_shares_are_even(size, shares_rows):
+    samples = [[i] * length for i, length in enumerate((3, 17, 9, 4, 11, 2, 8, 1, 16, 16, 15))]
+    batches = pack(samples, [0] * len(samples), 99, causal=True, shares_rows=shares_rows)
+    shares = share_out(batches, size)
+    dealt = sorted(tuple(row) for share in shares for b in share for row in b.inputs["input_ids"].tolist())
+    assert dealt == sorted(tuple(row) for b in batches for row in b.inputs["input_ids"].tolist())
+    loads = [sum(b.tokens for b in share) for share in shares]
+    assert max(loads) <= sum(loads) / size + 2 * max(b.task.shape[1] for b in batches)
+    assert sum(not share for share in shares) == max(0, size - sum(len(b.task) for b in batches))
+
+
+def test_memory_that_runs_out_on_one_rank_is_its_own_affair(setting, alone, tmp_path, monkeypatch):
+    whole = Passes._gradient
+
+    def scarce(self, passes):
+        if join().rank == 1 and max((p.tokens for p in passes), default=0) > 34:
+            raise torch.OutOfMemoryError
+        return whole(self, passes)
+
+    monkeypatch.setattr(Passes, "_gradient", scarce)
+    assert_same(together(tmp_path, 2, lambda rank: run(setting)), alone)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("resumed_by", [1, 2])
+def test_a_rank_that_dies_costs_no_step(setting, alone, tmp_path, monkeypatch, dies, resumed_by):
+    monkeypatch.setattr(learning, "CHECKPOINT_SECONDS", -1 if dies == 0 else 1e9)
+    checkpoint, calls = tmp_path / "state.pt", count()
+
+    def work(rank):
+        def deadly(step):
+            if rank == dies and next(calls) == 6:  # one call is made before the loop
+                os._exit(9)
+            return setting[2](step)
+
+        return run(setting, batches=deadly, checkpoint=checkpoint)
+
+    began = time.monotonic()
+    outcomes = together(tmp_path, 3, work)
+    assert time.monotonic() - began < 20  # not by a timeout
+    assert outcomes.pop(dies) == 9
+    for error in outcomes:
+        assert isinstance(error, RankError) and "lost the others" in str(error) and "resume" in str(error)
+    assert torch.load(checkpoint)["step"] == 5
+    assert_same(together(tmp_path, resumed_by, lambda rank: run(setting, checkpoint=checkpoint, resume=True)), alone)
+
+
+@pytest.mark.parametrize("struck", [0, 1])
+def test_an_interrupt_of_one_rank_stops_all_at_one_step(setting, alone, tmp_path, struck):
+    checkpoint = tmp_path / "state.pt"
+
+    def work(rank):
+        def interrupting(step):
+            if rank == struck and step == 4:
+                signal.raise_signal(signal.SIGTERM)
+            return setting[2](step)
+
+        return run(setting, batches=interrupting, checkpoint=checkpoint)
+
+    assert [type(o) for o in together(tmp_path, 2, work)] == [KeyboardInterrupt] * 2
+    assert torch.load(checkpoint)["step"] == 5
+    assert_same(together(tmp_path, 4, lambda rank: run(setting, checkpoint=checkpoint, resume=True)), alone)
+
+
+def test_nan_in_one_share_is_told_alike_by_all(setting, tmp_path):
+    model, _, batches = setting
+
+    def work(rank):
+        def poisoned(step):
+            if step == 4:
+                batch = share_out(batches(step), 2)[1][0]
+                model.get_input_embeddings().weight.data[batch.inputs["input_ids"][0, 0]] = float("nan")
+            return batches(step)
+
+        return run(setting, batches=poisoned, checkpoint=tmp_path / "state.pt")
+
+    first, second = together(tmp_path, 2, work)
+    assert isinstance(first, NonFiniteError) and isinstance(second, NonFiniteError) and str(first) == str(second)
+    assert "by step 5" in str(first) and "activations enter layers.2.self_attn.v_proj (task" in str(first)
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_nothing_to_resume_is_told_alike_by_all(setting, tmp_path):
+    outcomes = together(tmp_path, 2, lambda rank: run(setting, checkpoint=tmp_path / "no.pt", resume=True))
+    assert [type(o) for o in outcomes] == [ResumeError] * 2 and "nothing to resume" in str(outcomes[1])
+
+
+def test_ranks_that_drift_apart_are_found(setting, tmp_path):
+    outcomes = together(tmp_path, 2, lambda rank: run(setting, replace(CONFIG, lr=0.01 + 1e-9 * rank)))
+    for error in outcomes:
+        assert isinstance(error, RankError) and "coefficients of rank 1 differ" in str(error)
+
+
+def test_a_merge_in_the_group_that_torchrun_describes(base, adapters, texts, tmp_path):
+    """Twice in one process, and then by ranks that were not started alike."""
+    settings = dict(steps=5, lr=0.05, dtype="float64", progress=False)
+
+    def work(rank):
+        one, two = (nsc.merge(base, adapters, texts, **settings) for _ in range(2))
+        assert torch.equal(one.coefficients, two.coefficients)
+        with pytest.raises(RankError, match="data or settings of rank 1 differ"):
+            nsc.merge(base, adapters, texts, seed=rank, **settings)
+        return one.coefficients, one.report.to_dict()
+
+    (first, told), (second, _) = together(tmp_path, 2, work, environment=True)
+    expected = nsc.merge(base, adapters, texts, **settings)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected.coefficients, **CLOSE)
+    for name in ("ratio_before", "ratio_after"):
+        torch.testing.assert_close(told[name], expected.report.to_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_others_that_never_come(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RankError, match=r"rank 1 of 2 does not find the others .*MASTER_ADDR.*torchrun"):
+        join("cpu")
+    with pytest.raises(RankError, match="cannot share cuda:1; give cuda"):
+        join("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join("cpu").size == 1
+
+
+@pytest.fixture(scope="module")
+def command(base, adapters, texts, tmp_path_factory):
+    """``nsc merge`` of two adapters with its options, without ``--out``."""
+    folder = tmp_path_factory.mktemp("data")
+    words = ["merge", "--base", str(base), "--steps", "40", "--dtype", "float64"]
+    for task in ("plain", "rslora"):
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[task]))
+        words += ["--adapter", f"{task}={adapters[task]}", "--data", f"{task}={folder / task}.jsonl"]
+    return words
+
+
+def torchrun(size, launcher, command, out, *more):
+    ranks = ["-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", free_port()]
+    process = [sys.executable, *ranks, *launcher, *command, "--out", str(out), *more]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(process, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun(command, tmp_path):
+    """A rank dies, two others resume; one result is written, that of one process."""
+    from typer.testing import CliRunner
+
+    from nsc.cli.merge_command import app
+
+    (tmp_path / "dies.py").write_text(
+        "import os, nsc.learn as learn; from nsc.cli import app; step = learn.take_step\n"
+        "def die(run, *rest):\n"
+        "    if run.step == 20 and os.environ['RANK'] == '1': os._exit(9)\n"
+        "    return step(run, *rest)\n"
+        "learn.take_step = die; app()"
+    )
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    killed = torchrun(2, [str(tmp_path / "dies.py")], command, out)
+    assert killed.returncode == 1 and "nsc (rank 0): rank 0 of 2 lost the others" in killed.stderr
+    assert torch.load(partial / "checkpoint.pt")["step"] == 20 and not out.exists()
+
+    done = torchrun(2, ["-m", "nsc"], command, out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1 and done.stderr.count("measured at") == 1 and not partial.exists()
+    assert CliRunner().invoke(app, [*command, "--out", str(tmp_path / "alone")]).exit_code == 0
+    ours, theirs = (load_file(tmp_path / name / "coefficients.safetensors") for name in ("out", "alone"))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
