@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.matching import match_adapters
 from nsc.adapters.stack import Stack, stack_adapters, whitened
-from nsc.bases.loading import linear_shapes
 from nsc.bases.roles import choose_targets
+from nsc.bases.structure import linear_shapes
 from nsc.batch import Batch
 from nsc.performance.timing import Floor, sharing_weights
 

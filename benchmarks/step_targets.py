@@ -9,7 +9,7 @@ import predict_step
 from models import CASES, Case
 from targets import Results, Target, duration, faster, longer
 
-from nsc.performance.hardware import metric
+from nsc.console import metric
 
 WHERE = {case.model: case for case in CASES if case.dtype == "bfloat16"}
 LLAMA, LLAVA, VIT = (WHERE[name] for name in ("LLaMA-3-8B", "LLaVA-1.5-7B", "ViT-B/16"))

@@ -4,14 +4,34 @@ result = nsc.merge(base, {"mnli": path, ...}, {"mnli": "mnli.jsonl", ...})
 result.save("merged")
 """
 
-from nsc.adapters.inspection import format_inspection, inspect
-from nsc.adapters.lora import Adapter, read_adapter
-from nsc.config import MergeConfig
-from nsc.errors import NSCError
-from nsc.evaluation.compare import compare
-from nsc.export.result import MergeResult
-from nsc.merging.from_data import apply, merge
-from nsc_kernels import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsc.adapters.inspection import format_inspection, inspect
+    from nsc.adapters.lora import Adapter, read_adapter
+    from nsc.config import MergeConfig
+    from nsc.errors import NSCError
+    from nsc.evaluation.compare import compare
+    from nsc.export.result import MergeResult
+    from nsc.merging.api import merge
+    from nsc.merging.from_record import apply
+    from nsc_kernels import __version__
+
+# Imported when first used: the command line answers --help without torch.
+_HOMES = {
+    "Adapter": "nsc.adapters.lora",
+    "MergeConfig": "nsc.config",
+    "MergeResult": "nsc.export.result",
+    "NSCError": "nsc.errors",
+    "__version__": "nsc_kernels",
+    "apply": "nsc.merging.from_record",
+    "compare": "nsc.evaluation.compare",
+    "format_inspection": "nsc.adapters.inspection",
+    "inspect": "nsc.adapters.inspection",
+    "merge": "nsc.merging.api",
+    "read_adapter": "nsc.adapters.lora",
+}
 
 __all__ = [
     "Adapter",
@@ -26,3 +46,14 @@ __all__ = [
     "merge",
     "read_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
 """``python -m nsc``."""
 
-from nsc.cli.merge_command import app
+from nsc.cli import app
 
 app()

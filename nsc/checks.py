@@ -7,6 +7,8 @@ from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+from nsc.errors import NSCError
+
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -49,3 +51,31 @@ def expected(hint: Any) -> str:
     if origin in (dict, Mapping):
         return f"a mapping of {expected(parts[0])} to {expected(parts[1])}"
     return WORDS.get(hint, str(hint))
+
+
+def choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
+    """``choices[value]``. Raises NSCError listing them."""
+    if value not in choices:
+        raise NSCError(f"{name} {value!r} is unknown; give one of {', '.join(choices)}")
+    return choices[value]
+
+
+def require_positive(values: Mapping[str, float]) -> None:
+    """Raises NSCError naming the first that is not."""
+    for name, value in values.items():
+        if not value > 0:
+            raise NSCError(f"{name} must be more than 0, not {value:g}")
+
+
+def require_fraction(name: str, value: float, zero: bool) -> None:
+    """Raise NSCError unless 0 < value <= 1, or 0 <= value < 1 where ``zero`` is the neutral value."""
+    if not (0 <= value < 1 if zero else 0 < value <= 1):
+        span = "at least 0 and below 1" if zero else "above 0 and at most 1"
+        raise NSCError(f"{name} is a fraction {span}, not {value}; percent is not taken: give 0.2 for 20 %")
+
+
+def require_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    """Raise NSCError unless ``value`` is one of them."""
+    if value not in choices:
+        words = [str(choice) for choice in choices if choice is not None]
+        raise NSCError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, not {value!r}")

@@ -1,7 +1,6 @@
 """Everything nsc refuses, by kind. The command line prints these without a traceback."""
 
 
-
 class NSCError(Exception):
     """Base of every error that the user can act on; its text says what, where and what to do."""
 

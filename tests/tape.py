@@ -60,7 +60,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """In place of ``nsc.graphs.CudaRecorder``."""
+    """In place of ``nsc.runtime.cuda_graphs.CudaRecorder``."""
 
     def __init__(self, device):
         self.device = device

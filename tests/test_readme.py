@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from nsc.cli.merge_command import app
+from nsc.cli import app
 from nsc.config import PRESETS
 from tests.test_docs import snippets
 from tests.tiny import LLAMA, WORDS, linears, peft_adapter, save_base, save_image_base, tiny_llama, tiny_vit
@@ -111,7 +111,9 @@ def test_llama(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("nsc.data.image_text") is None, reason="nsc feeds no images with text here")
+@pytest.mark.skipif(
+    importlib.util.find_spec("nsc.data.image_text") is None, reason="nsc feeds no images with text here"
+)
 def test_llava(tmp_path, monkeypatch):
     from tests.tiny import save_llava_base
 

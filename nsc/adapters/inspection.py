@@ -15,7 +15,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from nsc.adapters.lora import WEIGHTS, Checkpoint, LoraFactors, load_checkpoint, read_factors, read_saved
+from nsc.adapters.factors import LoraFactors, read_factors, read_saved
+from nsc.adapters.peft_folder import WEIGHTS, Checkpoint, load_checkpoint
 from nsc.adapters.unsupported import unsupported
 from nsc.bases.module_names import match_modules
 from nsc.errors import AdapterError

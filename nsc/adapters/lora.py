@@ -11,65 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from nsc.adapters.unsupported import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name, unsupported
-from nsc.errors import AdapterError, UnsupportedAdapter
-
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """One module's update ``scale * B @ A``, in the dtype it was stored in; of VeRA in float32 at least.
-
-    wide: whether A has columns beyond the module's d, which only the base tells: ``narrowed`` leaves them out.
-    """
-
-    A: Tensor  # (r, d)
-    B: Tensor  # (m, r)
-    scale: float
-    wide: bool = False
-
-    @property
-    def rank(self) -> int:
-        """Rows of ``A``; the numerical rank may be smaller."""
-        return self.A.shape[0]
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the update is zero because a factor is: training starts there."""
-        return self.scale == 0 or not self.A.any() or not self.B.any()
-
-    def narrowed(self, d: int) -> LoraFactors:
-        """For a module of d inputs: the first d columns of a wide A, otherwise the same."""
-        return replace(self, A=self.A[:, :d], wide=False) if self.wide else self
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The files of an adapter folder, parsed but not judged."""
-
-    name: str
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    sha256: str
-
-    def error(self, text: str) -> AdapterError:
-        """An error about this adapter, to be raised by the caller."""
-        return AdapterError(f"adapter '{self.name}' ({self.path}): {text}")
+from nsc.adapters.factors import LoraFactors, read_factors, read_saved
+from nsc.adapters.peft_folder import load_checkpoint, refuse_unsupported
+from nsc.errors import NSCError
 
 
 @dataclass(frozen=True)
@@ -108,175 +59,24 @@ def read_adapter(path_or_hub_id: str | Path, name: str | None = None) -> Adapter
     return Adapter(checkpoint.name, checkpoint.path, factors, saved, checkpoint.config, checkpoint.sha256)
 
 
-def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Checkpoint:
-    """Parse config and tensors without judging them. Raises AdapterError where a file is missing or unreadable."""
-    path = _local_folder(path_or_hub_id)
-    name = name or Path(path_or_hub_id).expanduser().resolve().name
-    for file in (CONFIG, WEIGHTS):
-        if not (path / file).is_file():
-            raise AdapterError(f"adapter '{name}': {path} has no {file}; {_missing_file_remedy(path)}")
-    config, weights = _read_config(path / CONFIG, name), path / WEIGHTS
-    try:
-        return Checkpoint(name, path, config, load_file(weights), hashlib.sha256(weights.read_bytes()).hexdigest())
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"adapter '{name}': {weights} is truncated or corrupt ({error}); copy it again") from error
+def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
+    """Every adapter by task. Raises NSCError if there is none, or for a task that cannot name a file."""
+    if not adapters:
+        raise NSCError("no adapter given; a merge needs at least one")
+    for task in adapters:
+        if not task or "/" in task or "\\" in task:
+            raise NSCError(f"task name {task!r} must do as a file name: not empty, without / and \\")
+    return {task: read_adapter(path, task) for task, path in adapters.items()}
 
 
-def refuse_unsupported(checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedAdapter listing every feature that cannot be merged; ``unsupported`` returns them instead."""
-    if features := unsupported(checkpoint.config, checkpoint.tensors):
-        listed = "".join(f"\n  - {feature}" for feature in features)
-        raise UnsupportedAdapter(
-            f"{checkpoint.error('cannot be merged, it is not plain LoRA or VeRA on linear layers')}{listed}"
-        )
+def fingerprint(adapter: Adapter) -> str:
+    """Of weights and scales together: either changes the merge."""
+    scales = {name: factors.scale for name, factors in sorted(adapter.factors.items())}
+    return hashlib.sha256((adapter.sha256 + json.dumps(scales)).encode()).hexdigest()
 
 
-def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
-    """Module name -> factors with their scale. Raises AdapterError naming the module or tensor at fault."""
-    if checkpoint.config.get("peft_type") == "VERA":
-        return _read_vera(checkpoint)
-    pairs = _by_module(checkpoint, LORA_KEY)
-    if not pairs:
-        raise checkpoint.error("no lora_A / lora_B tensor in it; is it a LoRA adapter saved by PEFT?")
-    return {module: _pair_up(checkpoint, module, pair) for module, pair in pairs.items()}
-
-
-def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The modules_to_save tensors. ``original_module`` copies are the base's own weights and are left out."""
-    saved: dict[str, Tensor] = {}
-    for key, tensor in checkpoint.tensors.items():
-        name = saved_name(key, checkpoint.config)
-        if name is None or "original_module" in key.split("."):
-            continue
-        if name in saved:
-            raise checkpoint.error(f"'{key}' is there under two adapter names; save one adapter a folder")
-        floating = tensor.is_floating_point()
-        saved[name] = _checked(checkpoint, key, tensor, ndim=tensor.ndim) if floating else tensor
-    return saved
-
-
-def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA, with ``alpha_pattern`` honoured.
-
-    Raises ValueError where patterns of different alpha match: PEFT takes the first, but sorts them when it saves, so
-    what it applies to a reloaded adapter need not be what was trained.
-    """
-    alphas = _matching(config.get("alpha_pattern"), module) or [config["lora_alpha"]]
-    if len(set(alphas)) > 1:
-        raise ValueError(f"several patterns match, with alpha {alphas}")
-    return alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _matching(patterns: Mapping[str, float] | None, module: str) -> list[float]:
-    """The values of the patterns that match, in order, by the rule of ``peft.utils.other.get_pattern_key``."""
-    patterns = patterns or {}
-    found = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-    return found or [value for pattern, value in patterns.items() if pattern == module]
-
-
-def _by_module(checkpoint: Checkpoint, pattern: re.Pattern[str], ndim: int = 2) -> dict[str, dict[str, Tensor]]:
-    """Module -> side -> the tensor whose key matches; the module is "" where the pattern has none."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in checkpoint.tensors.items():
-        if match := pattern.fullmatch(key):
-            sides = found.setdefault(match.groupdict().get("module", ""), {})
-            if match["side"] in sides:
-                raise checkpoint.error(f"'{key}' is there under two adapter names; save one adapter a folder")
-            sides[match["side"]] = _checked(checkpoint, key, tensor, ndim)
-    return found
-
-
-def _read_vera(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
-    """lambda_d folded into A, which stays as wide as the widest module's, and lambda_b into the rows of B it scales."""
-    shared = _by_module(checkpoint, VERA_SHARED).get("", {})
-    if shared.keys() != {"A", "B"}:
-        raise checkpoint.error("no vera_A and vera_B in it, as save_projection=True saves them")
-    A, B = (shared[side].to(torch.promote_types(shared[side].dtype, torch.float32)) for side in "AB")
-    rank, stated = len(A), checkpoint.config.get("r")
-    if not rank == B.shape[1] == stated:
-        shapes = f"vera_A {(*A.shape,)} and vera_B {(*B.shape,)}, while {CONFIG} says r = {stated}"
-        raise checkpoint.error(f"the ranks disagree: {shapes}; save or copy the adapter again")
-    factors = {}
-    for module, scales in _by_module(checkpoint, VERA_KEY, ndim=1).items():
-        if missing := {"b", "d"} - scales.keys():
-            raise checkpoint.error(f"module '{module}' has no vera_lambda_{missing.pop()}; save the adapter again")
-        b, d = scales["b"], scales["d"]
-        if len(d) != rank or len(b) > len(B):
-            shapes = f"vera_lambda_d {(*d.shape,)} and vera_lambda_b {(*b.shape,)}"
-            raise checkpoint.error(f"module '{module}': {shapes} do not fit vera_A {(*A.shape,)}, vera_B {(*B.shape,)}")
-        factors[module] = LoraFactors(d[:, None] * A, b[:, None] * B[: len(b)], 1.0, wide=True)
-    if not factors:
-        raise checkpoint.error("no vera_lambda_b / vera_lambda_d tensor in it; is it a VeRA adapter saved by PEFT?")
-    return factors
-
-
-def _pair_up(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> LoraFactors:
-    """Check that A and B belong together and agree with the config; the scale would be a guess otherwise."""
-    if missing := {"A", "B"} - pair.keys():
-        raise checkpoint.error(f"module '{module}' has no lora_{missing.pop()}; save or copy the adapter again")
-    A, B = pair["A"], pair["B"]
-    rank = A.shape[0]
-    if rank != B.shape[1]:
-        raise checkpoint.error(f"module '{module}': lora_A {(*A.shape,)} and lora_B {(*B.shape,)} do not share a rank")
-    if (stated := _stated_rank(checkpoint, module)) != rank:
-        ambiguous = f"the tensors have rank {rank}, {CONFIG} says {stated}, so the scale alpha / r is ambiguous"
-        raise checkpoint.error(f"module '{module}': {ambiguous}; correct r or rank_pattern")
-    return LoraFactors(A, B, lora_scale(checkpoint.config, module, rank))
-
-
-def _stated_rank(checkpoint: Checkpoint, module: str) -> float:
-    """The rank that the config gives this module, after making sure that rank and scale can be computed at all."""
-    try:
-        rank = (_matching(checkpoint.config.get("rank_pattern"), module) or [checkpoint.config["r"]])[0]
-        lora_scale(checkpoint.config, module, int(rank))
-    except (re.error, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({error!r})"
-        raise checkpoint.error(f"{unusable}; correct r, lora_alpha, rank_pattern or alpha_pattern") from error
-    return rank
-
-
-def _checked(checkpoint: Checkpoint, key: str, tensor: Tensor, ndim: int = 2) -> Tensor:
-    """The tensor itself, once it is a finite floating-point tensor of ``ndim`` dimensions."""
-    if tensor.ndim != ndim:
-        raise checkpoint.error(f"tensor '{key}' has shape {(*tensor.shape,)}; it must be {ndim}-D in a linear layer")
-    if tensor.dtype not in DTYPES:
-        raise checkpoint.error(f"tensor '{key}' is {tensor.dtype}; save the adapter in float16, bfloat16 or float32")
-    if not tensor.isfinite().all():
-        raise checkpoint.error(f"tensor '{key}' has NaN or infinity in it; its training diverged or it is damaged")
-    return tensor
-
-
-def _read_config(path: Path, name: str) -> dict[str, Any]:
-    """adapter_config.json as a dict. Raises AdapterError where it is no JSON object."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"adapter '{name}': {path} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"adapter '{name}': {path} holds no JSON object; copy it again")
-    return config
-
-
-def _local_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder itself, or a snapshot of the Hub repository of that name."""
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise AdapterError(f"{path} is a file; give the folder that it lies in")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
-        raise AdapterError(f"adapter folder {path} does not exist; check the path (a Hub id would be user/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
-        cause = f"{type(error).__name__}: {error}"
-        tried = f"'{path_or_hub_id}' is no local folder, and the Hub gave no such adapter ({cause})"
-        raise AdapterError(f"{tried}; check the spelling, the network or `hf auth login`") from error
-
-
-def _missing_file_remedy(path: Path) -> str:
-    if (path / PICKLE).is_file():
-        return f"{PICKLE} is a pickle, which is never loaded: load it with PEFT and save it with save_pretrained"
-    return f"nsc needs the folder that PEFT's save_pretrained wrote ({PICKLE} will not do)"
+def base_warnings(base: str, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Bases of one shape cannot be told apart by it, so say when the names disagree."""
+    named = {task: Path(adapter.base).name for task, adapter in adapters.items() if adapter.base}
+    strange = [f"{task} on {name}" for task, name in named.items() if name != Path(base).name]
+    return [f"not trained on {Path(base).name} by their own configs: {', '.join(strange)}"] if strange else []

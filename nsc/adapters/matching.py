@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -11,11 +11,18 @@ from torch import nn
 from nsc.adapters.lora import Adapter
 from nsc.adapters.modules_to_save import Body, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, by_rank, stack_adapters
-from nsc.bases import loading
+from nsc.bases import structure
+from nsc.bases.base_config import tied_outputs
 from nsc.bases.llava import refuse_moving_tower
-from nsc.bases.module_names import check_coverage, check_shapes, check_towers, resolve
+from nsc.bases.module_names import layer_kind, prefix_of, resolve
 from nsc.bases.roles import choose_targets
 from nsc.config import MergeConfig
+from nsc.errors import NameMismatch
+
+FOREIGN = {  # what lies in the other tower, by what the body takes
+    "pixel_values": ("text_model", "language_model"),
+    "input_ids": ("vision_model", "vision_tower"),
+}
 
 
 class Fitted(NamedTuple):
@@ -44,7 +51,7 @@ def put_on(base: str, model: nn.Module, adapters: Mapping[str, Adapter], config:
 
     Raises a subclass of NSCError, naming adapter and module, for anything that has no place there.
     """
-    shapes = loading.linear_shapes(model)
+    shapes = structure.linear_shapes(model)
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(model.main_input_name))
@@ -67,10 +74,69 @@ def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[i
 
 def body_of(base: str, model: nn.Module) -> Body:
     """What ``split_saved`` must know of this base, of which ``model`` is the body."""
-    parameters = loading.body_parameters(model)
+    parameters = structure.body_parameters(model)
     shared = Counter(map(id, parameters.values()))
     tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
-    if outputs := loading.tied_outputs(base):
+    if outputs := tied_outputs(base):
         embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
         tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
-    return Body(loading.linear_shapes(model), list(parameters), tied)
+    return Body(structure.linear_shapes(model), list(parameters), tied)
+
+
+def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:
+    """Raise NameMismatch unless every A is (r, in_features) and every B (out_features, r) of its base module.
+
+    An A that all modules share must be as wide as the widest of them.
+    """
+    widest = max((available[mapping[name]][1] for name, f in adapter.factors.items() if f.wide), default=0)
+    for name, factors in adapter.factors.items():
+        weight = tuple(available[mapping[name]])
+        A = factors.narrowed(weight[1]).A if factors.A.shape[1] == widest else factors.A
+        update = (factors.B.shape[0], A.shape[1])
+        if update != weight:
+            raise NameMismatch(
+                f"adapter '{adapter.name}': the update of '{name}' is {update} (out, in), the base's '{mapping[name]}' "
+                f"is {weight}. Wrong base? {_trained_on(adapter)}"
+            )
+
+
+def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> None:
+    """Raise NameMismatch if a module of another tower, by its name, would end in a body that ``takes`` something else.
+
+    CLIP's text tower has layers of the names, and SigLIP's of the shapes, of its image tower.
+    """
+    for name, base in mapping.items():
+        other = [tower for tower in FOREIGN.get(takes, ()) if tower in name.split(".")]
+        if other and not any(tower in base.split(".") for tower in FOREIGN[takes]):
+            raise NameMismatch(
+                f"adapter '{adapter_name}': '{name}' lies in the {other[0]}, but the base takes {takes} and would"
+                f" take it for '{base}'; give the base whose {other[0]} was trained"
+            )
+
+
+def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iterable[str]) -> None:
+    """Raise NameMismatch if PEFT would have adapted a base module for which the adapter has no factors.
+
+    The sign of a base with more layers than the one the adapter was trained on. Nothing is checked where the config
+    narrows its targets by more than a list of names. Names without a dot mean every module of a kind, whose base may
+    have another name for it.
+    """
+    config = adapter.config
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return
+    prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
+    kinds = set() if any("." in target for target in targets) else {layer_kind(base) for base in resolved}
+    for base in available:
+        if base == layer_kind(base):  # outside of blocks: a pooler comes and goes with wrappers
+            continue
+        targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or layer_kind(base) in kinds
+        if targeted and base not in resolved and f"{prefix}{base}.weight" not in adapter.saved:
+            raise NameMismatch(
+                f"adapter '{adapter.name}' targets '{base}' by its config, but has no factors for it. "
+                f"Is the base deeper than the one it was trained on? {_trained_on(adapter)}"
+            )
+
+
+def _trained_on(adapter: Adapter) -> str:
+    return f"The adapter's config names '{adapter.base}'." if adapter.base else "The adapter's config names no base."

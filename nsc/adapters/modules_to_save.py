@@ -10,13 +10,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsc.adapters.lora import Adapter
 from nsc.adapters.stack import DenseStack
+from nsc.bases import structure
+from nsc.bases.heads import Head
 from nsc.bases.module_names import resolve_saved
+from nsc.bases.weights import read_layers
 from nsc.errors import NameMismatch, NSCError
-from nsc.export.files import read_layers
 
 KEEP = "keep it for its own task with keep_modules, or retrain with LoRA on that layer instead"
 
@@ -134,3 +136,22 @@ def _refuse_lora_beside(merged: Mapping[str, Mapping[str, Tensor]], matches: Map
                     f"adapter {task} fine-tuned {name.rpartition('.')[0]} whole, adapter {other} by LoRA: one layer is"
                     f" merged in one way; {KEEP}"
                 )
+
+
+def without_body(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Without the layers inside the body that its task keeps, which are no head."""
+    ends = tuple(f".{name}" for name in structure.linear_shapes(model))
+    kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
+    return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})
+
+
+def carried_head(adapter: Adapter) -> Head:
+    """The one linear layer in an adapter's modules_to_save. Raises NSCError if there is another thing in it."""
+    matrices = [name for name, tensor in adapter.saved.items() if tensor.ndim == 2 and name.endswith(".weight")]
+    place = matrices[0].removesuffix(".weight") if matrices else ""
+    if len(matrices) != 1 or set(adapter.saved) - {f"{place}.weight", f"{place}.bias"}:
+        raise NSCError(
+            f"adapter {adapter.name}: its head holds {', '.join(sorted(adapter.saved))}; the entropy needs one linear"
+            " layer over the last hidden states: use the null-space objective, or name this task as unseen"
+        )
+    return Head(adapter.saved[f"{place}.weight"], adapter.saved.get(f"{place}.bias"))

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsc.adapters.stack import DenseStack, ModuleStack, Stack
+from nsc.bases.structure import replace_module
 from nsc.batch import Batch
-from nsc.performance.costs import layer_plan
 from nsc.runtime.placement import is_plain, run_device
 from nsc_kernels import MergedDenseLinear, MergedLoRALinear, Siblings
+
+PLANS = ("factors", "weights")
 
 
 @contextmanager
@@ -68,12 +70,6 @@ def share_inputs(
         members = [layers[name] for name in names if layers[name].plan == "factors" or name in targets]
         if len(members) > 1:
             Siblings(members)
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` where ``name`` points."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict[str, str]:
@@ -129,3 +125,16 @@ def _merged_layer(
         return MergedDenseLinear(linear, module.deltas.to(**to), bias, module.present, lam)
     A, B = module.A.to(**to), module.B.to(**to)
     return MergedLoRALinear(linear, A, B, module.ranks, module.scales, lam, plan=plan, by_rank=module.by_rank)
+
+
+def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
+    """FLOPs of a step that the adapters of a linear (m, d) add to those of the frozen layer, forward and backward."""
+    return 4 * n * R * (d + m) if plan == "factors" else 2 * n * d * m + 4 * R * d * m
+
+
+def layer_plan(n: int, d: int, m: int, R: int) -> str:
+    """The cheaper of PLANS, in FLOPs, for n rows through a linear (m, d) of R ranks in all.
+
+    With many rows and d = m that is factors up to R = d/4.
+    """
+    return min(PLANS, key=lambda plan: extra_flops(plan, n, d, m, R))

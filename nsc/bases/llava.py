@@ -95,3 +95,8 @@ def refuse_moving_tower(model: nn.Module, names: Iterable[str]) -> None:
                 f"{inside[0]} and {len(inside) - 1} more layers of the image tower are changed by an adapter, but its"
                 " features are made once and kept; train with target_modules inside the language model only"
             )
+
+
+def places(here: Tensor) -> Tensor:
+    """(b, L) bool, where images are -> (b, L) int64: which of the row's features stands there, -1 for none."""
+    return torch.where(here, here.cumsum(-1) - 1, -1)

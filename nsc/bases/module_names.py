@@ -9,7 +9,6 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from nsc.adapters.lora import Adapter
 from nsc.errors import NameMismatch
 
 Spelling = tuple[Callable[[str], str], Callable[[str], str]]  # of the adapter's names, of the base's names
@@ -33,10 +32,6 @@ _LLAVA = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 )
-FOREIGN = {  # what lies in the other tower, by what the body takes
-    "pixel_values": ("text_model", "language_model"),
-    "input_ids": ("vision_model", "vision_tower"),
-}
 RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA)
 
 
@@ -99,59 +94,6 @@ def layout(mappings: Iterable[Mapping[str, str]]) -> str | None:
     return prefixes.pop() if len(prefixes) == 1 else None
 
 
-def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:
-    """Raise NameMismatch unless every A is (r, in_features) and every B (out_features, r) of its base module.
-
-    An A that all modules share must be as wide as the widest of them.
-    """
-    widest = max((available[mapping[name]][1] for name, f in adapter.factors.items() if f.wide), default=0)
-    for name, factors in adapter.factors.items():
-        weight = tuple(available[mapping[name]])
-        A = factors.narrowed(weight[1]).A if factors.A.shape[1] == widest else factors.A
-        update = (factors.B.shape[0], A.shape[1])
-        if update != weight:
-            raise NameMismatch(
-                f"adapter '{adapter.name}': the update of '{name}' is {update} (out, in), the base's '{mapping[name]}' "
-                f"is {weight}. Wrong base? {_trained_on(adapter)}"
-            )
-
-
-def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> None:
-    """Raise NameMismatch if a module of another tower, by its name, would end in a body that ``takes`` something else.
-
-    CLIP's text tower has layers of the names, and SigLIP's of the shapes, of its image tower.
-    """
-    for name, base in mapping.items():
-        other = [tower for tower in FOREIGN.get(takes, ()) if tower in name.split(".")]
-        if other and not any(tower in base.split(".") for tower in FOREIGN[takes]):
-            raise NameMismatch(
-                f"adapter '{adapter_name}': '{name}' lies in the {other[0]}, but the base takes {takes} and would"
-                f" take it for '{base}'; give the base whose {other[0]} was trained"
-            )
-
-
-def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iterable[str]) -> None:
-    """Raise NameMismatch if PEFT would have adapted a base module for which the adapter has no factors.
-
-    The sign of a base with more layers than the one the adapter was trained on. Nothing is checked where the config
-    narrows its targets by more than a list of names. Names without a dot mean every module of a kind, whose base may
-    have another name for it.
-    """
-    config = adapter.config
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        return
-    prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
-    kinds = set() if any("." in target for target in targets) else {_kind(base) for base in resolved}
-    for base in (name for name in available if name != _kind(name)):  # in blocks: a pooler comes and goes with wrappers
-        targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or _kind(base) in kinds
-        if targeted and base not in resolved and f"{prefix}{base}.weight" not in adapter.saved:
-            raise NameMismatch(
-                f"adapter '{adapter.name}' targets '{base}' by its config, but has no factors for it. "
-                f"Is the base deeper than the one it was trained on? {_trained_on(adapter)}"
-            )
-
-
 def match_modules(first: Iterable[str], second: Iterable[str]) -> dict[str, str]:
     """Modules that two adapters share, whatever wrappers they were trained in: name in the first -> in the second."""
     return {name: found[0] for name, found in _match(first, second, (str, str)).items() if len(found) == 1}
@@ -207,7 +149,7 @@ def _suffixes(name: str) -> list[str]:
     return [name[dot.end() :] for dot in re.finditer(r"\.", name)]
 
 
-def _kind(name: str) -> str:
+def layer_kind(name: str) -> str:
     """A module's name for all blocks: "layers.*.self_attn.q_proj"."""
     return re.sub(r"\.\d+\.", ".*.", name)
 
@@ -237,7 +179,3 @@ def _unmatched(adapter_name: str, matches: Mapping[str, list[str]], available: I
 def _closest(name: str, available: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(available), n=3, cutoff=0.0)
     return "closest in the base: " + (", ".join(f"'{base}'" for base in close) or "nothing, it has no linear layer")
-
-
-def _trained_on(adapter: Adapter) -> str:
-    return f"The adapter's config names '{adapter.base}'." if adapter.base else "The adapter's config names no base."

@@ -7,13 +7,20 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from nsc.bases.loading import block_of
+from nsc.bases.structure import block_of
 from nsc.errors import TargetError
 
 ROLES = {  # attention's values, or what they are fused in, which reads the same; its output projection
     "v": r"\b(v_proj|value|qkv_proj|query_key_value|qkv|Wqkv)$",
     "o": r"\b(o_proj|out_proj|attention\.(output\.)?dense|self_attn\.dense|attn\.proj)$",
 }
+# The linears of a block by what they read: its input, what attention gives, its middle, what the activation gives.
+STAGES = (
+    r"\b(q_proj|k_proj|v_proj|qkv_proj|qkv|query|key|value|query_key_value)$",
+    ROLES["o"],
+    r"\b(gate_proj|up_proj|gate_up_proj|fc1|intermediate\.dense|dense_h_to_4h)$",
+    r"\b(down_proj|fc2|output\.dense|dense_4h_to_h)$",
+)
 LAST_BLOCKS: dict[str, Callable[[int], int]] = {  # how many of a depth
     "all": lambda depth: depth,
     "half": lambda depth: depth // 2,

@@ -10,6 +10,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nsc.bases.base_config import tower_keys
+from nsc.bases.module_names import resolve
 from nsc.errors import NSCError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -62,3 +64,24 @@ def shapes_in(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield key, tuple(file.get_slice(key).get_shape())
     except (SafetensorError, OSError) as error:
         raise NSCError(f"base shard {shard} cannot be read: {error}; fetch it again") from error
+
+
+def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """The shards of a checkpoint, and the key of each merged layer's weight and bias -> its name in the body."""
+    shards = [source / name for name in shard_names(source)]
+    shapes = {key: shape for shard in shards for key, shape in shapes_in(shard)}
+    matrices = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
+    inside = tower_keys(source, matrices)
+    stored = {key.removesuffix(".weight"): (shapes[key][0], shapes[key][1]) for key in inside}
+    places = resolve("merged", names, stored)
+    of_layer = {f"{place}.{kind}": f"{name}.{kind}" for name, place in places.items() for kind in ("weight", "bias")}
+    return shards, {key: name for key, name in of_layer.items() if key in shapes}
+
+
+def read_layers(base: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """Weights and biases of these layers of the body, from the base's own checkpoint.
+
+    Raises NSCError if it is not in safetensors or a layer is not in it.
+    """
+    _, places = merged_places(checkpoint_folder(base), names)
+    return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}

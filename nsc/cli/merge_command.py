@@ -1,27 +1,18 @@
-"""The command line: each command a few lines over the Python API."""
+"""``nsc merge`` and ``nsc apply``."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nsc.cli.compare_command import compare
 from nsc.cli.terminal import given, pairs, plain_errors
 
-app = typer.Typer(
-    name="nsc",
-    help="Merge LoRA adapters by Null-Space Compression, without labels, and prove what was written.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
 Rank = Annotated[int | None, typer.Option(help="Truncate the merged adapter to this rank.")]
 Full = Annotated[bool, typer.Option("--full", help="Write the whole merged model instead of an adapter.")]
 
 
-@app.command()
 def merge(
     context: typer.Context,
     base: Annotated[str | None, typer.Option(help="Base model: folder or Hub id.")] = None,
@@ -86,8 +77,9 @@ def merge(
         out = Path(job.out)
     with plain_errors(out):
         from nsc.errors import NSCError
-        from nsc.export.result import CHECKPOINT, partial_folder, refuse_output
-        from nsc.merging.from_data import merge as run
+        from nsc.export.result import refuse_output
+        from nsc.merging.api import merge as run
+        from nsc.paths import CHECKPOINT, partial_folder
         from nsc.runtime.distributed import join
 
         refuse_output(out, job.base, job.rank, job.full, job.recipe)
@@ -103,7 +95,6 @@ def merge(
             _finish(result.save(out, rank=job.rank, full=job.full), out)
 
 
-@app.command()
 def apply(
     record: Annotated[Path, typer.Argument(help="The folder of an earlier merge.")],
     out: Annotated[Path, typer.Option(help="New folder for the result.")],
@@ -116,130 +107,13 @@ def apply(
     """Replay a recorded merge, at the recorded rank, without learning; the base is needed only for --full."""
     with plain_errors():
         from nsc.errors import NSCError
-        from nsc.merging.from_data import apply as run
+        from nsc.merging.from_record import apply as run
 
         if (rank is not None) + exact + full > 1:
             raise NSCError("--rank, --exact and --full exclude one another: give one of them")
         result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
         kept = result.record.rank if rank is None and not (exact or full) else rank
         _finish(result.save(out, rank=kept, full=full), out)
-
-
-@app.command()
-def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Every method of merging by name, with the spaces that it runs in, what it does, and where it is from."""
-    with plain_errors():
-        from nsc.recipes.catalogue import format_methods, list_methods
-
-        typer.echo(json.dumps(list_methods(), indent=1) if as_json else format_methods(list_methods()))
-
-
-@app.command()
-def inspect(
-    adapter: Annotated[list[str], typer.Argument(help="PEFT folders or Hub ids.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Ranks, scales, targets, conditions, overlaps and unsupported features of adapters. No base model is read."""
-    with plain_errors():
-        from dataclasses import asdict
-
-        from nsc.adapters.inspection import format_inspection
-        from nsc.adapters.inspection import inspect as run
-
-        reports = run(adapter)
-        text = (
-            json.dumps([asdict(r) for r in reports], default=str, indent=1) if as_json else format_inspection(reports)
-        )
-        typer.echo(text)
-
-
-@app.command()
-def plan(
-    base: Annotated[str, typer.Option(help="Base model: folder or Hub id; only its config is read.")],
-    adapter: Annotated[list[str] | None, typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id.")] = None,
-    rank: Annotated[int, typer.Option(help="Without --adapter: of each adapter.")] = 16,
-    tasks: Annotated[int, typer.Option(help="Without --adapter: how many.")] = 2,
-    lora_module: Annotated[list[str] | None, typer.Option(help="Without --adapter: carries LoRA; repeat.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
-    max_length: Annotated[int, typer.Option(help="Tokens of every sample.")] = 512,
-    steps: Annotated[int, typer.Option(help="AdamW steps.")] = 500,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
-    target_module: Annotated[list[str] | None, typer.Option(help="Measure these modules; repeat.")] = None,
-    target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
-    hardware: Annotated[str, typer.Option(help="A100-80, H100, H200, B200, MI300X, cpu.")] = "H100",
-    flops: Annotated[float | None, typer.Option(help="FLOP/s in this dtype, instead of the hardware's.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(help="Bytes/s, instead of the hardware's.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Bytes of one device, instead of the hardware's.")] = None,
-    gpus: Annotated[int, typer.Option(help="Devices of a node.")] = 1,
-    nodes: Annotated[int, typer.Option(help="How many such nodes.")] = 1,
-    layers: Annotated[str, typer.Option(help="How adapters are carried: auto, factors, weights.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Predict time, memory and launch of a merge from shapes alone, before anything is downloaded or run."""
-    with plain_errors():
-        from nsc.performance.hardware import get_hardware
-        from nsc.performance.plan import format_plan, plan_merge
-
-        predicted = plan_merge(
-            base,
-            pairs(adapter or [], "--adapter"),
-            rank=rank,
-            tasks=tasks,
-            lora_modules=tuple(lora_module or ("q_proj", "v_proj")),
-            batch_size=batch_size,
-            max_length=max_length,
-            steps=steps,
-            dtype=dtype,
-            target_modules=tuple(target_module) if target_module else None,
-            target_blocks=tuple(target_block) if target_block else None,
-            hardware=get_hardware(hardware, flops, bandwidth, memory),
-            gpus=gpus,
-            nodes=nodes,
-            layers=layers,
-        )
-        typer.echo(json.dumps(predicted.to_dict(), indent=1) if as_json else format_plan(predicted))
-
-
-@app.command()
-def profile(
-    base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
-    adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
-    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="JSONL, text or hub:NAME; repeat per task.")],
-    steps_timed: Annotated[int, typer.Option(help="Steps, each with a run of its floor beside it.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
-    max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
-    layers: Annotated[str, typer.Option(help="How they carry adapters: auto, factors or weights.")] = "auto",
-    target_module: Annotated[list[str] | None, typer.Option(help="Measure these modules; repeat.")] = None,
-    target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
-    hardware: Annotated[str | None, typer.Option(help="Whose datasheet to predict with; default: this GPU's.")] = None,
-    flops: Annotated[float | None, typer.Option(help="FLOP/s in this dtype, instead of the datasheet's.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Run a few real steps and say where their time goes, and how near they come to the frozen base alone."""
-    with plain_errors():
-        from nsc.performance.profile import format_profile, profile_merge
-
-        found = profile_merge(
-            base,
-            pairs(adapter, "--adapter"),
-            pairs(data, "--data"),
-            steps=steps_timed,
-            hardware=hardware,
-            flops=flops,
-            batch_size=batch_size,
-            max_length=max_length,
-            layers=layers,
-            target_modules=tuple(target_module) if target_module else None,
-            target_blocks=tuple(target_block) if target_block else None,
-            dtype=dtype,
-            device=device,
-        )
-        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else format_profile(found))
-
-
-app.command()(compare)
 
 
 def _finish(proof: Any, out: Path) -> None:

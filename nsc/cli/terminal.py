@@ -72,7 +72,7 @@ def plain_errors(out: Path | None = None) -> Iterator[None]:
         typer.echo(f"nsc{_rank()}: {error}", err=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        from nsc.export.result import CHECKPOINT, partial_folder
+        from nsc.paths import CHECKPOINT, partial_folder
 
         saved = out is not None and (partial_folder(out) / CHECKPOINT).exists()
         remedy = "the coefficients so far are saved, go on with --resume" if saved else "nothing was saved"

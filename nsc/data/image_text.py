@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from nsc.bases.image_tower import ImageTower
-from nsc.bases.llava import ImageTextBody
+from nsc.bases.llava import ImageTextBody, places
 from nsc.batch import Batch
-from nsc.data.images import IMAGE_FIELDS, Image, as_image, pixels_by, read_table, undecoded
+from nsc.data.images import IMAGE_FIELDS, Image, as_image, pixels_by
 from nsc.data.packing import NEAR, pack
-from nsc.data.text import draw, load_hub, place_and_fields, read_rows, text_of
+from nsc.data.sampling import draw
+from nsc.data.sources import load_hub, place_and_fields, read_rows, read_table, text_of, undecoded
 from nsc.errors import DataError, NSCError
 from nsc.runtime.placement import input_device
 
@@ -137,11 +138,6 @@ class Prompts:
         weight = torch.where(counts, torch.tensor(weights, dtype=batch.weight.dtype)[owner], 0)
         inputs = {**batch.inputs, "features": features, "place": places(holds)}
         return Batch(inputs, batch.task, weight, batch.segment)
-
-
-def places(here: Tensor) -> Tensor:
-    """(b, L) bool, where images are -> (b, L) int64: which of the row's features stands there, -1 for none."""
-    return torch.where(here, here.cumsum(-1) - 1, -1)
 
 
 @dataclass(frozen=True)

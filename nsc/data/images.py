@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nsc.batch import Batch
-from nsc.data.text import draw, load_hub, place_and_fields
+from nsc.data.sampling import draw
+from nsc.data.sources import load_hub, naming_errors, optional_module, place_and_fields, undecoded
 from nsc.errors import DataError, TargetError
 from nsc.runtime.placement import input_device
 
@@ -36,11 +35,11 @@ class Image:
 
     def decode(self) -> Any:
         """As a PIL image in RGB. Raises DataError naming the image if Pillow cannot read it."""
-        pillow = _extra("PIL.Image")
+        pillow = optional_module("PIL.Image")
         if isinstance(self.content, pillow.Image):
             return self.content
         file = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content
-        with _named(self.name), pillow.open(file) as image:
+        with naming_errors(self.name), pillow.open(file) as image:
             return image.convert("RGB")
 
 
@@ -147,8 +146,8 @@ def tokens_seen(model: nn.Module, targets: Sequence[str], pixels: Tensor) -> int
 
 
 def _read_parquet(path: Path, columns: tuple[str, ...] | None) -> list[Image]:
-    parquet = _extra("pyarrow.parquet")
-    with _named(str(path)):
+    parquet = optional_module("pyarrow.parquet")
+    with naming_errors(str(path)):
         file = parquet.ParquetFile(path)
     column = _column(file.schema_arrow.names, columns, str(path))
     values = (x for part in file.iter_batches(columns=[column]) for x in part.column(0).to_pylist())
@@ -159,22 +158,6 @@ def _read_hub(spec: str, columns: tuple[str, ...] | None) -> list[Image]:
     rows = undecoded(load_hub(spec))
     column = _column(rows.column_names, columns, spec)
     return [as_image(row[column], f"{spec} row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def read_table(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, images as they are stored. Raises DataError if it cannot be read."""
-    parquet = _extra("pyarrow.parquet")
-    with _named(str(path)):
-        file = parquet.ParquetFile(path)
-    return (row for part in file.iter_batches() for row in part.to_pylist())
-
-
-def undecoded(rows: Any) -> Any:
-    """A Hub dataset whose images are files: decoded when they are used."""
-    for name, feature in rows.features.items():
-        if hasattr(feature, "decode"):
-            rows = rows.cast_column(name, type(feature)(decode=False))
-    return rows
 
 
 def _column(there: Sequence[str], columns: tuple[str, ...] | None, where: str) -> str:
@@ -189,7 +172,7 @@ def as_image(value: Any, name: str) -> Image:
 
     name: of it in errors. Raises DataError if it is none of these, or broken.
     """
-    pillow = _extra("PIL.Image")
+    pillow = optional_module("PIL.Image")
     if isinstance(value, dict):
         value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
     if isinstance(value, pillow.Image):
@@ -197,7 +180,7 @@ def as_image(value: Any, name: str) -> Image:
         return Image(name, value, _digest(f"{value.size}".encode() + value.tobytes()))
     if not isinstance(value, (bytes, Path)):
         return as_image(_from_array(pillow, value, name), name)
-    with _named(name):
+    with naming_errors(name):
         data = value if isinstance(value, bytes) else value.read_bytes()
         with pillow.open(io.BytesIO(data)) as image:
             image.verify()  # what the format can check without decoding
@@ -218,24 +201,8 @@ def _from_array(pillow: Any, value: Any, name: str) -> Any:
     return pillow.fromarray(rows.contiguous().cpu().numpy())
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors of the libraries inside as a DataError that names what could not be read."""
-    try:
-        yield
-    except Exception as error:  # Pillow raises SyntaxError for a broken PNG, struct's own error for others, and more
-        raise DataError(f"{name} cannot be read ({error}); mend or remove it") from error
-
-
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _extra(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise DataError(f"images need {module.partition('.')[0]}: pip install 'nsc-merging[images]'") from error
 
 
 def _not_empty(images: list[Image], where: str) -> list[Image]:

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsc.bases import loading
-from nsc.data.images import IMAGE_FIELDS, as_image, read_table, undecoded
-from nsc.data.text import load_hub, place_and_fields, read_rows, text_of
+from nsc.bases.base_config import IMAGES_AND_TEXT, main_input
+from nsc.data.images import IMAGE_FIELDS, as_image
+from nsc.data.sources import load_hub, place_and_fields, read_rows, read_table, text_of, undecoded
 from nsc.errors import DataError, NSCError
 
 LABEL_FIELDS = ("label", "score", "answer", "target", "output")
@@ -30,8 +30,8 @@ def read_labelled(base: str, source: str | Path | Sequence[tuple[Any, Any]]) -> 
     ``read_images``, and for the label ``label``, ``score``, ``answer``, ``target``, ``output``. Raises DataError,
     naming the row, for one without text or image, or without label.
     """
-    images = loading.main_input(base) == "pixel_values"
-    if loading.main_input(base) == loading.IMAGES_AND_TEXT:
+    images = main_input(base) == "pixel_values"
+    if main_input(base) == IMAGES_AND_TEXT:
         raise NSCError(f"base {base!r} takes images with text, for which there are no metrics here")
     if not isinstance(source, (str, Path)):
         found = [(as_image(x, f"image {i}") if images else str(x), y) for i, (x, y) in enumerate(source, start=1)]

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nsc.adapters.stack import Stack
-from nsc.bases import loading
-from nsc.bases.image_tower import FeatureStore
+from nsc.bases import loading, structure
+from nsc.bases.base_config import IMAGES_AND_TEXT, main_input
 from nsc.bases.llava import ImageTextBody
 from nsc.batch import Batch
 from nsc.config import MergeConfig
+from nsc.data.feature_store import FeatureStore
 from nsc.data.image_text import (
     Prompt,
     PromptBatches,
@@ -26,10 +26,12 @@ from nsc.data.image_text import (
 )
 from nsc.data.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
 from nsc.data.packing import can_share_rows, collate
-from nsc.data.text import TextBatches, read_texts, tokenize
+from nsc.data.text import TextBatches, pad_id_of, read_texts, tokenize, with_answer
 from nsc.errors import NSCError
-from nsc.learning.generation import Generate, generator, with_answer
 from nsc.runtime.cuda_graphs import obstacle
+
+Features = Callable[[int], Tensor]  # number of a prompt -> (P, h) of its image
+Generate = Callable[[Sequence[Sequence[int]], Features | None], list[list[int]]]  # prompts, images -> answers
 
 
 class Batches(Protocol):
@@ -57,19 +59,10 @@ class Feed:
 
 def feed_of(base: str) -> Feed:
     """The row of the table for this base. Raises NSCError if there is none, or no such base."""
-    takes = loading.main_input(base)
+    takes = main_input(base)
     if takes not in FEEDS:
         raise NSCError(f"base {base!r} takes {takes}; nsc feeds bodies that take {' or '.join(FEEDS)}")
     return FEEDS[takes]
-
-
-def batches_of(
-    base: str, model: nn.Module, stack: Stack, targets: Sequence[str], samples: Mapping[str, Sequence[Any]],
-    config: MergeConfig,
-) -> tuple[Batches, list[Batch]]:  # fmt: skip
-    """The batches to learn from, and the fixed ones; generated positions are those of each task's own adapter."""
-    continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
-    return feed_of(base).batches(base, model, targets, samples, config, *continues)
 
 
 def _text_batches(
@@ -80,7 +73,7 @@ def _text_batches(
     tokenizer = loading.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = pad_id_of(tokenizer)
-    causal = loading.is_causal(model)
+    causal = structure.is_causal(model)
     shares_rows = can_share_rows(model)
     few_shapes = config.graphs and obstacle(model) is None
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
@@ -122,11 +115,6 @@ def _evaluated(tokens: Mapping[str, Sequence[Any]], config: MergeConfig) -> list
     return [(task, i) for task, rows in tokens.items() for i in range(min(len(rows), config.evaluation_samples))]
 
 
-def pad_id_of(tokenizer: Any) -> int:
-    """What fills rows up: no matter which token, where it weighs nothing."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
 def _image_batches(
     base: str, model: nn.Module, targets: Sequence[str], images: Mapping[str, list[Image]], config: MergeConfig
 ) -> tuple[ImageBatches, list[Batch]]:
@@ -150,7 +138,7 @@ def _prompt_batches(
     writer = writer_of(model, processor, features(first.image), config.max_length)
     require_same_forward(model, writer, first, features(first.image))
     how = {
-        "causal": loading.is_causal(model), "shares_rows": can_share_rows(model.text),
+        "causal": structure.is_causal(model), "shares_rows": can_share_rows(model.text),
         "few_shapes": config.graphs and obstacle(model) is None,
     }  # fmt: skip
     made = Prompts(features, model.image_token, pad_id_of(processor.tokenizer), config.modality, how)
@@ -204,5 +192,5 @@ def _random_prompt(base: str, model: nn.Module) -> Batch:
 FEEDS = {
     "input_ids": Feed(read_texts, _text_batches, _random_text),
     "pixel_values": Feed(read_images, _image_batches, _random_images),
-    loading.IMAGES_AND_TEXT: Feed(read_prompts, _prompt_batches, _random_prompt),
+    IMAGES_AND_TEXT: Feed(read_prompts, _prompt_batches, _random_prompt),
 }

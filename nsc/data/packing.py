@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc.bases.loading import is_causal
+from nsc.bases.structure import is_causal
 from nsc.batch import Batch
 from nsc.runtime.placement import input_device
 

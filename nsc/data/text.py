@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +9,9 @@ from typing import Any
 
 from nsc.batch import Batch
 from nsc.data.packing import pack
+from nsc.data.sampling import draw
+from nsc.data.sources import lines_of, load_hub, place_and_fields, read_rows, text_of
 from nsc.errors import DataError
-
-TEXT_FIELDS = (
-    ("text",),
-    ("prompt",),
-    ("text_a", "text_b"),
-    ("premise", "hypothesis"),
-    ("sentence1", "sentence2"),
-    ("question", "sentence"),
-    ("question", "context"),
-    ("instruction", "input"),
-    ("instruction",),
-    ("sentence",),
-    ("question",),
-)
 
 
 def read_texts(source: str | Path | Sequence[str]) -> list[str]:
@@ -50,7 +36,7 @@ def read_texts(source: str | Path | Sequence[str]) -> list[str]:
     if path.suffix == ".jsonl":
         return _not_empty(_read_jsonl(path, names), place)
     if path.suffix in (".txt", ".text"):
-        return _not_empty([line.strip() for line in _lines(path) if line.strip()], place)
+        return _not_empty([line.strip() for line in lines_of(path) if line.strip()], place)
     raise DataError(f"data file {place} is neither .jsonl nor .txt; rename or convert it")
 
 
@@ -91,17 +77,6 @@ class TextBatches:
         }
 
 
-def draw(count: int, batch_size: int, step: int, key: str) -> list[int]:
-    """Which of ``count`` samples a step takes: the next ones of a permutation, another from ``key`` each time round."""
-    if count == 0:
-        return []
-    drawn = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        turn, index = divmod(position, count)
-        drawn.append(_permutation(f"{key}/{turn}", count)[index])
-    return drawn
-
-
 def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int) -> dict[str, list[list[int]]]:
     """Token ids of every sample, cut at ``max_length``. Raises DataError naming a sample that has no token."""
     tokens = {}
@@ -113,73 +88,9 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
     return tokens
 
 
-def place_and_fields(source: str) -> tuple[str, tuple[str, ...] | None]:
-    """``FILE#field+field`` in two. A number sign within the path itself stays there."""
-    place, _, fields = source.rpartition("#")
-    if not place or "/" in fields or Path(source).exists():
-        return source, None
-    return place, tuple(fields.split("+")) if fields else None
-
-
-def load_hub(spec: str) -> Any:
-    """The rows of ``hub:NAME[:CONFIG[:SPLIT]]``. Raises DataError without the ``datasets`` extra, or if it fails."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(f"{spec} needs the datasets library: pip install 'nsc-merging[datasets]'") from error
-    _, name, *rest = spec.split(":")
-    config, split = (rest[0] or None if rest else None), (rest[1] if len(rest) > 1 else "train")
-    try:
-        return load_dataset(name, config, split=split)
-    except Exception as error:  # the library raises dozens of kinds for one thing: it could not be loaded
-        raise DataError(f"Hub dataset {name!r} (config {config}, split {split}) cannot be loaded: {error}") from error
-
-
-def _permutation(key: str, count: int) -> list[int]:
-    order = list(range(count))
-    random.Random(key).shuffle(order)
-    return order
-
-
-def read_rows(path: Path) -> list[tuple[int, Any]]:
-    """What each line of a JSONL file holds, by its number. Raises DataError naming a line that is no JSON."""
-    rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number} is not JSON ({error.msg}); mend or remove that line") from error
-    return rows
-
-
 def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
     rows = read_rows(path)
     return [row if isinstance(row, str) else text_of(row, names, f"{path} line {number}") for number, row in rows]
-
-
-def _lines(path: Path) -> list[str]:
-    """By newlines alone: ``splitlines`` would also break at U+2028 and others, which JSON strings may hold."""
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-
-
-def text_of(row: Any, names: tuple[str, ...] | None, where: str) -> str:
-    """The fields ``names`` of a row, or the usual ones, joined. Raises DataError, naming it, if they are not there."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where} holds a {type(row).__name__}; each line must be an object or a string")
-    chosen = names or next((fields for fields in TEXT_FIELDS if all(f in row for f in fields)), None)
-    if chosen is None or any(f not in row for f in chosen):
-        raise DataError(
-            f"{where} has the fields {', '.join(row)}, not the expected text; name them as in FILE#field+field"
-        )
-    nested = [f for f in chosen if not isinstance(row[f], (str, int, float, type(None)))]
-    if nested:
-        raise DataError(f"{where}: field {nested[0]} holds a {type(row[nested[0]]).__name__}, not text")
-    return "\n".join(str(row[f]) for f in chosen if row[f] is not None)
 
 
 def _not_empty(texts: list[str], where: str) -> list[str]:
@@ -187,3 +98,14 @@ def _not_empty(texts: list[str], where: str) -> list[str]:
     if not texts:
         raise DataError(f"{where} holds no text; every task needs at least one unlabeled sample")
     return texts
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """What fills rows up: no matter which token, where it weighs nothing."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def with_answer(prompt: Sequence[int], answer: Sequence[int], positions: str) -> tuple[list[int], slice]:
+    """The tokens of a row, and which of them count: at "full" those that computed the answer, at "last" the last."""
+    ids = [*prompt, *answer[:-1]]
+    return ids, slice(len(prompt) - 1 if positions == "full" else len(ids) - 1, len(ids))

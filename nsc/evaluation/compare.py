@@ -21,19 +21,20 @@ from typing import Any
 import torch
 import yaml
 
+from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.adapters.matching import fit
 from nsc.bases import loading
 from nsc.config import LEARNED, MergeConfig
+from nsc.console import printer
 from nsc.data.labelled import read_all_labelled
 from nsc.data.modalities import feed_of
-from nsc.data.sources import Source, absolute, fingerprint, place_of, read_adapters, read_data
+from nsc.data.sources import Source, place_of, read_data
 from nsc.errors import DataError, NSCError
 from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, grid_of
 from nsc.evaluation.scoring import Exam, exams_of
 from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
 from nsc.evaluation.trial import Planned, Stage, row_of
-from nsc.export.result import partial_folder
-from nsc.learning.loop import printer
+from nsc.paths import absolute, partial_folder
 from nsc.recipes.spec import read_recipe, split_learned
 from nsc.runtime.placement import input_device
 

@@ -10,10 +10,8 @@ own head says the answer that a row gives: ``loss`` is the cross-entropy of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc.adapters.lora import Adapter
-from nsc.bases import loading
+from nsc.adapters.modules_to_save import carried_head, without_body
+from nsc.bases import loading, structure
+from nsc.bases.base_config import main_input
+from nsc.bases.heads import Head, load_generating_head
 from nsc.data.images import pixels_by
 from nsc.data.labelled import Labelled
-from nsc.data.modalities import pad_id_of
 from nsc.data.packing import collate
-from nsc.data.text import tokenize
+from nsc.data.text import pad_id_of, tokenize, with_answer
 from nsc.errors import DataError, NSCError
-from nsc.learning.entropy import Head, _outside, carried_head
-from nsc.learning.generation import with_answer
+from nsc.evaluation.metrics import METRICS, OF_NUMBERS, torchmetrics_function
 from nsc.runtime.placement import input_device
 
 TOKENS, IMAGES = 4096, 32  # of one forward
@@ -42,14 +41,6 @@ class Part(NamedTuple):
     rows: Tensor
     places: Tensor
     truth: Tensor
-
-
-@dataclass(frozen=True)
-class Metric:
-    """higher: whether that is better.  of: logits (n, C) and labels (n,) to a number; None where it is of the loss."""
-
-    higher: bool
-    of: Callable[[Tensor, Tensor], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,56 +93,16 @@ def exams_of(
     vocabulary = None
     exams = {}
     for task, labelled in rows.items():
-        adapter = _outside(model, adapters[task])
+        adapter = without_body(model, adapters[task])
         carried = bool(adapter.saved)
         if not carried and vocabulary is None:
-            vocabulary = Head(*loading.load_generating_head(base, model))
+            vocabulary = Head(*load_generating_head(base, model))
         head = carried_head(adapter) if carried else vocabulary
         assert head is not None
         metric = metrics.get(task, _usual(head) if carried else "loss")
         _require_fit(task, metric, head, labelled.labels, carried)
         exams[task] = Exam(head, metric, _parts(base, model, task, labelled, head, carried, max_length))
     return exams
-
-
-def normalised(score: float, alone: float, higher: bool) -> tuple[float, str]:
-    """Percent of what the adapter alone reaches, and why there is none where it is NaN."""
-    if not (math.isfinite(score) and math.isfinite(alone)):
-        return math.nan, "the metric is not defined"
-    whole, part = (alone, score) if higher else (score, alone)
-    if alone <= 0 and higher:
-        return math.nan, f"the adapter alone reaches {alone:.3g}"
-    if not higher and score <= 0:
-        return math.nan, f"the metric is {score:.3g}, of which nothing is a share"
-    return part / whole * 100, ""
-
-
-def _functional(name: str) -> Any:
-    try:
-        return getattr(import_module("torchmetrics.functional"), name)
-    except ImportError as error:
-        raise NSCError("metrics need torchmetrics: pip install 'nsc-merging[compare]'") from error
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    of = _functional("accuracy")
-    return of(logits, labels.long(), task="multiclass", num_classes=logits.shape[1], average="micro").item()
-
-
-def _of_numbers(name: str, logits: Tensor, labels: Tensor, **settings: Any) -> float:
-    return _functional(name)(logits[:, 0].double().cpu(), labels.double().cpu(), **settings).item()
-
-
-METRICS = {
-    "accuracy": Metric(True, _accuracy),
-    "pearson": Metric(True, partial(_of_numbers, "pearson_corrcoef")),
-    "spearman": Metric(True, partial(_of_numbers, "spearman_corrcoef")),
-    "rmse": Metric(False, partial(_of_numbers, "mean_squared_error", squared=False)),
-    "mae": Metric(False, partial(_of_numbers, "mean_absolute_error")),
-    "loss": Metric(False),
-    "perplexity": Metric(False),
-}
-OF_NUMBERS = ("pearson", "spearman", "rmse", "mae")
 
 
 def _usual(head: Head) -> str:
@@ -173,7 +124,7 @@ def _require_fit(task: str, metric: str, head: Head, labels: Sequence[Any], carr
     if (metric in OF_NUMBERS and outputs != 1) or (metric == "accuracy" and outputs == 1):
         raise NSCError(f"task {task}: {metric} does not go with a head of {outputs} outputs; choose another metric")
     if METRICS[metric].of:
-        _functional("accuracy")  # before anything is run
+        torchmetrics_function("accuracy")  # before anything is run
     for number, label in enumerate(labels, start=1):
         if not carried and not isinstance(label, str):
             raise DataError(f"task {task}, labelled row {number}: the answer {label!r} is no text")
@@ -186,9 +137,9 @@ def _require_fit(task: str, metric: str, head: Head, labels: Sequence[Any], carr
 def _parts(
     base: str, model: nn.Module, task: str, rows: Labelled, head: Head, carried: bool, max_length: int
 ) -> list[Part]:
-    if loading.main_input(base) == "pixel_values":
+    if main_input(base) == "pixel_values":
         return _image_parts(base, model, rows)
-    tokenizer, causal = loading.load_tokenizer(base), loading.is_causal(model)
+    tokenizer, causal = loading.load_tokenizer(base), structure.is_causal(model)
     tokens = tokenize(tokenizer, {task: rows.samples}, max_length)[task]
     if carried:
         reads = [[len(ids) - 1] if causal else [0] for ids in tokens]

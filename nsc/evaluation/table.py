@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc.errors import NSCError
-from nsc.evaluation.scoring import METRICS, normalised
+from nsc.evaluation.metrics import METRICS, normalised
 
 ALONE, BARE = "fine-tuned", "heads alone"  # each adapter by itself; its head on the base without any adapter
 JSON, TABLE, PICTURE = "compare.json", "compare.md", "compare.png"

@@ -15,13 +15,14 @@ from nsc.adapters.stack import Stack, by_rank, whitened
 from nsc.adapters.surgery import merged_layers
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data.modalities import batches_of
 from nsc.errors import NSCError
-from nsc.evaluation.scale_search import Grid, NullSpaceRatio, Value, require_finite, search_scale
+from nsc.evaluation.scale_search import Grid, Value, require_finite, search_scale
 from nsc.evaluation.scoring import Exam
 from nsc.evaluation.table import ALONE, Row, scored
 from nsc.learning.entropy import entropy_of
+from nsc.learning.generation import batches_of
 from nsc.learning.loop import learn
+from nsc.learning.ratios import NullSpaceRatio
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import Recipe, with_scale
 from nsc.runtime.memory import PeakMemory

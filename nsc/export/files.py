@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nsc.bases.loading import tower_keys
-from nsc.bases.module_names import resolve
-from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder, read_tensors, shapes_in, shard_names
-from nsc.errors import NSCError
-from nsc.methods import LowRank
-from nsc.methods.protocol import decomposed
+from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder, merged_places, read_layers
+from nsc.export.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, parameter_update, whole_updates
 
-DENSE_REMEDY = "no exact adapter holds it; give --rank to truncate it, or --full for the whole model"
-OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the range finder
 OWN_FILES = ("readme.md", ".gitattributes")  # of the base's repository, not of the model
-
-
-@dataclass(frozen=True)
-class MergedFactors:
-    """One layer's merged update ``B @ A`` with everything folded in: A (R, d), B (m, R), both float32.
-
-    error: relative Frobenius error of a truncation, 0 for the exact concatenation.
-    """
-
-    A: Tensor
-    B: Tensor
-    error: float = 0.0
-
-
-def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedFactors]:
-    """The update of every layer that carries LoRA: as its factors are, or the best one of at most ``rank``.
-
-    Raises NSCError for a rank below 1, and for a dense update without a rank.
-    """
-    if rank is not None and rank < 1:
-        raise NSCError(f"rank must be 1 or more, not {rank}")
-    whole = set(merged.whole)
-    return {name: _factors(name, merged.update(name), rank) for name in merged.names if name not in whole}
 
 
 def merged_layers_whole(base: str, merged: Merged) -> dict[str, Tensor]:
@@ -115,64 +84,3 @@ def write_full_model(folder: Path, base: str, merged: Merged) -> None:
     for file in source.iterdir():
         if file.is_file() and file.suffix not in WEIGHT_FILES and file.name.lower() not in OWN_FILES:
             shutil.copyfile(file, folder / file.name)
-
-
-def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
-    """The shards of a checkpoint, and the key of each merged layer's weight and bias -> its name in the body."""
-    shards = [source / name for name in shard_names(source)]
-    shapes = {key: shape for shard in shards for key, shape in shapes_in(shard)}
-    matrices = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
-    inside = tower_keys(source, matrices)
-    stored = {key.removesuffix(".weight"): (shapes[key][0], shapes[key][1]) for key in inside}
-    places = resolve("merged", names, stored)
-    of_layer = {f"{place}.{kind}": f"{name}.{kind}" for name, place in places.items() for kind in ("weight", "bias")}
-    return shards, {key: name for key, name in of_layer.items() if key in shapes}
-
-
-def read_layers(base: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """Weights and biases of these layers of the body, from the base's own checkpoint.
-
-    Raises NSCError if it is not in safetensors or a layer is not in it.
-    """
-    _, places = merged_places(checkpoint_folder(base), names)
-    return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}
-
-
-def _factors(name: str, update: LowRank | Tensor, rank: int | None) -> MergedFactors:
-    if rank is not None:
-        return _truncated(update, rank) if isinstance(update, LowRank) else _leading(update.double(), rank)
-    if not isinstance(update, LowRank):
-        raise NSCError(f"the update of {name} is dense: {DENSE_REMEDY}")
-    return MergedFactors(update.A.float().cpu(), update.B.float().cpu())
-
-
-def _truncated(update: LowRank, rank: int) -> MergedFactors:
-    """Nothing of size (m, d) is ever formed."""
-    u, sigma, v = decomposed(update)
-    error = sigma[rank:].norm() / sigma.norm().clamp_min(torch.finfo(sigma.dtype).tiny)
-    return _balanced(u[:, :rank], sigma[:rank], v[:, :rank].mT, error)
-
-
-def _leading(update: Tensor, rank: int) -> MergedFactors:
-    """Of a dense update (m, d), by a randomised range finder of fixed seed: no SVD of anything of size (m, d).
-
-    The error is the true one, whatever the finder missed: what is kept is a projection of the update, so the squares of
-    both norms differ by the square of the rest. https://arxiv.org/abs/0909.4061, Algorithms 4.4 and 5.1.
-    """
-    kept = min(rank, *update.shape)
-    width = min(kept + OVERSAMPLING, *update.shape)
-    probe = torch.randn(update.shape[1], width, dtype=update.dtype, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(update @ probe.to(update.device))[0]
-    for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(update @ torch.linalg.qr(update.mT @ basis)[0])[0]
-    u, sigma, vh = torch.linalg.svd(basis.mT @ update, full_matrices=False)
-    u, sigma, vh = basis @ u[:, :kept], sigma[:kept], vh[:kept]
-    total = update.square().sum()
-    lost = (total - sigma.square().sum()).clamp_min(0) / total.clamp_min(torch.finfo(update.dtype).tiny)
-    return _balanced(u, sigma, vh, lost.sqrt())
-
-
-def _balanced(u: Tensor, sigma: Tensor, vh: Tensor, error: Tensor) -> MergedFactors:
-    """The root of each singular value on either side."""
-    root = sigma.sqrt()
-    return MergedFactors((root[:, None] * vh).float().cpu(), (u * root).float().cpu(), error.item())

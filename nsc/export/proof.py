@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack
-from nsc.adapters.surgery import merged_layers, replace_module
+from nsc.adapters.surgery import merged_layers
 from nsc.bases.loading import load_body
-from nsc.bases.weights import checkpoint_folder
+from nsc.bases.structure import replace_module
+from nsc.bases.weights import checkpoint_folder, merged_places
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
-from nsc.export.files import MergedFactors, merged_places
+from nsc.export.merged_factors import MergedFactors
 from nsc.methods import LowRank
 from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
 

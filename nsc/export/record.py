@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nsc.adapters.lora import Adapter
+from nsc.adapters.lora import Adapter, fingerprint
 from nsc.adapters.matching import Fitted
 from nsc.adapters.modules_to_save import parameters_of
 from nsc.bases.module_names import layout
 from nsc.config import MergeConfig
-from nsc.data.sources import fingerprint
 from nsc.errors import NSCError
 from nsc.recipes.spec import Recipe, read_settings, write_settings
 from nsc_kernels import __version__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -245,3 +246,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def model_card(report: Report) -> str:
+    library, kind = ("transformers", "model") if report.full else ("peft", "adapter")
+    head = f"---\nlibrary_name: {library}\nbase_model: {json.dumps(report.base)}\ntags:\n- merge\n- nsc\n---\n"
+    by = "Null-Space Compression (arXiv 2603.26317)"
+    if report.method != "nsc":
+        by = f"{report.method}: {report.line} ({report.source})"
+    title = f"# A merged {kind}: {', '.join(report.tasks)}\n\nMerged by {by}."
+    heads = "\nThe tasks' own heads, where they have any, are under `heads/`; `merge.yaml` replays this merge."
+    picture = "\n![coefficients](coefficients.png)\n" if report.coefficients else ""
+    return f"{head}\n{title}{heads}\n\n{report.to_markdown()}\n{picture}"

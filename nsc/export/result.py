@@ -20,17 +20,17 @@ from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder, refuse_unstreamab
 from nsc.batch import Batch
 from nsc.data.modalities import feed_of
 from nsc.errors import NSCError
-from nsc.export.files import DENSE_REMEDY, merged_factors, merged_layers_whole, write_adapter, write_full_model
+from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.merged_factors import DENSE_REMEDY, merged_factors
 from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.export.record import Record
-from nsc.export.report import Report, draw_heat_map, vllm_limits, vllm_rank
+from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
+from nsc.paths import CHECKPOINT, STAGING, partial_folder
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged, WeightedSum
 from nsc.runtime.memory import free_memory
 from nsc.runtime.placement import input_device
-
-CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class MergeResult:
 
     def _describe(self, folder: Path, report: Report) -> None:
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(_model_card(report), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
         if report.coefficients:
             draw_heat_map(folder / "coefficients.png", report)
         for task, adapter in self.adapters.items():
@@ -169,11 +169,6 @@ def _share(folder: Path) -> None:
     os.umask(allowed)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~allowed)
-
-
-def partial_folder(out: Path) -> Path:
-    """Where ``out`` is put together before it is moved into place."""
-    return out.with_name(out.name + ".partial")
 
 
 def refuse_output(out: Path, base: str, rank: int | None, full: bool, recipe: Recipe | None = None) -> None:
@@ -200,15 +195,3 @@ def _fits(base: str, copies: int, device: str) -> bool:
     except (NSCError, OSError):
         return True
     return bool(files) and copies * size < (free_memory(torch.device(device)) or 0)
-
-
-def _model_card(report: Report) -> str:
-    library, kind = ("transformers", "model") if report.full else ("peft", "adapter")
-    head = f"---\nlibrary_name: {library}\nbase_model: {json.dumps(report.base)}\ntags:\n- merge\n- nsc\n---\n"
-    by = "Null-Space Compression (arXiv 2603.26317)"
-    if report.method != "nsc":
-        by = f"{report.method}: {report.line} ({report.source})"
-    title = f"# A merged {kind}: {', '.join(report.tasks)}\n\nMerged by {by}."
-    heads = "\nThe tasks' own heads, where they have any, are under `heads/`; `merge.yaml` replays this merge."
-    picture = "\n![coefficients](coefficients.png)\n" if report.coefficients else ""
-    return f"{head}\n{title}{heads}\n\n{report.to_markdown()}\n{picture}"

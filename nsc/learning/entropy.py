@@ -12,28 +12,17 @@ Paper: https://arxiv.org/abs/2310.02575 (AdaMerging, Eq. 5); on generated tokens
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc.adapters.lora import Adapter
-from nsc.bases import loading
+from nsc.adapters.modules_to_save import carried_head, without_body
+from nsc.bases import structure
+from nsc.bases.heads import Head, load_generating_head
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
-
-
-class Head(NamedTuple):
-    """A linear layer over the body's last hidden states: weight (C, d), bias (C,) or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def logits(self, states: Tensor) -> Tensor:
-        """(n, d) -> (n, C), in the states' dtype and on their device."""
-        return F.linear(states, self.weight.to(states), None if self.bias is None else self.bias.to(states))
 
 
 @dataclass(frozen=True)
@@ -102,11 +91,11 @@ def entropy_of(
     rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
     there is no head, only some adapters carry one, one is more than a linear layer, or all have a single output.
     """
-    seen = {task: _outside(model, adapter) for task, adapter in adapters.items() if task not in unseen}
+    seen = {task: without_body(model, adapter) for task, adapter in adapters.items() if task not in unseen}
     carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
-    rows = "counted" if positions != "prompt" else "last" if loading.is_causal(model) else "first"
+    rows = "counted" if positions != "prompt" else "last" if structure.is_causal(model) else "first"
     if not carrying:
-        head = Head(*loading.load_generating_head(base, model))
+        head = Head(*load_generating_head(base, model))
         return Entropy([head if task in seen else None for task in adapters], rows, reduction)
     if len(carrying) < len(seen):
         without = sorted(set(seen) - set(carrying))
@@ -121,22 +110,3 @@ def entropy_of(
             " use the null-space objective"
         )
     return Entropy(heads, rows, reduction)
-
-
-def _outside(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Without the layers inside the body that its task keeps, which are no head."""
-    ends = tuple(f".{name}" for name in loading.linear_shapes(model))
-    kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
-    return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})
-
-
-def carried_head(adapter: Adapter) -> Head:
-    """The one linear layer in an adapter's modules_to_save. Raises NSCError if there is another thing in it."""
-    matrices = [name for name, tensor in adapter.saved.items() if tensor.ndim == 2 and name.endswith(".weight")]
-    place = matrices[0].removesuffix(".weight") if matrices else ""
-    if len(matrices) != 1 or set(adapter.saved) - {f"{place}.weight", f"{place}.bias"}:
-        raise NSCError(
-            f"adapter {adapter.name}: its head holds {', '.join(sorted(adapter.saved))}; the entropy needs one linear"
-            " layer over the last hidden states: use the null-space objective, or name this task as unseen"
-        )
-    return Head(adapter.saved[f"{place}.weight"], adapter.saved.get(f"{place}.bias"))

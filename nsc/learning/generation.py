@@ -11,23 +11,22 @@ P + G - 2, "last" the last of them, P + G - 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
-from nsc.bases import loading
-from nsc.bases.llava import ImageTextBody
+from nsc.bases.heads import Head, load_generating_head
+from nsc.bases.llava import ImageTextBody, places
+from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data.image_text import places
-from nsc.learning.entropy import Head
+from nsc.data.modalities import Batches, Features, Generate, feed_of
 from nsc.runtime.placement import input_device
 
 TOKENS = 4096  # of prompts of one length that are continued together
-Features = Callable[[int], Tensor]  # number of a prompt -> (P, h) of its image
-Generate = Callable[[Sequence[Sequence[int]], Features | None], list[list[int]]]  # prompts, images -> answers
 
 
 def generator(base: str, model: nn.Module, stack: Stack, config: MergeConfig) -> Generate:
@@ -35,7 +34,7 @@ def generator(base: str, model: nn.Module, stack: Stack, config: MergeConfig) ->
 
     Raises NSCError where the base has no head that generates.
     """
-    head = Head(*loading.load_generating_head(base, model))
+    head = Head(*load_generating_head(base, model))
     start = torch.full(stack.owned.shape, config.start, device=input_device(model))
     stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
     ends = {stated} if isinstance(stated, int) else set(stated or ())
@@ -70,12 +69,6 @@ def continue_prompts(
     return answers
 
 
-def with_answer(prompt: Sequence[int], answer: Sequence[int], positions: str) -> tuple[list[int], slice]:
-    """The tokens of a row, and which of them count: at "full" those that computed the answer, at "last" the last."""
-    ids = [*prompt, *answer[:-1]]
-    return ids, slice(len(prompt) - 1 if positions == "full" else len(ids) - 1, len(ids))
-
-
 def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Numbers of prompts of one length, at most TOKENS together: no padding, so each is as if alone."""
     by_length: dict[int, list[int]] = {}
@@ -97,3 +90,12 @@ def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: in
         output = text(input_ids=said[-1], past_key_values=output.past_key_values, use_cache=True)
         said.append(head.logits(output[0][:, -1]).argmax(-1, keepdim=True))
     return torch.cat(said, 1).cpu()
+
+
+def batches_of(
+    base: str, model: nn.Module, stack: Stack, targets: Sequence[str], samples: Mapping[str, Sequence[Any]],
+    config: MergeConfig,
+) -> tuple[Batches, list[Batch]]:  # fmt: skip
+    """The batches to learn from, and the fixed ones; generated positions are those of each task's own adapter."""
+    continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
+    return feed_of(base).batches(base, model, targets, samples, config, *continues)

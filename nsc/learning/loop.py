@@ -6,7 +6,6 @@ is interrupted anywhere and resumed ends where the uninterrupted one would, bit 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,17 +22,19 @@ from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
 from nsc.batch import Batch
 from nsc.config import MergeConfig
+from nsc.console import metric, printer
 from nsc.errors import NonFiniteError, NSCError, TargetError
+from nsc.learning.checkpoint import read, restore, save
 from nsc.learning.coefficients import Coefficients
 from nsc.learning.entropy import Entropy
 from nsc.learning.objective import Goal, NullSpaceObjective
-from nsc.learning.passes import Passes, own_share
-from nsc.learning.state import State, begin, read, restore, save
-from nsc.performance.hardware import metric
+from nsc.learning.passes import Passes, own_share, tokens_that_fit
+from nsc.learning.ratios import require_finite_ratios
+from nsc.learning.state import State, begin
 from nsc.runtime.cuda_graphs import make_graphs
 from nsc.runtime.distributed import ALONE, RankError, Team
 from nsc.runtime.interrupts import deferred_interrupts
-from nsc.runtime.memory import free_memory, tokens_that_fit
+from nsc.runtime.memory import free_memory, peak_memory
 from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import shards_of
 
@@ -150,11 +151,6 @@ def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None =
     return Goal(shares, config.unseen, config.quantile, entropy, config.objective != "entropy")
 
 
-def printer(wanted: bool) -> Callable[[str], Any]:
-    """Says a line beside the progress bar, or nothing."""
-    return partial(tqdm.write, file=sys.stderr) if wanted else lambda text: None
-
-
 def initial_gradient(
     model: nn.Module, stack: Stack, targets: Sequence[str], batch: Batch, lam: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -166,17 +162,6 @@ def initial_gradient(
         loss = objective.loss(batch)
         (gradient,) = torch.autograd.grad(loss, lam)
     return loss.detach(), gradient
-
-
-def require_finite_ratios(objective: NullSpaceObjective, table: Tensor) -> None:
-    """Raise NonFiniteError naming the targets and tasks at which ``table`` (T, K) of ratios is not finite."""
-    broken = ~torch.isfinite(table) & (objective.share > 0)
-    places = [f"{objective.targets[t]} (task {objective.tasks[k]})" for t, k in broken.nonzero().tolist()[:3]]
-    if places:
-        raise NonFiniteError(
-            f"NaN or infinite activations enter {', '.join(places)}; check the base's weights and dtype (float16"
-            " overflows: use bfloat16)"
-        )
 
 
 def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tensor:
@@ -272,17 +257,5 @@ def _learned(state: State, config: MergeConfig, seconds: float) -> Learned:
     lam = state.lam
     stopped = state.coefficients.stopped(state.theta, state.reach, state.lower, state.upper)
     bounded = ~state.frozen & stopped & (config.steps > 0)
-    losses, memory = state.losses.tolist(), _peak_memory(lam.device)
+    losses, memory = state.losses.tolist(), peak_memory(lam.device)
     return Learned(lam.cpu().clone(), state.frozen.cpu(), bounded.cpu(), losses, seconds, memory)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or else of the whole process; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nsc.adapters.stack import Stack
-from nsc.bases.loading import blocks_before
+from nsc.bases.structure import blocks_before
 from nsc.batch import Batch
 from nsc.errors import TargetError
 from nsc.learning.entropy import Entropy

@@ -15,7 +15,10 @@ from nsc.errors import NSCError
 from nsc.learning.objective import NullSpaceObjective
 from nsc.runtime.cuda_graphs import Graphs
 from nsc.runtime.distributed import Team
+from nsc.runtime.memory import kept_bytes
 from nsc.runtime.sharding import LostPass, Shards, shards_of, weightless
+
+SHARE = 0.4  # of free memory; the rest is for what a pass holds only for a moment, and for the graphs' own pool
 
 
 def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
@@ -96,3 +99,25 @@ class Passes:
         (gradient,) = torch.autograd.grad(loss, self.theta)
         self.theta.grad += gradient
         self.loss += loss.detach()
+
+
+def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, free: int) -> int:
+    """The most tokens that a pass may hold within ``SHARE`` of ``free`` bytes, at least one row of ``batch``.
+
+    One row and two are run forward: what both keep alike, such as folded weights, is of a pass, the rest of its tokens.
+    """
+    width = batch.task.shape[1]
+    try:
+        kept = [_kept(objective, lam, part) for part in (batch.split(1)[0], batch.split(2)[0])]
+    except torch.OutOfMemoryError:
+        return width
+    rows = min(2, batch.task.shape[0])
+    each = kept[1] - kept[0] if rows == 2 else kept[0]
+    fixed = max(0, kept[0] - each)
+    return max(width, int((free * SHARE - fixed) * width / max(1, each)))
+
+
+def _kept(objective: NullSpaceObjective, lam: Tensor, batch: Batch) -> int:
+    """Bytes kept for the backward of one pass."""
+    set_coefficients(objective.layers, lam)
+    return kept_bytes(lambda: objective.loss(batch.to(lam.device)), objective.model)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nsc.adapters.lora import Adapter
+from nsc.adapters.lora import Adapter, base_warnings, fingerprint, read_adapters
 from nsc.adapters.matching import put_on
 from nsc.adapters.stack import Stack
 from nsc.bases import loading
 from nsc.config import MergeConfig
-from nsc.data.sources import base_warnings, fingerprint, read_adapters
 from nsc.errors import NSCError
 from nsc.export.record import Record
 from nsc.export.result import MergeResult
@@ -71,18 +70,6 @@ def require_weights_of_tasks(recipe: Recipe, config: MergeConfig) -> None:
             f"{recipe.label} takes one weight a layer and task, and granularity rank learns one a rank row; learn by"
             " layer or task"
         )
-
-
-def replay(result: MergeResult) -> MergeResult:
-    """The recorded merge by its recipe, where the record has one."""
-    record = result.record
-    recipe = record.recipe
-    if recipe is None:
-        return result
-    device = loading.one_device(record.settings.get("device", "auto"))
-    combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
-    report = replace(describe_recipe(result.report, recipe), searched=record.searched)
-    return replace(result, report=report, combination=combination)
 
 
 def _weights(

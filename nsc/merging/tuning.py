@@ -16,7 +16,7 @@ from nsc.bases import loading
 from nsc.bases.roles import choose_targets
 from nsc.config import MergeConfig
 from nsc.data.labelled import Labelled, read_all_labelled
-from nsc.data.modalities import batches_of, feed_of
+from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
 from nsc.errors import NSCError
 from nsc.evaluation.scale_search import (
@@ -25,7 +25,6 @@ from nsc.evaluation.scale_search import (
     Found,
     Grid,
     LabelledLoss,
-    NullSpaceRatio,
     Value,
     grid_of,
     require_finite,
@@ -33,6 +32,8 @@ from nsc.evaluation.scale_search import (
 )
 from nsc.evaluation.scoring import exams_of
 from nsc.export.result import MergeResult
+from nsc.learning.generation import batches_of
+from nsc.learning.ratios import NullSpaceRatio
 from nsc.merging.report_builder import describe_recipe
 from nsc.recipes.combination import as_one
 from nsc.recipes.spec import OF_SEARCH, split_learned, write_settings

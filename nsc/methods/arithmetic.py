@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.methods.checks import require_choice
+from nsc.checks import require_choice
 from nsc.methods.protocol import LowRank, Method, Place, Updates
 
 

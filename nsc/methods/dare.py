@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nsc.checks import require_choice, require_fraction
 from nsc.errors import NSCError
-from nsc.methods.checks import require_choice, require_fraction
 from nsc.methods.protocol import Matrices, Method, Place
 from nsc.methods.ties import Known, Rules, TiesSettings, look, model_wide, ties, trimmed
 

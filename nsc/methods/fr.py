@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.methods.checks import require_choice, require_fraction
+from nsc.checks import require_choice, require_fraction
 from nsc.methods.protocol import Method, Place
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsc.checks import require_choice
 from nsc.errors import NSCError
-from nsc.methods.checks import require_choice
 from nsc.methods.protocol import LowRank, Method, Place, Updates, decomposed
 
 NULL = 2**-24  # of the largest: a singular value that rounding of factors to float32 can make of zero

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsc.checks import require_choice, require_fraction
 from nsc.errors import NSCError
-from nsc.methods.checks import require_choice, require_fraction
 from nsc.methods.kth_largest import kth_largest
 from nsc.methods.protocol import Matrices, Method, Place
 from nsc.methods.row_blocks import by_rows, streamed

@@ -19,31 +19,10 @@ from itertools import groupby
 
 from torch import nn
 
-from nsc.bases.loading import block_of, is_causal, linear_shapes
-from nsc.bases.roles import ROLES
+from nsc.adapters.surgery import PLANS, extra_flops, layer_plan
+from nsc.bases.roles import STAGES
+from nsc.bases.structure import block_of, is_causal, linear_shapes
 from nsc.errors import NSCError
-
-# The linears of a block by what they read: its input, what attention gives, its middle, what the activation gives.
-STAGES = (
-    r"\b(q_proj|k_proj|v_proj|qkv_proj|qkv|query|key|value|query_key_value)$",
-    ROLES["o"],
-    r"\b(gate_proj|up_proj|gate_up_proj|fc1|intermediate\.dense|dense_h_to_4h)$",
-    r"\b(down_proj|fc2|output\.dense|dense_4h_to_h)$",
-)
-PLANS = ("factors", "weights")
-
-
-def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
-    """FLOPs of a step that the adapters of a linear (m, d) add to those of the frozen layer, forward and backward."""
-    return 4 * n * R * (d + m) if plan == "factors" else 2 * n * d * m + 4 * R * d * m
-
-
-def layer_plan(n: int, d: int, m: int, R: int) -> str:
-    """The cheaper of PLANS, in FLOPs, for n rows through a linear (m, d) of R ranks in all.
-
-    With many rows and d = m that is factors up to R = d/4.
-    """
-    return min(PLANS, key=lambda plan: extra_flops(plan, n, d, m, R))
 
 
 @dataclass(frozen=True)

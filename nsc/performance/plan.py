@@ -18,23 +18,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModel
 
 from nsc.adapters.lora import read_adapter
+from nsc.adapters.matching import check_shapes
+from nsc.adapters.surgery import PLANS
 from nsc.bases import loading
-from nsc.bases.module_names import check_shapes, resolve
+from nsc.bases.base_config import body_config
+from nsc.bases.module_names import resolve
 from nsc.bases.roles import choose_targets
+from nsc.checks import choice, require_positive
+from nsc.console import metric
 from nsc.errors import NSCError
-from nsc.performance.costs import PLANS, LayerKind, Linear, Memory, Step, Work, linears_in_order
-from nsc.performance.hardware import (
-    USABLE,
-    Hardware,
-    Launch,
-    choice,
-    choose_launch,
-    get_hardware,
-    metric,
-    require_positive,
-)
+from nsc.performance.costs import LayerKind, Linear, Memory, Step, Work, linears_in_order
+from nsc.performance.hardware import Hardware, get_hardware
+from nsc.performance.launch import USABLE, Launch, choose_launch
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -128,7 +126,7 @@ def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
     model. Raises NSCError where transformers has no such model, or its shapes are not those of one body.
     """
     try:
-        config = loading.body_config(base) if isinstance(base, (str, Path)) else base
+        config = body_config(base) if isinstance(base, (str, Path)) else base
         notes = []
         inner = getattr(config, "text_config", None)
         if getattr(config, "is_encoder_decoder", False) or (inner and not hasattr(config, "image_seq_length")):
@@ -139,7 +137,7 @@ def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
         if inner:
             notes.append(f"language model only, {config.image_seq_length} tokens of an image added; no image tower")
         with loading.quiet_loading(), torch.device("meta"):
-            return families.AutoModel.from_config(inner or config), config, notes
+            return AutoModel.from_config(inner or config), config, notes
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise NSCError(f"base {str(base)!r} has no config that transformers can build a body from: {error}") from error
 

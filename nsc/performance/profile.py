@@ -20,21 +20,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsc.adapters.lora import read_adapters
 from nsc.adapters.matching import fit
 from nsc.adapters.stack import Stack, whitened
 from nsc.bases import loading
 from nsc.bases.llava import ImageTextBody
 from nsc.batch import Batch
 from nsc.config import MergeConfig
+from nsc.console import metric
 from nsc.data.modalities import feed_of
-from nsc.data.sources import Source, read_adapters, read_data
+from nsc.data.sources import Source, read_data
 from nsc.errors import NSCError
-from nsc.learning.loop import _peak_memory
 from nsc.performance.costs import Step, Work, linears_in_order
-from nsc.performance.hardware import HARDWARE, Hardware, get_hardware, metric
+from nsc.performance.hardware import HARDWARE, Hardware, get_hardware
 from nsc.performance.timing import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
 from nsc.performance.trace import profile_step
-from nsc.runtime.memory import kept_bytes
+from nsc.runtime.memory import kept_bytes, peak_memory
 from nsc.runtime.placement import input_device
 
 WARMUP = 2
@@ -135,7 +136,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(WARMUP):
             step()
-        peak = _peak_memory(device)
+        peak = peak_memory(device)
         both = {"step": step, "floor": lambda: [floor(part) for part in parts]}
         took = time_by_turns(both, steps, 1, device)
     with nsc_step(model, stack, targets, batches, replace(config, graphs=False)) as step:  # a graph is one launch

@@ -33,7 +33,7 @@ def nsc_step(
     config: MergeConfig,
     team: Team = ALONE,
 ) -> Iterator[Callable[[], Tensor]]:
-    """The very step of ``nsc.learn``, again and again on the same batches, this rank's; it returns its loss ()."""
+    """The very step of ``nsc.learning.loop``, again and again on this rank's same batches; it returns its loss ()."""
     with prepared(model, stack, targets, batches, replace(config, steps=MOST_STEPS)) as (state, passes):
 
         def step() -> Tensor:

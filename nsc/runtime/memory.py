@@ -16,28 +16,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from nsc.adapters.surgery import set_coefficients
-from nsc.batch import Batch
-from nsc.learning.objective import NullSpaceObjective
-
-SHARE = 0.4  # of free memory; the rest is for what a pass holds only for a moment, and for the graphs' own pool
-
-
-def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, free: int) -> int:
-    """The most tokens that a pass may hold within ``SHARE`` of ``free`` bytes, at least one row of ``batch``.
-
-    One row and two are run forward: what both keep alike, such as folded weights, is of a pass, the rest of its tokens.
-    """
-    width = batch.task.shape[1]
-    try:
-        kept = [_kept(objective, lam, part) for part in (batch.split(1)[0], batch.split(2)[0])]
-    except torch.OutOfMemoryError:
-        return width
-    rows = min(2, batch.task.shape[0])
-    each = kept[1] - kept[0] if rows == 2 else kept[0]
-    fixed = max(0, kept[0] - each)
-    return max(width, int((free * SHARE - fixed) * width / max(1, each)))
-
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that new tensors may take; None where the system does not tell."""
@@ -101,7 +79,13 @@ def kept_bytes(work: Callable[[], Any], model: nn.Module) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _kept(objective: NullSpaceObjective, lam: Tensor, batch: Batch) -> int:
-    """Bytes kept for the backward of one pass."""
-    set_coefficients(objective.layers, lam)
-    return kept_bytes(lambda: objective.loss(batch.to(lam.device)), objective.model)
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or else of the whole process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,15 +5,8 @@ import torch
 from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Config
 
 from nsc.adapters.lora import read_adapter
-from nsc.bases.module_names import (
-    check_coverage,
-    check_shapes,
-    layout,
-    match_modules,
-    prefix_of,
-    resolve,
-    resolve_saved,
-)
+from nsc.adapters.matching import check_coverage, check_shapes
+from nsc.bases.module_names import layout, match_modules, prefix_of, resolve, resolve_saved
 from nsc.errors import NameMismatch
 from tests.tiny import VISION, linears, peft_adapter, random_factors, tiny_llama, tiny_llava, tiny_vit, write_adapter
 

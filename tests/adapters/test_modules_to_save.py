@@ -8,14 +8,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import nsc
+from nsc.adapters.lora import read_adapters
 from nsc.adapters.matching import body_of, match_adapters
 from nsc.adapters.modules_to_save import dense_stacks, split_saved
 from nsc.adapters.stack import DenseStack, stack_adapters, whitened
 from nsc.adapters.surgery import choose_plans, merged_layers
-from nsc.bases.loading import linear_shapes, load_body
+from nsc.bases.loading import load_body
+from nsc.bases.structure import linear_shapes
 from nsc.batch import Batch
 from nsc.data.packing import pack
-from nsc.data.sources import read_adapters
 from nsc.errors import NameMismatch, NSCError
 from nsc.learning.loop import initial_gradient, learn
 from nsc_kernels import MergedDenseLinear

@@ -13,9 +13,10 @@ from torch import nn
 
 import nsc
 from nsc.adapters.lora import read_adapter
+from nsc.adapters.matching import check_shapes
 from nsc.adapters.stack import stack_adapters
 from nsc.adapters.unsupported import REFUSED_FIELDS, VERA_UNDERSTOOD
-from nsc.bases.module_names import check_shapes, resolve
+from nsc.bases.module_names import resolve
 from nsc.errors import AdapterError, NameMismatch, NSCError, UnsupportedAdapter
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import names, read_recipe

@@ -16,11 +16,14 @@ from torch import nn
 
 import nsc
 from nsc.adapters.lora import read_adapter
+from nsc.adapters.matching import check_coverage, check_shapes, check_towers
 from nsc.adapters.stack import stack_adapters
 from nsc.adapters.surgery import merged_layers
-from nsc.bases.loading import linear_shapes, load_body, main_input
-from nsc.bases.module_names import check_coverage, check_shapes, check_towers, resolve
+from nsc.bases.base_config import main_input
+from nsc.bases.loading import load_body
+from nsc.bases.module_names import resolve
 from nsc.bases.roles import choose_targets
+from nsc.bases.structure import linear_shapes
 from nsc.errors import NameMismatch, NSCError
 from tests.tiny import LLAMA, VISION, linears, peft_adapter, random_factors, rewrite, tiny_llava, write_adapter
 
@@ -63,7 +66,7 @@ TEXTS = {
 AUTO = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
 LINEARS = ["q_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "attention.dense", "down_proj"]
 
-# Old -> new module names of a body (transformers 4 -> 5), block by block, written down apart from nsc.names.
+# Old -> new module names of a body (transformers 4 -> 5), block by block, apart from nsc.bases.module_names.
 DINO_KINDS = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",

@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from nsc.bases.image_tower import FeatureStore, ImageTower, find_tower
+from nsc.bases.image_tower import ImageTower, find_tower
+from nsc.data.feature_store import FeatureStore
 from nsc.errors import NSCError
 from tests.tiny import LLAMA, tiny_llama, tiny_llava, tiny_vit
 

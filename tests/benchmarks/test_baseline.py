@@ -13,8 +13,8 @@ from benchmarks.baseline import PerTaskLoop, split_by_task
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.matching import match_adapters
 from nsc.adapters.stack import stack_adapters, whitened
-from nsc.bases.loading import linear_shapes
 from nsc.bases.roles import choose_targets
+from nsc.bases.structure import linear_shapes
 from nsc.data.packing import collate
 from nsc.learning.loop import initial_gradient
 from tests.tiny import tiny_llama

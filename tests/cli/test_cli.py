@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from nsc.cli.merge_command import app
+from nsc.cli import app
 from nsc.config import MergeConfig
 from nsc.learning import loop
 from tests.export.test_proof import ADAPTER, FULL, corrupted
@@ -95,7 +95,7 @@ def uninterrupted(tmp_path_factory, base, adapters, files) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(uninterrupted, tmp_path, arguments, number):
     out, checkpoint = tmp_path / "out", tmp_path / "out.partial" / "checkpoint.pt"
-    often = "import nsc.learn; nsc.learn.CHECKPOINT_SECONDS = 0.1; from nsc.cli import app; app()"
+    often = "import nsc.learning.loop; nsc.learning.loop.CHECKPOINT_SECONDS = 0.1; from nsc.cli import app; app()"
     launcher = ["-c", often] if number == signal.SIGKILL else ["-m", "nsc"]
     command = arguments(out, "--steps", STEPS)
     process = start([sys.executable, *launcher, *command], log := tmp_path / "stderr")

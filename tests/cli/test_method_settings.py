@@ -10,6 +10,7 @@ import yaml
 
 import nsc
 from nsc.errors import NSCError
+from nsc.merging import from_recipe
 from nsc.methods import METHODS
 from tests.cli.test_cli import refused, run
 from tests.merging.test_method_merges import command, described, merge, weights
@@ -45,7 +46,7 @@ def test_by_flags_a_file_and_a_record(base, two, tmp_path):
 
 def test_dense_without_a_form_is_refused_before_any_work(base, two, tmp_path, monkeypatch, texts):
     for name in ("read_adapters", "combine"):
-        monkeypatch.setattr(combining, name, None)
+        monkeypatch.setattr(from_recipe, name, None)
     text = refused(run(*command(base, two, tmp_path / "out", "--method", "ties")))
     assert "ties works on every entry of the dense updates" in text and "--rank" in text and "--full" in text
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from nsc.config import MergeConfig
 from nsc.data.image_text import Prompt, Writer, read_prompts
 from nsc.data.images import as_image
 from nsc.data.modalities import feed_of
-from nsc.data.text import text_of
+from nsc.data.sources import text_of
 from nsc.errors import DataError, NSCError
 from tests.tiny import save_llava_base
 

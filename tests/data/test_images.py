@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import nsc
-from nsc.bases.loading import load_body, load_image_processor, main_input
-from nsc.cli.merge_command import app
+from nsc.bases.base_config import main_input
+from nsc.bases.loading import load_body, load_image_processor
+from nsc.cli import app
 from nsc.data.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
 from nsc.data.modalities import feed_of
 from nsc.errors import DataError, NSCError, TargetError

@@ -9,7 +9,7 @@ import transformers
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import stack_adapters, whitened
 from nsc.adapters.surgery import merged_layers
-from nsc.bases import loading
+from nsc.bases import structure
 from nsc.config import MergeConfig
 from nsc.data.packing import (  # fmt: skip
     MOST_PADDING,
@@ -197,7 +197,7 @@ def test_what_cannot_share_rows_is_found_out(monkeypatch):
 
     assert can_share_rows(llama)
     monkeypatch.setattr(llama, "forward", deaf)
-    monkeypatch.setattr(loading, "is_causal", lambda model: True)
+    monkeypatch.setattr(structure, "is_causal", lambda model: True)
     if transformers.__version__ < "4.53":  # later ones see packed positions by themselves
         assert not can_share_rows(llama)
     monkeypatch.setattr(

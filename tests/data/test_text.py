@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from nsc.data.packing import collate
-from nsc.data.text import TextBatches, draw, read_texts, tokenize
+from nsc.data.sampling import draw
+from nsc.data.text import TextBatches, read_texts, tokenize
 from nsc.errors import DataError
 from tests.tiny import WORDS, save_tokenizer
 

@@ -9,9 +9,9 @@ import transformers
 import yaml
 
 import nsc
+from nsc.adapters.lora import read_adapters
 from nsc.bases import loading
 from nsc.cli.compare_command import read_settings
-from nsc.data.sources import read_adapters
 from nsc.errors import DataError, NSCError
 from nsc.evaluation.compare import compare
 from nsc.evaluation.scale_search import Grid

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nsc.adapters.lora import read_adapters
 from nsc.adapters.matching import fit
 from nsc.adapters.stack import whitened
 from nsc.adapters.surgery import merged_layers
@@ -13,11 +14,11 @@ from nsc.bases import loading
 from nsc.config import MergeConfig
 from nsc.data.labelled import Labelled
 from nsc.data.modalities import feed_of
-from nsc.data.sources import read_adapters
 from nsc.errors import NSCError, TargetError
-from nsc.evaluation.scale_search import Grid, LabelledLoss, NullSpaceRatio, grid_of, search, search_scale
+from nsc.evaluation.scale_search import Grid, LabelledLoss, grid_of, search, search_scale
 from nsc.evaluation.scoring import exams_of
 from nsc.learning.objective import NullSpaceObjective
+from nsc.learning.ratios import NullSpaceRatio
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import read_recipe, with_scale
 from tests.tiny import linears

@@ -13,7 +13,8 @@ from nsc.adapters.lora import read_adapter
 from nsc.bases import loading
 from nsc.data.labelled import Labelled, read_labelled
 from nsc.errors import DataError, NSCError
-from nsc.evaluation.scoring import METRICS, exams_of, normalised
+from nsc.evaluation.metrics import METRICS, normalised
+from nsc.evaluation.scoring import exams_of
 from tests.tiny import WORDS, save_image_base
 
 TEXTS = [" ".join(WORDS[(5 * i + j) % 60] for j in range(2 + 3 * i)) for i in range(5)]

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 import nsc
 from nsc.adapters.stack import ModuleStack, Stack, whitened
 from nsc.adapters.surgery import merged_layers
+from nsc.bases import loading
+from nsc.bases.heads import Head
 from nsc.batch import Batch
 from nsc.config import LEARNED, MergeConfig
 from nsc.data.packing import collate, pack
+from nsc.data.text import with_answer
 from nsc.errors import NSCError
-from nsc.learning.entropy import Entropy, Head, entropy_of
-from nsc.learning.generation import continue_prompts, with_answer
+from nsc.learning.entropy import Entropy, entropy_of
+from nsc.learning.generation import continue_prompts
 from nsc.learning.loop import Learned, learn
 from nsc_kernels import GramCache
 from tests.learning.test_exactness import SINGLE, adapted, llama
@@ -219,7 +222,7 @@ def test_a_clipped_merge_stays_within_zero_and_one(base, adapters, texts, vision
 
 def test_heads_without_classes_are_refused_where_no_other_is_there(adapters, base):
     """A regression's softmax is 1 whatever it says; beside a classifier it adds 0."""
-    model, saved = nsc.families.load_body(str(base), device="cpu"), {"score.weight": torch.ones(1, 32)}
+    model, saved = loading.load_body(str(base), device="cpu"), {"score.weight": torch.ones(1, 32)}
     read = {"a": replace(nsc.read_adapter(adapters["plain"], "a"), saved=saved)}
     with pytest.raises(NSCError, match="the heads of a have one output each"):
         entropy_of(str(base), model, read, "prompt")

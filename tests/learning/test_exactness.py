@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack, stack_adapters, whitened
-from nsc.bases.loading import block_of
+from nsc.bases.structure import block_of
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.images import collate_images, tokens_seen
@@ -73,7 +73,10 @@ def recorded(setting: Setting) -> Found:
         made.append(TapeRecorder(device))
         return made[-1]
 
-    with patch("nsc.runtime.cuda_graphs.CudaRecorder", recorder), patch("nsc.runtime.cuda_graphs.obstacle", lambda model: None):
+    with (
+        patch("nsc.runtime.cuda_graphs.CudaRecorder", recorder),
+        patch("nsc.runtime.cuda_graphs.obstacle", lambda model: None),
+    ):
         found = step(setting, rows="shared")
     assert any(recorder.tapes for recorder in made)
     return found

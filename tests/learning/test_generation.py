@@ -8,12 +8,13 @@ from torch import nn
 import nsc
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.heads import Head, load_generating_head
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.modalities import feed_of
+from nsc.data.text import with_answer
 from nsc.errors import NSCError
-from nsc.learning.entropy import Head
-from nsc.learning.generation import continue_prompts, generator, with_answer
+from nsc.learning.generation import continue_prompts, generator
 from tests.learning.test_exactness import START
 from tests.plain_options import Plain, plain_learning, plain_loss
 from tests.tiny import save_base, save_image_base
@@ -26,7 +27,7 @@ def test_answers_are_those_of_transformers(tmp_path, tied):
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     whole = transformers.AutoModelForCausalLM.from_pretrained(base)
     body = loading.load_body(str(base), device="cpu")
-    head = Head(*loading.load_generating_head(str(base), body))
+    head = Head(*load_generating_head(str(base), body))
     torch.testing.assert_close(head.weight, whole.lm_head.weight)
     answers = continue_prompts(body, head, PROMPTS, 6, ends={2})
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -55,7 +56,7 @@ def test_a_merge_on_generated_positions_is_the_plain_computation(base, adapters,
     model, config = result.model, MergeConfig(**settings, dtype="float64")
     targets = result.record.targets
     tokens = {t: feed_tokens(base, texts[t]) for t in some}
-    head = Head(*loading.load_generating_head(str(base), model))
+    head = Head(*load_generating_head(str(base), model))
     continues = generator(str(base), model, result.stack, config)
     data = {task: texts[task] for task in some}
     batches, _ = feed_of(str(base)).batches(str(base), model, targets, data, config, continues)
@@ -112,10 +113,10 @@ def test_what_does_not_generate_is_refused(tmp_path, base, adapters, texts):
     classifier = save_base(tmp_path / "classifier", "AutoModelForSequenceClassification")
     body = loading.load_body(str(classifier), device="cpu")
     with pytest.raises(NSCError, match=r"no lm_head in its checkpoint, so it generates no tokens"):
-        loading.load_generating_head(str(classifier), body)
+        load_generating_head(str(classifier), body)
     images = save_image_base(tmp_path / "images")
     with pytest.raises(NSCError, match="its attention is not causal"):
-        loading.load_generating_head(str(images), loading.load_body(str(images), device="cpu"))
+        load_generating_head(str(images), loading.load_body(str(images), device="cpu"))
     model, config = loading.load_body(str(base), device="cpu"), MergeConfig(positions="last")
     with pytest.raises(NSCError, match="positions last need a model that generates"):
         feed_of(str(base)).batches(str(base), model, [], texts, config)

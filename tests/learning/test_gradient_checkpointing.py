@@ -5,7 +5,7 @@ import torch
 
 from nsc.adapters.stack import whitened
 from nsc.adapters.surgery import merged_layers, set_coefficients, share_inputs
-from nsc.bases.loading import blocks_before
+from nsc.bases.structure import blocks_before
 from nsc.config import MergeConfig
 from nsc.learning.loop import learn
 from nsc.learning.objective import NullSpaceObjective

@@ -7,14 +7,16 @@ import transformers
 import nsc
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.heads import Head, load_generating_head
 from nsc.bases.image_tower import ImageTower
+from nsc.bases.llava import places
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data.image_text import Prompts, Sample, Writer, image_features, places, read_prompts
+from nsc.data.image_text import Prompts, Sample, Writer, image_features, read_prompts
 from nsc.data.images import as_image
 from nsc.data.modalities import feed_of
 from nsc.errors import DataError, NSCError
-from nsc.learning.entropy import Head, entropy_of
+from nsc.learning.entropy import entropy_of
 from nsc.learning.generation import continue_prompts, generator
 from tests.learning.test_exactness import START
 from tests.merging.test_llava_merges import IMAGE, OLD, PATCHES, stock_inputs
@@ -42,7 +44,7 @@ def test_answers_are_those_of_transformers(tmp_path, questions, tied, layout):
         rewrite(base / "model.safetensors", to_new_layout)
     whole = transformers.AutoModelForImageTextToText.from_pretrained(base).eval()
     body = loading.load_body(str(base), device="cpu")
-    head = Head(*loading.load_generating_head(str(base), body))
+    head = Head(*load_generating_head(str(base), body))
     torch.testing.assert_close(head.weight, whole.get_output_embeddings().weight)
     processor = loading.load_processor(str(base))
     prompts = [prompt for file in questions.values() for prompt in read_prompts(file)]
@@ -61,7 +63,7 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path):
     body = loading.load_body(str(base))
     rewrite(base / "model.safetensors", lambda t: t.pop("language_model.lm_head.weight"))
     with pytest.raises(NSCError, match="lm_head in its checkpoint, so it generates no tokens"):
-        loading.load_generating_head(str(base), body)
+        load_generating_head(str(base), body)
 
 
 SHARED = [
@@ -123,7 +125,7 @@ def test_a_merge_is_the_plain_computation(
         features = torch.stack([features for _, _, features in rows])[:, None]
         return Batch({"input_ids": ids, "features": features, "place": places(image)}, task, weight)
 
-    head = loading.load_generating_head(base, model)[0].double()
+    head = load_generating_head(base, model)[0].double()
     thirds, ones = (0 if objective == "entropy" else 1 / 3,) * 3, None if objective == "null-space" else (1.0,) * 3
     how = Plain(thirds, entropies=ones, heads=[(head, None)] * 3, all_rows=positions != "prompt")
     steps = iter(range(3))
@@ -157,7 +159,7 @@ def test_a_projector_that_a_task_keeps_is_no_head(llava, llava_adapters, questio
     )  # fmt: skip
     assert all(adapter.saved for adapter in kept.adapters.values())
     body = loading.load_body(str(llava))
-    own = loading.load_generating_head(str(llava), body)[0]
+    own = load_generating_head(str(llava), body)[0]
     for head in entropy_of(str(llava), body, kept.adapters, "prompt").heads:
         assert torch.equal(head.weight, own)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.stack import by_rank, whitened
+from nsc.bases.heads import Head
 from nsc.config import MergeConfig
-from nsc.learning.entropy import Entropy, Head
+from nsc.learning.entropy import Entropy
 from nsc.learning.loop import learn, prepared
 from nsc.learning.objective import sample_quantiles
 from nsc.learning.passes import share_out
@@ -142,7 +143,10 @@ def recorded(parts, name: str) -> tuple[Tensor, Tensor, Tensor]:
         made.append(TapeRecorder(device))
         return made[-1]
 
-    with patch("nsc.runtime.cuda_graphs.CudaRecorder", recorder), patch("nsc.runtime.cuda_graphs.obstacle", lambda model: None):
+    with (
+        patch("nsc.runtime.cuda_graphs.CudaRecorder", recorder),
+        patch("nsc.runtime.cuda_graphs.obstacle", lambda model: None),
+    ):
         result = found(parts, name, rows="shared")
     entropic = OPTIONS[name].heads
     assert all(not r.tapes for r in made) if entropic else any(r.tapes for r in made)  # an entropy is not recorded

@@ -10,11 +10,11 @@ import torch
 import nsc.learning.loop as learning
 from nsc.adapters.surgery import choose_plans, merged_layers, set_coefficients
 from nsc.data.packing import collate
+from nsc.learning import passes
 from nsc.learning.loop import learn
 from nsc.learning.objective import NullSpaceObjective
-from nsc.learning.passes import Passes
-from nsc.runtime import memory
-from nsc.runtime.memory import free_memory, kept_bytes, tokens_that_fit
+from nsc.learning.passes import Passes, tokens_that_fit
+from nsc.runtime.memory import free_memory, kept_bytes
 from tests.learning.test_loop import CONFIG, TARGETS, setting  # noqa: F401
 
 
@@ -57,7 +57,7 @@ def test_what_a_token_keeps_is_measured_exactly(setting, layers):  # noqa: F811
         for taken, fits in ((rows, True), (math.ceil(1.1 * rows), False)):
             set_coefficients(layers, lam)
             part = batch.split(taken)[0]
-            assert (kept_bytes(partial(objective.loss, part), model) <= memory.SHARE * free) == fits
+            assert (kept_bytes(partial(objective.loss, part), model) <= passes.SHARE * free) == fits
 
 
 def test_free_memory_of_this_machine():

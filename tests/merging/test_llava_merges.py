@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 
 import nsc
 from nsc.adapters.surgery import merged_layers
+from nsc.bases import loading, structure
 from nsc.bases.image_tower import ImageTower
-from nsc.bases.llava import ImageTextBody
-from nsc.cli.merge_command import app
-from nsc.data.image_text import Prompt, Writer, places, read_prompts
+from nsc.bases.llava import ImageTextBody, places
+from nsc.cli import app
+from nsc.data.image_text import Prompt, Writer, read_prompts
 from nsc.data.images import pixels_by
 from nsc.errors import NSCError
+from nsc.runtime import cuda_graphs
 from tests.tape import TapeRecorder
 from tests.tiny import llava_prefixes, peft_adapter, random_factors, rewrite, write_adapter
 
@@ -152,7 +154,7 @@ def test_a_projector_that_each_task_keeps(llava, llava_adapters, questions, tmp_
 
 
 def test_lora_in_the_tower_is_refused(llava, llava_adapters, questions, tmp_path):
-    inside = next(n for n in loading.linear_shapes(loading.load_body(str(llava))) if n.startswith("vision_tower"))
+    inside = next(n for n in structure.linear_shapes(loading.load_body(str(llava))) if n.startswith("vision_tower"))
     name = inside if OLD else f"model.{inside}"
     factors = {name: random_factors([name])[name], f"{TEXT}.3.self_attn.v_proj": random_factors(["v"], m=16)["v"]}
     adapter = write_adapter(tmp_path / "a", factors, target_modules=sorted(factors))
@@ -163,7 +165,9 @@ def test_lora_in_the_tower_is_refused(llava, llava_adapters, questions, tmp_path
 def test_steps_can_be_recorded(llava, llava_adapters, questions, monkeypatch):
     """On tapes, which refuse to wait for the device as CUDA graphs do."""
     recorders = []
-    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: recorders.append(TapeRecorder(device)) or recorders[-1])
+    monkeypatch.setattr(
+        cuda_graphs, "CudaRecorder", lambda device: recorders.append(TapeRecorder(device)) or recorders[-1]
+    )
     monkeypatch.setattr(cuda_graphs, "obstacle", lambda model: None)
     settings = dict(steps=6, lr=0.02, batch_size=4, dtype="float64", progress=False)  # all samples in each step
     recorded = nsc.merge(llava, llava_adapters, questions, **settings)

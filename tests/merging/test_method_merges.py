@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import nsc
 from nsc.bases import loading
 from nsc.errors import NSCError, ProofError
-from nsc.export.files import merged_factors
+from nsc.export.merged_factors import merged_factors
 from nsc.methods import METHODS
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import read_recipe

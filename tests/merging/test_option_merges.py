@@ -7,12 +7,15 @@ import pytest
 import torch
 
 import nsc
+from nsc.adapters.modules_to_save import carried_head
+from nsc.bases import loading
+from nsc.bases.heads import Head
 from nsc.bases.roles import LAST_BLOCKS, choose_targets
 from nsc.config import BLOCKS, MergeConfig
-from nsc.data.images import collate_images
+from nsc.data.images import collate_images, pixels_by, read_images
 from nsc.data.packing import pack
 from nsc.errors import DataError, NSCError, ResumeError
-from nsc.learning.entropy import Entropy, Head, carried_head, entropy, row_weights
+from nsc.learning.entropy import Entropy, entropy, row_weights
 from nsc.learning.loop import goal_of
 from nsc.merging.from_data import _identity
 from tests.conftest import ADAPTERS
@@ -205,7 +208,7 @@ def vision(tmp_path_factory):
     """A ViT with two adapters, each with a head over its classes."""
     folder = tmp_path_factory.mktemp("vision")
     base = save_image_base(folder / "base")
-    shapes = linears(nsc.families.load_body(str(base), device="cpu"))
+    shapes = linears(loading.load_body(str(base), device="cpu"))
     names = [name for name, (m, d) in shapes.items() if m == d == 32 and "pooler" not in name]
     adapters, generator = {}, torch.Generator().manual_seed(0)
     for seed, (task, classes) in enumerate((("digits", 10), ("clothes", 4))):
@@ -227,11 +230,11 @@ def test_the_entropy_of_a_classifier_is_that_of_its_class_token(vision):
     assert (result.coefficients[-1] - 0.4).abs().max() > 1e-4  # the forward goes on behind the last target
     model = result.model
     start = torch.full_like(result.coefficients, 0.4)
-    pixels = nsc.feeds.pixels_by(nsc.families.load_image_processor(str(base)), torch.float32)
+    pixels = pixels_by(loading.load_image_processor(str(base)), torch.float32)
     total = 0.0
     with nsc.merging.merged_layers(model, result.stack, start), torch.no_grad():
         for task, rows in images.items():
-            inputs = torch.stack([pixels(image) for image in nsc.feeds.read_images(rows)])
+            inputs = torch.stack([pixels(image) for image in read_images(rows)])
             head = carried_head(result.adapters[task])
             said = torch.nn.functional.linear(model(pixel_values=inputs)[0][:, 0], head.weight, head.bias)
             total += torch.distributions.Categorical(logits=said).entropy().mean().item()

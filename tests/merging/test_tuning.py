@@ -9,14 +9,17 @@ import torch
 import yaml
 
 import nsc
+from nsc.adapters.lora import read_adapters
 from nsc.adapters.surgery import merged_layers
+from nsc.bases import loading
 from nsc.bases.roles import choose_targets
 from nsc.data.labelled import Labelled
-from nsc.data.modalities import batches_of
-from nsc.data.sources import read_adapters
 from nsc.errors import DataError, NSCError
-from nsc.evaluation.scale_search import LabelledLoss, NullSpaceRatio
+from nsc.evaluation.scale_search import LabelledLoss
 from nsc.evaluation.scoring import exams_of
+from nsc.learning.generation import batches_of
+from nsc.learning.ratios import NullSpaceRatio
+from nsc.merging import tuning
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import read_recipe
 from nsc.recipes.updates import dense

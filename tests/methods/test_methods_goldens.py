@@ -19,8 +19,11 @@ KNOTS = [case for case in manifest()["cases"] if case["case"].startswith("nsc_kn
 
 def compared() -> set[str]:
     """The ids of the cases that tests are parametrized by, in every test file that reads the goldens."""
-    files = [path for path in Path(__file__).parent.glob("test_*.py") if "from merging import" in path.read_text()]
-    tests = [test for path in files for test in vars(importlib.import_module(path.stem)).values()]
+    root = Path(__file__).parents[2]
+    reads = "from tests.merging_goldens import"
+    files = [path for path in root.glob("tests/*/test_*.py") if reads in path.read_text()]
+    modules = [".".join(path.relative_to(root).with_suffix("").parts) for path in files]
+    tests = [test for module in modules for test in vars(importlib.import_module(module)).values()]
     marks = [mark for test in tests for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
     given = [value for mark in marks for values in mark.args[1] for value in (values, *as_tuple(values))]
     return {value["id"] for value in given if isinstance(value, dict) and "id" in value}

@@ -15,6 +15,8 @@ from nsc.config import MergeConfig
 from nsc.data.packing import collate
 from nsc.errors import NSCError
 from nsc.learning.loop import learn
+from nsc.performance import profile as profile_module
+from nsc.performance import timing
 from nsc.performance.costs import Step, linears_in_order
 from nsc.performance.hardware import HARDWARE
 from nsc.performance.profile import Profile, find_hardware, format_profile, known_gpu, measure, profile_merge
@@ -191,7 +193,7 @@ def test_a_profile_compares_with_its_floor_and_its_plan(profile):
     text = format_profile(profile)
     assert re.search(r"^floor .* measured by turns \(predicted .*s\); the step takes \d+\.\d{3} of it$", text, re.M)
     named = [line.split("  ")[1] for line in text.splitlines() if line.startswith("  ")]
-    assert named == list(profile.NAMES.values())
+    assert named == list(profile_module.NAMES.values())
 
 
 def test_an_unknown_device_leaves_mfu_out_and_says_why():
@@ -208,7 +210,7 @@ def test_a_body_without_a_plan_is_measured_all_the_same(monkeypatch):
     def refuse(_model):
         raise NSCError("no plan for experts")
 
-    monkeypatch.setattr(profile, "linears_in_order", refuse)
+    monkeypatch.setattr(profile_module, "linears_in_order", refuse)
     model = body()
     stack = random_stack(model)
     given = choose_targets(model, stack.names), [random_batch()], MergeConfig(), 1, find_hardware(CPU, None, 1e12)
@@ -250,9 +252,9 @@ def test_memory_beyond_the_weights_on_a_gpu(monkeypatch):
     )  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(profile, "input_device", lambda _model: cuda)
-    monkeypatch.setattr(profile, "_peak_memory", lambda _device: weights + 1000)
-    monkeypatch.setattr(profile, "profile_step", lambda *_: (dict.fromkeys(PARTS, 1e-9), 1.0))
+    monkeypatch.setattr(profile_module, "input_device", lambda _model: cuda)
+    monkeypatch.setattr(profile_module, "peak_memory", lambda _device: weights + 1000)
+    monkeypatch.setattr(profile_module, "profile_step", lambda *_: (dict.fromkeys(PARTS, 1e-9), 1.0))
     found = measure(
         "b", model, stack, choose_targets(model, stack.names), [random_batch()], MergeConfig(), 1, HARDWARE["H100"]
     )

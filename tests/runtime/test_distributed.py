@@ -278,10 +278,10 @@ def test_the_command_line_under_torchrun(command, tmp_path):
     """A rank dies, two others resume; one result is written, that of one process."""
     from typer.testing import CliRunner
 
-    from nsc.cli.merge_command import app
+    from nsc.cli import app
 
     (tmp_path / "dies.py").write_text(
-        "import os, nsc.learn as learn; from nsc.cli import app; step = learn.take_step\n"
+        "import os, nsc.learning.loop as learn; from nsc.cli import app; step = learn.take_step\n"
         "def die(run, *rest):\n"
         "    if run.step == 20 and os.environ['RANK'] == '1': os._exit(9)\n"
         "    return step(run, *rest)\n"

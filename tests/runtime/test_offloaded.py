@@ -14,7 +14,7 @@ from torch import nn
 
 import nsc
 from nsc.adapters.surgery import choose_plans
-from nsc.bases import loading
+from nsc.bases import loading, structure
 from nsc.errors import NSCError
 from nsc.learning.loop import initial_gradient
 from nsc.merging.from_data import _identity
@@ -154,8 +154,8 @@ def quantised(request, tmp_path_factory):
 
 def test_a_quantised_linear_is_the_linear_of_its_weight_and_so_is_its_gradient(quantised):
     bits, _, full, fewer = quantised
-    assert loading.linear_shapes(fewer) == loading.linear_shapes(full)
-    for name in loading.linear_shapes(full):
+    assert structure.linear_shapes(fewer) == structure.linear_shapes(full)
+    for name in structure.linear_shapes(full):
         linear = fewer.get_submodule(name)
         weight = dequantised(linear)
         original = full.get_submodule(name).weight
@@ -181,7 +181,7 @@ def test_coefficients_learned_on_fewer_bits_are_written_and_proven_in_full(quant
     result = nsc.merge(folder, adapters, texts, steps=3, lr=1e-2, progress=False, weights=bits)
     lam = torch.full_like(result.coefficients, 0.4)
     stands_for = copy.deepcopy(full)
-    for name in loading.linear_shapes(full):
+    for name in structure.linear_shapes(full):
         stands_for.get_submodule(name).weight.data = dequantised(fewer.get_submodule(name))
     of_full, expected, found = (
         initial_gradient(model, result.stack, result.record.targets, result.batch, lam)[1]

@@ -1,0 +1,93 @@
+"""The files of a PEFT folder or Hub repository, parsed; what is not supported is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nsc.adapters.unsupported import unsupported
+from nsc.errors import AdapterError, UnsupportedAdapter
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of an adapter folder, parsed but not judged."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sha256: str
+
+    def error(self, text: str) -> AdapterError:
+        """An error about this adapter, to be raised by the caller."""
+        return AdapterError(f"adapter '{self.name}' ({self.path}): {text}")
+
+
+def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Checkpoint:
+    """Parse config and tensors without judging them. Raises AdapterError where a file is missing or unreadable."""
+    path = _local_folder(path_or_hub_id)
+    name = name or Path(path_or_hub_id).expanduser().resolve().name
+    for file in (CONFIG, WEIGHTS):
+        if not (path / file).is_file():
+            raise AdapterError(f"adapter '{name}': {path} has no {file}; {_missing_file_remedy(path)}")
+    config, weights = _read_config(path / CONFIG, name), path / WEIGHTS
+    try:
+        return Checkpoint(name, path, config, load_file(weights), hashlib.sha256(weights.read_bytes()).hexdigest())
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"adapter '{name}': {weights} is truncated or corrupt ({error}); copy it again") from error
+
+
+def refuse_unsupported(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedAdapter listing every feature that cannot be merged; ``unsupported`` returns them instead."""
+    if features := unsupported(checkpoint.config, checkpoint.tensors):
+        listed = "".join(f"\n  - {feature}" for feature in features)
+        raise UnsupportedAdapter(
+            f"{checkpoint.error('cannot be merged, it is not plain LoRA or VeRA on linear layers')}{listed}"
+        )
+
+
+def _read_config(path: Path, name: str) -> dict[str, Any]:
+    """adapter_config.json as a dict. Raises AdapterError where it is no JSON object."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"adapter '{name}': {path} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"adapter '{name}': {path} holds no JSON object; copy it again")
+    return config
+
+
+def _local_folder(path_or_hub_id: str | Path) -> Path:
+    """The folder itself, or a snapshot of the Hub repository of that name."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise AdapterError(f"{path} is a file; give the folder that it lies in")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
+        raise AdapterError(f"adapter folder {path} does not exist; check the path (a Hub id would be user/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
+        cause = f"{type(error).__name__}: {error}"
+        tried = f"'{path_or_hub_id}' is no local folder, and the Hub gave no such adapter ({cause})"
+        raise AdapterError(f"{tried}; check the spelling, the network or `hf auth login`") from error
+
+
+def _missing_file_remedy(path: Path) -> str:
+    if (path / PICKLE).is_file():
+        return f"{PICKLE} is a pickle, which is never loaded: load it with PEFT and save it with save_pretrained"
+    return f"nsc needs the folder that PEFT's save_pretrained wrote ({PICKLE} will not do)"

@@ -1,0 +1,59 @@
+"""The layer by which a causal base names its next token."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from nsc.bases.llava import takes_images_and_text
+from nsc.bases.structure import is_causal
+from nsc.bases.weights import read_tensors
+from nsc.errors import NSCError
+
+
+class Head(NamedTuple):
+    """A linear layer over the body's last hidden states: weight (C, d), bias (C,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, d) -> (n, C), in the states' dtype and on their device."""
+        return F.linear(states, self.weight.to(states), None if self.bias is None else self.bias.to(states))
+
+
+def load_generating_head(base: str, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, d) and bias (V,), or None, of the layer by which a causal base names its next token.
+
+    model: its body, whose token embeddings they are where the two are tied. Raises NSCError where the base generates
+    nothing, its checkpoint has no such layer, or its logits are changed behind it.
+    """
+    if not is_causal(model):
+        raise NSCError(f"base {base!r} generates no tokens: its attention is not causal; give positions prompt")
+    config = AutoConfig.from_pretrained(base)
+    text, images = getattr(config, "text_config", config), takes_images_and_text(config)
+    changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, n, None)]
+    if changed:
+        raise NSCError(f"base {base!r} changes its logits ({changed[0]}), which nsc does not follow")
+    try:
+        with torch.device("meta"):
+            whole = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(config)
+    except ValueError as error:
+        raise NSCError(f"base {base!r} has no head that generates tokens: {error}") from error
+    head = whole.get_output_embeddings()
+    if head.weight is whole.get_input_embeddings().weight:
+        body: Any = getattr(model, "text", model)
+        return body.get_input_embeddings().weight.detach(), None
+    place = next(name for name, module in whole.named_modules() if module is head)
+    places = ["lm_head", "language_model.lm_head"] if images else [place]  # LLaVA's, in new and old checkpoints
+    stored = read_tensors(base, [f"{place}.{kind}" for place in places for kind in ("weight", "bias")])
+    found = next((place for place in places if f"{place}.weight" in stored), None)
+    if found is None:
+        raise NSCError(
+            f"base {base!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
+        )
+    return stored[f"{found}.weight"], stored.get(f"{found}.bias")

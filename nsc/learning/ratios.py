@@ -1,0 +1,100 @@
+"""Null-space ratios of a merged model without any gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc.adapters.stack import Stack, whitened
+from nsc.adapters.surgery import merged_layers
+from nsc.batch import Batch
+from nsc.errors import NonFiniteError, TargetError
+from nsc.learning.objective import Goal, NullSpaceObjective
+from nsc.runtime.distributed import Team
+from nsc.runtime.placement import input_device
+from nsc_kernels import null_space_ratio
+
+
+def require_finite_ratios(objective: NullSpaceObjective, table: Tensor) -> None:
+    """Raise NonFiniteError naming the targets and tasks at which ``table`` (T, K) of ratios is not finite."""
+    broken = ~torch.isfinite(table) & (objective.share > 0)
+    places = [f"{objective.targets[t]} (task {objective.tasks[k]})" for t, k in broken.nonzero().tolist()[:3]]
+    if places:
+        raise NonFiniteError(
+            f"NaN or infinite activations enter {', '.join(places)}; check the base's weights and dtype (float16"
+            " overflows: use bfloat16)"
+        )
+
+
+def mean_ratios(
+    model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor, team: Team,
+    goal: Goal,
+) -> Tensor:  # fmt: skip
+    """(T, K) over the batches of all ranks."""
+    device = input_device(model)
+    with merged_layers(model, stack, lam.to(device)) as layers:
+        objective = NullSpaceObjective(model, layers, stack, targets, goal=goal)
+        table = torch.zeros_like(objective.share)
+        for batch in batches:
+            table += objective.ratios(batch.to(device))
+        team.add_up(table)
+        require_finite_ratios(objective, table)
+        return table.cpu()
+
+
+class NullSpaceRatio:
+    """Mean over tasks with rows, and each one's targets, of the null-space ratios of unlabeled rows in a merged model.
+
+    stack: of the adapters themselves.  batches: of all tasks' rows, weighted as by ``nsc.data.packing.pack``. Raises
+    TargetError where an adapter with rows has none of the targets.
+    """
+
+    def __init__(self, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], device: torch.device) -> None:
+        self.targets, self.batches = list(targets), [batch.to(device) for batch in batches]
+        rows = torch.cat([batch.task[batch.weight > 0].cpu() for batch in batches])
+        counted = rows.bincount(minlength=len(stack.tasks)) > 0  # (K,)
+        present = torch.tensor([stack.modules[name].present for name in targets]).double() * counted
+        if orphans := [t for t, n, seen in zip(stack.tasks, present.sum(0), counted, strict=True) if seen and not n]:
+            raise TargetError(f"adapter {', '.join(orphans)} has none of the targets; choose others by target_modules")
+        self.share = (present / present.sum(0).clamp_min(1) / counted.sum()).to(device)  # (T, K)
+        modules = whitened(stack).modules
+        self.A = {name: modules[name].A.to(device) for name in targets}
+        self.offsets = {n: torch.tensor([0, *modules[n].ranks], device=device).cumsum(0) for n in targets}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> float:
+        return sum(self._of_batch(model, batch) for batch in self.batches)
+
+    def _of_batch(self, model: nn.Module, batch: Batch) -> float:
+        """One forward, up to the input of the last target."""
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = self._ratio(name, args[0], batch)
+            if len(seen) == len(self.targets):
+                raise _Stop
+
+        hooks = [model.get_submodule(n).register_forward_pre_hook(partial(watch, n)) for n in self.targets]
+        try:
+            model(**batch.arguments(next(model.parameters()).dtype))
+        except _Stop:
+            return float(sum(seen.values()))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise TargetError(f"target {', '.join(set(self.targets) - set(seen))} never ran in the forward of this model")
+
+    def _ratio(self, name: str, z: Tensor, batch: Batch) -> Tensor:
+        """() this target's part of the mean."""
+        z, task = z.flatten(0, -2), batch.task.flatten()
+        u = z @ self.A[name].to(z).T
+        weight = batch.weight.flatten() * self.share[self.targets.index(name)].to(batch.weight)[task]
+        return null_space_ratio(z, u, adapter=task, offsets=self.offsets[name], weight=weight)
+
+
+class _Stop(Exception):
+    """Raised inside the forward once the last target has been seen."""

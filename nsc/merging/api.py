@@ -1,0 +1,102 @@
+"""``nsc.merge``: which of its ways a merge goes, by method and search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from nsc.config import LEARNED, MergeConfig
+from nsc.console import printer
+from nsc.data.sources import Source
+from nsc.errors import NSCError
+from nsc.export.result import MergeResult
+from nsc.merging.from_data import learn_coefficients
+from nsc.merging.from_recipe import Coefficients, Masks, combine, combine_learned, require_weights_of_tasks
+from nsc.merging.tuning import find_scale, read_search, refuse_search
+from nsc.paths import absolute
+from nsc.recipes.spec import Recipe, read_settings
+from nsc.runtime.distributed import join
+
+
+def merge(
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    data: Mapping[str, Source] | None = None,
+    config: MergeConfig | None = None,
+    *,
+    method: str | Recipe = "nsc",
+    search: str = "none",
+    validation: Mapping[str, Source] | None = None,
+    scales: tuple[float, float] | None = None,
+    coefficients: Coefficients = None,
+    masks: Masks = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> MergeResult:
+    """Merge ``adapters`` on ``base``: learn one coefficient per layer and task from unlabeled ``data``, or by a method.
+
+    base: folder or Hub id.  adapters: task -> PEFT folder or Hub id.  data: task -> what ``read_texts`` takes (JSONL or
+    text file, ``hub:`` dataset, texts), or ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the
+    base takes images; not read by a method that learns nothing.  settings: of the method, by default fields of
+    MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state while learning; with ``resume`` the run
+    goes on from it. Under torchrun or accelerate launch the processes share each step and all return the same; the
+    first one alone prints, keeps the checkpoint and should save.
+
+    method: a name that ``nsc methods`` lists, "nsc+NAME" to learn coefficients first and use them as the weights of
+    another method, or what ``read_recipe`` read.  coefficients: (M, K), or the folder of an earlier merge, as weights
+    of a method that learns nothing.  masks: layer -> (K, p, q) bool, what a method that drops entries at random is to
+    keep.
+
+    search: how to find the scale of another method: "null-space" by the ratios of ``evaluation_samples`` rows of
+    ``data`` a task, "labels" by the loss on ``validation``, task -> what ``read_labelled`` takes, or "none", by the
+    setting ``scale``.  scales: lowest and highest, 0.1 and 1.5 by default. Raises a subclass of NSCError that says what
+    is wrong and where.
+    """
+    data, validation, searches = data or {}, validation or {}, search != "none"
+    recipe, name, config = _chosen(method, config, settings, searches)
+    scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
+    refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
+    chosen = read_search(search, absolute(base), adapters, data, validation, scales)
+    say = printer(progress and join(config.device).first)
+    if recipe and not recipe.learned:
+        if resume:
+            raise NSCError(f"method {recipe.label} learns nothing, so there is nothing to resume; leave it out")
+        result = combine(absolute(base), adapters, recipe, config, coefficients, masks, searches, say)
+        result = find_scale(result, chosen, config, say) if chosen else result
+        say(result.report.summary())
+        return result
+    if coefficients is not None or (masks and not recipe):
+        what = "coefficients" if coefficients is not None else "masks"
+        raise NSCError(f"{what} are for other methods, such as task-arithmetic or dare; {name} learns its coefficients")
+    if recipe:
+        require_weights_of_tasks(recipe, config)
+    place = Path(checkpoint) if checkpoint else None
+    result = learn_coefficients(base, adapters, data, config, name, place, resume, progress)
+    result = combine_learned(result, recipe, config, masks) if recipe else result
+    result = find_scale(result, chosen, config, say) if chosen else result
+    say(result.report.summary())
+    return result
+
+
+def _chosen(
+    method: str | Recipe, config: MergeConfig | None, settings: Mapping[str, Any], searches: bool
+) -> tuple[Recipe | None, str, MergeConfig]:
+    """What is made of the adapters, the name of what learns, and its settings, over its own defaults."""
+    if isinstance(method, Recipe):
+        recipe: Recipe | None = method
+        ours = read_settings(method.label, settings, searches)[1]
+        if others := sorted(set(settings) - {f.name for f in fields(MergeConfig)}):
+            raise NSCError(f"{others[0]} is given beside a recipe, which says all of it; say it there")
+    else:
+        recipe, ours = read_settings(method, settings, searches)
+    name = (recipe.learned or "") if recipe else str(method)
+    if config is None:
+        return recipe, name, MergeConfig(**{**(LEARNED[name].settings if name else {}), **ours})
+    meant = LEARNED[name].settings.get("objective") if name else None
+    if meant and config.objective != meant:
+        raise NSCError(f"method {name} learns by the objective {meant}, but config says {config.objective}; change one")
+    return recipe, name, replace(config, **ours)

@@ -1,0 +1,67 @@
+"""``nsc.apply``: a recorded merge again, without learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from nsc.adapters.lora import fingerprint, read_adapters
+from nsc.adapters.matching import match_adapters
+from nsc.adapters.modules_to_save import Body, dense_stacks, split_saved
+from nsc.adapters.stack import by_rank, stack_adapters
+from nsc.bases import loading
+from nsc.errors import NSCError
+from nsc.export.record import Record
+from nsc.export.result import MergeResult
+from nsc.merging.report_builder import describe_recipe, describe_stack
+from nsc.paths import absolute
+from nsc.recipes.combination import Combination
+
+
+def replay(result: MergeResult) -> MergeResult:
+    """The recorded merge by its recipe, where the record has one."""
+    record = result.record
+    recipe = record.recipe
+    if recipe is None:
+        return result
+    device = loading.one_device(record.settings.get("device", "auto"))
+    combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
+    report = replace(describe_recipe(result.report, recipe), searched=record.searched)
+    return replace(result, report=report, combination=combination)
+
+
+def apply(
+    folder: str | Path, *, adapters: Mapping[str, str | Path] | None = None, base: str | Path | None = None
+) -> MergeResult:
+    """The merge that ``folder`` records, without learning. The base's weights are read only to save the full model.
+
+    adapters: where a task's adapter lies now, if it moved.  base: likewise. Raises NSCError if an adapter is not the
+    one that was merged.
+    """
+    record = Record.read(Path(folder))
+    moved = dict(adapters or {})
+    unknown = sorted(set(moved) - set(record.adapters))
+    if unknown:
+        raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
+    record = replace(record, base=absolute(base) if base else record.base)
+    read = read_adapters({task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()})
+    for task, adapter in read.items():
+        if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
+            raise NSCError(
+                f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
+                " since; find the original, or merge anew"
+            )
+    matches = match_adapters(read, record.modules)
+    body = Body(record.modules, record.dense)
+    read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
+    stack = stack_adapters(read, matches, record.modules, dense_stacks(record.base, whole))
+    stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack
+    lam = record.coefficients
+    if lam is not None and lam.shape != stack.owned.shape:
+        raise NSCError(
+            f"{folder} records coefficients {tuple(lam.shape)}, but these adapters take"
+            f" {tuple(stack.owned.shape)}; it is damaged, so merge anew"
+        )
+    report = describe_stack(record.base, stack, lam, record.start, record.method)
+    return replay(MergeResult(lam, report, record, read, stack))

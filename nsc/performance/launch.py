@@ -1,0 +1,64 @@
+"""How a merge is started: on one device, several, or several nodes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nsc.console import metric
+from nsc.performance.costs import Memory
+
+USABLE = 0.9  # of a device's memory: the rest is for its context and for what an allocator cannot hand out
+
+
+@dataclass(frozen=True)
+class Launch:
+    """way: single, replicas, 8-bit, sharded or none.  devices: that it takes.  passes: of a step, on each of them.
+
+    command: None where there is no way.
+    """
+
+    way: str
+    devices: int
+    passes: int
+    command: str | None
+    why: str
+
+
+def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: int) -> Launch:
+    """The simplest way that ``room`` bytes a device allow: one device, a replica on each, sharded over those there are,
+    8-bit weights on one, sharded over more than there are. Passes are as many as memory asks for.
+    """
+    there, shards = gpus * nodes, memory.fewest_shards(room)
+    too_large = f"{metric(memory.weights, 'B')} of weights and one sample do not fit a device"
+    split = (
+        f"sharding takes {shards} devices at least"
+        if shards
+        else "sharding does not help: what each device holds does not fit"
+    )
+    if fit := memory.samples_within(room):
+        if there == 1:
+            return Launch("single", 1, _passes(memory, 1, fit), "nsc merge ...", "the base and a sample fit one device")
+        used = math.ceil(memory.samples / math.ceil(memory.samples / there))
+        why = f"the base fits one device, so {used} of {there} share the {memory.samples} samples of a step"
+        return Launch("replicas", used, _passes(memory, used, fit), _torchrun(gpus, nodes), why)
+    if not (shards and shards <= there) and (fit := memory.in_8_bits(itemsize).samples_within(room)):
+        why = f"{too_large}; in 8 bits they do, or {split}"
+        return Launch("8-bit", 1, _passes(memory, 1, fit), "nsc merge ... --weights int8", why)
+    if not shards:
+        return Launch("none", 1, 0, None, f"{too_large}, in 8 bits neither; {split}")
+    devices = max(shards, there)
+    fit = memory.sharded(devices).samples_within(room)
+    command = _torchrun(gpus, math.ceil(devices / gpus)) + " --shard"
+    return Launch(
+        "sharded", devices, _passes(memory, devices, fit), command, f"{too_large}; {split}, there are {there}"
+    )
+
+
+def _passes(memory: Memory, devices: int, fit: int) -> int:
+    return math.ceil(math.ceil(memory.samples / devices) / max(fit, 1))
+
+
+def _torchrun(gpus: int, nodes: int) -> str:
+    across = f"--nnodes {nodes} --rdzv_endpoint HOST:PORT --rdzv_backend c10d " if nodes > 1 else ""
+    return f"torchrun {across}--nproc_per_node {gpus} -m nsc merge ..."
