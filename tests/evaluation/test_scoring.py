@@ -76,7 +76,7 @@ def test_numbers_are_scored_by_every_metric_of_numbers(base, model, adapter):
         "loss": (said - true).square().mean(),
     }
     for metric, value in expected.items():
-        assert exam(base, model, head, labels, metric).score(model) == pytest.approx(value.item(), abs=1e-5)
+        assert exam(base, model, head, labels, metric).score(model) == pytest.approx(value.item(), rel=1e-6, abs=1e-5)
     assert exam(base, model, head, labels).metric == "pearson"
     assert [metric for metric in METRICS if not METRICS[metric].higher] == ["rmse", "mae", "loss", "perplexity"]
 
