@@ -25,6 +25,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from race import Race
 from timing import CUDA, DEVICE, synchronize
 
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body
 from nsc.config import MergeConfig
 from nsc.performance.profile import find_hardware
@@ -40,7 +41,7 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 def test_step(benchmark: BenchmarkFixture, case: Case, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     case, base = case.here(), pytestconfig.getoption("base")
     trained = bool(base) and case.config is SMOLLM2
-    model = load_body(base, case.dtype, DEVICE) if trained else random_body(case.config, case.dtype)
+    model = load_body(Base(base), case.dtype, DEVICE) if trained else random_body(case.config, case.dtype)
     race, config = Race.of(case, model, tmp_path), MergeConfig(tokens_per_pass=case.tokens_per_pass)
     before = torch.cuda.memory_allocated() if CUDA else 0
     with nsc_step(model, race.stack, race.targets, [race.batch], config) as step:

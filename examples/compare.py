@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import nsc
 from nsc.adapters.surgery import merged_layers
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body
 
 
@@ -48,7 +49,7 @@ class Scorer:
 
 def compare(result: nsc.MergeResult, base: Path, exams: Mapping[str, Exam]) -> str:
     """The table: fine-tuned, the heads on the bare base, the plain sum at the scale best on these very rows, NSC."""
-    model = load_body(str(base), dtype="bfloat16", device="cpu")
+    model = load_body(Base(str(base)), dtype="bfloat16", device="cpu")
     scorer = Scorer(result, model, AutoTokenizer.from_pretrained(base), exams)
     like, one_hot = result.coefficients, torch.eye(len(result.tasks))
     alone: Scores = {}

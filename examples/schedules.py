@@ -18,6 +18,7 @@ from tasks import TASKS, load, write_unlabelled
 from transformers import AutoTokenizer
 
 import nsc
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ def main() -> None:
     data = {name: write_unlabelled(task, folder / f"{name}.jsonl") for name, task in TASKS.items()}
     exams = {name: Exam(task.metric, load(task).test[: args.rows]) for name, task in TASKS.items()}
     model, tokenizer = (
-        load_body(str(args.base), dtype="bfloat16", device="cpu"),
+        load_body(Base(str(args.base)), dtype="bfloat16", device="cpu"),
         AutoTokenizer.from_pretrained(args.base),
     )
     first = alone = None

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tasks import TASKS, write_unlabelled
 
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_tokenizer
 from nsc.batch import Batch
 from nsc.data.text import TextBatches, read_texts, tokenize
@@ -51,7 +52,7 @@ def main() -> None:
         name: write_unlabelled(task, folder / f"{name}.jsonl") for name, task in TASKS.items()
     }
     texts = {name: read_texts(file)[:512] for name, file in files.items()}
-    tokens = tokenize(load_tokenizer(str(args.base)), texts, args.max_length)
+    tokens = tokenize(load_tokenizer(Base(str(args.base))), texts, args.max_length)
     print("samples a task  shapes          tokens a step  how many  padding, mean and most  passes replayed")
     for batch_size in args.batch_size:
         for few in (False, True):

@@ -12,7 +12,7 @@ KERNELS = sorted((ROOT / "nsc_kernels").rglob("*.py"))
 DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
 # The modules that may import transformers and peft.
 HEAVY = {
-    "nsc/bases/base_config.py",
+    "nsc/bases/base_model.py",
     "nsc/bases/heads.py",
     "nsc/bases/loading.py",
     "nsc/export/files.py",

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
-
-from torch import nn
 
 from nsc.adapters.lora import Adapter
 from nsc.adapters.modules_to_save import Body, dense_stacks, split_saved
-from nsc.adapters.stack import Stack, by_rank, stack_adapters
+from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
-from nsc.bases.base_config import tied_outputs
+from nsc.bases.base_model import Base
 from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
-from nsc.bases.roles import choose_targets
-from nsc.config import MergeConfig
 from nsc.errors import NameMismatch
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
@@ -25,41 +21,44 @@ FOREIGN = {  # what lies in the other tower, by what the body takes
 }
 
 
-class Fitted(NamedTuple):
-    """Adapters on a base: what each task keeps for itself is still with them, what is merged is in ``stack``.
+class Matched(NamedTuple):
+    """Adapters on a base.
 
-    matches: task -> adapter's module name -> base's.  shapes: every linear of the base -> (out, in).  targets: what is
-    measured, where something is.
+    Attributes:
+        adapters: task -> adapter, with what each task keeps for itself, such as its head.
+        matches: task -> the adapter's module name -> the base's.
+        shapes: every linear of the base -> (out, in).
+        stack: what is merged, with a coefficient for each layer and task.
     """
 
     adapters: dict[str, Adapter]
     matches: dict[str, dict[str, str]]
     shapes: dict[str, tuple[int, int]]
     stack: Stack
-    targets: list[str]
 
 
-def fit(base: str, model: nn.Module, adapters: Mapping[str, Adapter], config: MergeConfig) -> Fitted:
-    """Put ``adapters`` on the body ``model`` of ``base``, and choose what is measured. Raises as ``put_on`` does."""
-    fitted = put_on(base, model, adapters, config)
-    names = list(fitted.stack.modules)
-    return fitted._replace(targets=choose_targets(model, names, config.target_modules, config.target_blocks))
+def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Sequence[str] = ()) -> Matched:
+    """Find the place of every tensor of ``adapters`` in the body of ``base``.
 
+    Args:
+        base: of whose body shapes are enough; weights are read only of layers that adapters fine-tuned whole.
+        adapters: task -> adapter.
+        keep_modules: suffixes of modules in modules_to_save that each task keeps, and that are not merged.
 
-def put_on(base: str, model: nn.Module, adapters: Mapping[str, Adapter], config: MergeConfig) -> Fitted:
-    """Put ``adapters`` on the body ``model`` of ``base``, of which shapes are enough; nothing is measured.
+    Returns:
+        The adapters side by side.
 
-    Raises a subclass of NSCError, naming adapter and module, for anything that has no place there.
+    Raises:
+        NSCError: a subclass that names adapter and module, for anything that has no place there.
     """
-    shapes = structure.linear_shapes(model)
+    shapes = structure.linear_shapes(base.model)
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
-        check_towers(task, mapping, str(model.main_input_name))
-    kept, whole = split_saved(adapters, matches, body_of(base, model), config.keep_modules)
+        check_towers(task, mapping, str(base.model.main_input_name))
+    kept, whole = split_saved(adapters, matches, body_of(base), keep_modules)
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
-    stack = by_rank(stack) if config.granularity == "rank" else stack
-    refuse_moving_tower(model, stack.names)
-    return Fitted(kept, matches, shapes, stack, [])
+    refuse_moving_tower(base.model, stack.names)
+    return Matched(kept, matches, shapes, stack)
 
 
 def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
@@ -72,12 +71,13 @@ def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[i
     return matches
 
 
-def body_of(base: str, model: nn.Module) -> Body:
+def body_of(base: Base) -> Body:
     """What ``split_saved`` must know of this base, of which ``model`` is the body."""
+    model = base.model
     parameters = structure.body_parameters(model)
     shared = Counter(map(id, parameters.values()))
     tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
-    if outputs := tied_outputs(base):
+    if outputs := base.tied_outputs:
         embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
         tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
     return Body(structure.linear_shapes(model), list(parameters), tied)

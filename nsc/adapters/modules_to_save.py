@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsc.adapters.lora import Adapter
 from nsc.adapters.stack import DenseStack
 from nsc.bases import structure
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head
 from nsc.bases.module_names import resolve_saved
 from nsc.bases.weights import read_layers
@@ -63,7 +64,7 @@ def split_saved(
     return kept, merged
 
 
-def dense_stacks(base: str, merged: Mapping[str, Mapping[str, Tensor]]) -> dict[str, DenseStack]:
+def dense_stacks(base: Base, merged: Mapping[str, Mapping[str, Tensor]]) -> dict[str, DenseStack]:
     """Module -> the differences of those tasks that fine-tuned it, from the base's own checkpoint.
 
     merged: task -> parameter -> tensor. In float32 at least. Raises NSCError where that checkpoint cannot be read.

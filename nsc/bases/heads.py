@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from nsc.bases.base_model import Base
 from nsc.bases.llava import takes_images_and_text
 from nsc.bases.structure import is_causal
 from nsc.bases.weights import read_tensors
@@ -26,24 +28,24 @@ class Head(NamedTuple):
         return F.linear(states, self.weight.to(states), None if self.bias is None else self.bias.to(states))
 
 
-def load_generating_head(base: str, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def load_generating_head(base: Base) -> tuple[Tensor, Tensor | None]:
     """Weight (V, d) and bias (V,), or None, of the layer by which a causal base names its next token.
 
     model: its body, whose token embeddings they are where the two are tied. Raises NSCError where the base generates
     nothing, its checkpoint has no such layer, or its logits are changed behind it.
     """
+    model, config = base.model, base.config
     if not is_causal(model):
-        raise NSCError(f"base {base!r} generates no tokens: its attention is not causal; give positions prompt")
-    config = AutoConfig.from_pretrained(base)
+        raise NSCError(f"base {base.id!r} generates no tokens: its attention is not causal; give positions prompt")
     text, images = getattr(config, "text_config", config), takes_images_and_text(config)
     changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, n, None)]
     if changed:
-        raise NSCError(f"base {base!r} changes its logits ({changed[0]}), which nsc does not follow")
+        raise NSCError(f"base {base.id!r} changes its logits ({changed[0]}), which nsc does not follow")
     try:
         with torch.device("meta"):
-            whole = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(config)
+            whole = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(deepcopy(config))
     except ValueError as error:
-        raise NSCError(f"base {base!r} has no head that generates tokens: {error}") from error
+        raise NSCError(f"base {base.id!r} has no head that generates tokens: {error}") from error
     head = whole.get_output_embeddings()
     if head.weight is whole.get_input_embeddings().weight:
         body: Any = getattr(model, "text", model)
@@ -54,6 +56,6 @@ def load_generating_head(base: str, model: nn.Module) -> tuple[Tensor, Tensor | 
     found = next((place for place in places if f"{place}.weight" in stored), None)
     if found is None:
         raise NSCError(
-            f"base {base!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
+            f"base {base.id!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
         )
     return stored[f"{found}.weight"], stored.get(f"{found}.bias")

@@ -1,12 +1,10 @@
-"""What is taken from a model by its structure: the body, its linear layers, its blocks, whether it is causal.
-
-No model is known by name here. The body is what ``AutoModel`` gives (no LM head, nothing after the last block's norm).
-"""
+"""Weights of a base into memory, as transformers loads them; its tokenizer and processors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +12,9 @@ import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from nsc.bases.base_config import body_config, main_input
+from nsc.bases.base_model import Base, auto_class, quiet_loading
 from nsc.bases.llava import ImageTextBody, takes_images_and_text
 from nsc.errors import NSCError
 from nsc.runtime.placement import reload_in_backward
@@ -26,42 +23,56 @@ from nsc.runtime.quantization import dequantise_where_used, quantization_config
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
-def load_body(
-    base: str, dtype: str = "auto", device: str = "auto", weights: str = "full", device_map: str | None = None
-) -> nn.Module:
-    """The frozen transformer body of a local folder or Hub id, in eval mode. Raises NSCError if it cannot be loaded.
+def load(
+    base: Base, dtype: str = "auto", device: str = "auto", weights: str = "full", device_map: str | None = None
+) -> Base:
+    """Return the same base with the weights of its body loaded.
 
-    weights: "full", or fewer bits for its linears (see ``nsc.runtime.quantization``).  device_map: as accelerate takes
-    it, instead of ``device``; what no device holds stays on the CPU or disk and is brought where it is used.
+    Args:
+        base: of which nothing needs to be loaded.
+        dtype: of the weights, such as "bfloat16"; "auto" takes the checkpoint's.
+        device: "cpu", "cuda"..., or "auto".
+        weights: "full", or fewer bits for its linears (see ``nsc.runtime.quantization``).
+        device_map: as accelerate takes it, instead of ``device``.
+
+    Returns:
+        A base whose ``model`` is what ``load_body`` gives.
+
+    Raises:
+        NSCError: as ``load_body`` does.
+    """
+    return replace(base, loaded=load_body(base, dtype, device, weights, device_map))
+
+
+def load_body(
+    base: Base, dtype: str = "auto", device: str = "auto", weights: str = "full", device_map: str | None = None
+) -> nn.Module:
+    """Load the frozen transformer body of a base, in eval mode.
+
+    Args:
+        base: of which nothing needs to be loaded.
+        dtype: of the weights, such as "bfloat16"; "auto" takes the checkpoint's.
+        device: "cpu", "cuda"..., or "auto", which is CUDA where there is one.
+        weights: "full", or fewer bits for its linears (see ``nsc.runtime.quantization``).
+        device_map: as accelerate takes it, instead of ``device``; what no device holds stays on the CPU or disk and is
+            brought to where it is used.
+
+    Returns:
+        What ``AutoModel`` loads, without gradients; an ``ImageTextBody`` where the base takes images with text.
+
+    Raises:
+        NSCError: if transformers cannot load it, or its checkpoint lacks weights.
     """
     place = one_device(device)
-    try:
-        precision = dtype if dtype == "auto" else getattr(torch, dtype)
-        options: dict[str, Any] = {"device_map": device_map} if device_map else {}
-        if weights != "full":
-            options |= {"quantization_config": quantization_config(weights)}
-            if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
-                options.setdefault("device_map", {"": place})
-        config = body_config(base)
-        with quiet_loading():
-            model, info = _auto_class(config).from_pretrained(
-                base, config=config, **{DTYPE: precision}, output_loading_info=True, **options
-            )
-    except TypeError as error:
-        raise NSCError(
-            f"transformers and the library of weights {weights} do not fit: update both ({error})"
-        ) from error
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise NSCError(f"base {base!r} cannot be loaded by transformers' AutoModel: {error}") from error
-    lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
-    if lost:
-        raise NSCError(
-            f"base {base!r} has no weights for {', '.join(lost[:3])}{' and more' * (len(lost) > 3)}: transformers would"
-            " fill them at random; fetch the base again, or give the model that its config describes"
-        )
-    if takes_images_and_text(config):
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    if weights != "full":
+        options |= {"quantization_config": quantization_config(weights)}
+        if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
+            options.setdefault("device_map", {"": place})
+    model = _with_weights(base, dtype, weights, options)
+    if takes_images_and_text(base.body_config):
         model = ImageTextBody(model)
-    model.config.use_cache = False  # nothing is generated: a key-value cache would only hold memory
+    model.config.use_cache = False  # type: ignore[union-attr]  # nothing is generated: a key-value cache would only hold memory
     model.requires_grad_(False).eval()
     if device_map:
         reload_in_backward(model)
@@ -72,66 +83,93 @@ def load_body(
     return model if options else model.to(place)
 
 
-def empty_body(base: str) -> nn.Module:
-    """The same body without weights, for the names and shapes of its layers. Raises NSCError if there is none."""
-    main_input(base)
-    config = body_config(base)
+def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any]) -> nn.Module:
+    """What AutoModel loads; a checkpoint that lacks weights is refused."""
+    config = base.body_config
     try:
-        with quiet_loading(), torch.device("meta"):
-            model = _auto_class(config).from_config(config)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise NSCError(f"base {base!r} cannot be built by transformers' AutoModel: {error}") from error
-    return ImageTextBody(model) if takes_images_and_text(config) else model
-
-
-def _auto_class(config: Any) -> Any:
-    """AutoModel, but for LLaVA in transformers 4, whose body is the whole model."""
-    mapped = type(config) in transformers.MODEL_MAPPING
-    return AutoModel if mapped or not takes_images_and_text(config) else AutoModelForImageTextToText
+        precision = dtype if dtype == "auto" else getattr(torch, dtype)
+        with quiet_loading():
+            model, info = auto_class(config).from_pretrained(
+                base.id, config=deepcopy(config), **{DTYPE: precision}, output_loading_info=True, **options
+            )
+    except TypeError as error:
+        raise NSCError(
+            f"transformers and the library of weights {weights} do not fit: update both ({error})"
+        ) from error
+    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {error}") from error
+    lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
+    if lost:
+        raise NSCError(
+            f"base {base.id!r} has no weights for {', '.join(lost[:3])}{' and more' * (len(lost) > 3)}: transformers"
+            " would fill them at random; fetch the base again, or give the model that its config describes"
+        )
+    return model
 
 
 def one_device(device: str) -> str:
-    """ "auto" is CUDA where there is one, else the CPU."""
+    """Return the device that "auto" means: CUDA where there is one, else the CPU.
+
+    Args:
+        device: "auto", or a device, which is returned as it is.
+
+    Returns:
+        A device by name.
+    """
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """transformers without its bars and reports: a body leaves the head of its checkpoint unused, and that is meant."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def load_tokenizer(base: Base) -> Any:
+    """Load the base's own tokenizer.
+
+    Args:
+        base: whose tokenizer.
+
+    Returns:
+        What ``AutoTokenizer`` loads.
+
+    Raises:
+        NSCError: if there is none.
+    """
+    return _load_beside(AutoTokenizer.from_pretrained, base, "tokenizer")
 
 
-def load_tokenizer(base: str) -> Any:
-    """The base's own tokenizer. Raises NSCError if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, ImportError) as error:
-        raise NSCError(f"base {base!r} has no tokenizer that transformers can load: {error}") from error
+def load_image_processor(base: Base) -> Any:
+    """Load the base's own image processor.
+
+    Args:
+        base: whose image processor.
+
+    Returns:
+        What ``AutoImageProcessor`` loads.
+
+    Raises:
+        NSCError: if there is none.
+    """
+    return _load_beside(
+        AutoImageProcessor.from_pretrained, base, "image processor", where=" (preprocessor_config.json)"
+    )
 
 
-def load_image_processor(base: str) -> Any:
-    """The base's own image processor. Raises NSCError if there is none."""
+def load_processor(base: Base) -> Any:
+    """Load the base's own processor of images with text.
+
+    Args:
+        base: whose processor.
+
+    Returns:
+        What ``AutoProcessor`` loads.
+
+    Raises:
+        NSCError: if there is none.
+    """
+    return _load_beside(AutoProcessor.from_pretrained, base, "processor")
+
+
+def _load_beside(load: Callable[[str], Any], base: Base, what: str, where: str = "") -> Any:
+    """What lies beside the weights of a base, or one error for all reasons why it does not."""
     try:
         with quiet_loading():
-            return AutoImageProcessor.from_pretrained(base)
-    except (OSError, ValueError, ImportError) as error:
-        raise NSCError(
-            f"base {base!r} has no image processor that transformers can load (preprocessor_config.json): {error}"
-        ) from error
-
-
-def load_processor(base: str) -> Any:
-    """The base's own processor of images with text. Raises NSCError if there is none."""
-    try:
-        with quiet_loading():
-            return AutoProcessor.from_pretrained(base)
+            return load(base.id)
     except (OSError, ValueError, ImportError, TypeError) as error:
-        raise NSCError(f"base {base!r} has no processor that transformers can load: {error}") from error
+        raise NSCError(f"base {base.id!r} has no {what} that transformers can load{where}: {error}") from error

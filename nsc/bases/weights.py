@@ -10,30 +10,30 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nsc.bases.base_config import tower_keys
+from nsc.bases.base_model import Base
 from nsc.bases.module_names import resolve
 from nsc.errors import NSCError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def checkpoint_folder(base: str) -> Path:
+def checkpoint_folder(base: Base) -> Path:
     """The base's folder: itself, or a Hub snapshot. Raises NSCError if there is neither."""
-    if Path(base).is_dir():
-        return Path(base)
+    if Path(base.id).is_dir():
+        return Path(base.id)
     others = [f"*{suffix}" for suffix in WEIGHT_FILES if suffix != ".safetensors"]
     try:
-        return Path(snapshot_download(base, ignore_patterns=others))
+        return Path(snapshot_download(base.id, ignore_patterns=others))
     except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
-        raise NSCError(f"base {base!r} is no folder, and the Hub gave no such model: {error}") from error
+        raise NSCError(f"base {base.id!r} is no folder, and the Hub gave no such model: {error}") from error
 
 
-def refuse_unstreamable(base: str) -> None:
+def refuse_unstreamable(base: Base) -> None:
     """Raise NSCError unless the base has a safetensors checkpoint that ``write_full_model`` can stream."""
     shard_names(checkpoint_folder(base))
 
 
-def read_tensors(base: str, keys: Sequence[str]) -> dict[str, Tensor]:
+def read_tensors(base: Base, keys: Sequence[str]) -> dict[str, Tensor]:
     """Those of ``keys`` that the base's safetensors checkpoint holds. Raises NSCError if there is none."""
     source = checkpoint_folder(base)
     found: dict[str, Tensor] = {}
@@ -66,22 +66,24 @@ def shapes_in(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         raise NSCError(f"base shard {shard} cannot be read: {error}; fetch it again") from error
 
 
-def merged_places(source: Path, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """The shards of a checkpoint, and the key of each merged layer's weight and bias -> its name in the body."""
+    source = checkpoint_folder(base)
     shards = [source / name for name in shard_names(source)]
     shapes = {key: shape for shard in shards for key, shape in shapes_in(shard)}
     matrices = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
-    inside = tower_keys(source, matrices)
+    two = base.has_two_towers
+    inside = [key for key in matrices if not (two and key.startswith("text_model."))]
     stored = {key.removesuffix(".weight"): (shapes[key][0], shapes[key][1]) for key in inside}
     places = resolve("merged", names, stored)
     of_layer = {f"{place}.{kind}": f"{name}.{kind}" for name, place in places.items() for kind in ("weight", "bias")}
     return shards, {key: name for key, name in of_layer.items() if key in shapes}
 
 
-def read_layers(base: str, names: Sequence[str]) -> dict[str, Tensor]:
+def read_layers(base: Base, names: Sequence[str]) -> dict[str, Tensor]:
     """Weights and biases of these layers of the body, from the base's own checkpoint.
 
     Raises NSCError if it is not in safetensors or a layer is not in it.
     """
-    _, places = merged_places(checkpoint_folder(base), names)
+    _, places = merged_places(base, names)
     return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}

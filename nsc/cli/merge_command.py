@@ -76,13 +76,14 @@ def merge(
         job, settings = gather(given(context), setting or (), config)
         out = Path(job.out)
     with plain_errors(out):
+        from nsc.bases.base_model import Base
         from nsc.errors import NSCError
-        from nsc.export.result import refuse_output
+        from nsc.export.output import refuse_output
         from nsc.merging.api import merge as run
         from nsc.paths import CHECKPOINT, partial_folder
         from nsc.runtime.distributed import join
 
-        refuse_output(out, job.base, job.rank, job.full, job.recipe)
+        refuse_output(out, Base(job.base), job.rank, job.full, job.recipe)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not resume:
             raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")

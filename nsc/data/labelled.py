@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsc.bases.base_config import IMAGES_AND_TEXT, main_input
+from nsc.bases.base_model import IMAGES_AND_TEXT, Base
 from nsc.data.images import IMAGE_FIELDS, as_image
 from nsc.data.sources import load_hub, place_and_fields, read_rows, read_table, text_of, undecoded
 from nsc.errors import DataError, NSCError
@@ -22,7 +22,7 @@ class Labelled(NamedTuple):
     labels: list[Any]
 
 
-def read_labelled(base: str, source: str | Path | Sequence[tuple[Any, Any]]) -> Labelled:
+def read_labelled(base: Base, source: str | Path | Sequence[tuple[Any, Any]]) -> Labelled:
     """The labelled rows of one task, as texts or as images, by what ``base`` takes.
 
     source: a JSONL file, a parquet file, ``hub:NAME[:CONFIG[:SPLIT]]``, or pairs of a sample and its label. Append
@@ -30,9 +30,9 @@ def read_labelled(base: str, source: str | Path | Sequence[tuple[Any, Any]]) -> 
     ``read_images``, and for the label ``label``, ``score``, ``answer``, ``target``, ``output``. Raises DataError,
     naming the row, for one without text or image, or without label.
     """
-    images = main_input(base) == "pixel_values"
-    if main_input(base) == IMAGES_AND_TEXT:
-        raise NSCError(f"base {base!r} takes images with text, for which there are no metrics here")
+    images = base.takes == "pixel_values"
+    if base.takes == IMAGES_AND_TEXT:
+        raise NSCError(f"base {base.id!r} takes images with text, for which there are no metrics here")
     if not isinstance(source, (str, Path)):
         found = [(as_image(x, f"image {i}") if images else str(x), y) for i, (x, y) in enumerate(source, start=1)]
         where = "the given list"
@@ -49,7 +49,7 @@ def read_labelled(base: str, source: str | Path | Sequence[tuple[Any, Any]]) -> 
     return Labelled(*map(list, zip(*found, strict=True)))
 
 
-def read_all_labelled(base: str, sources: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Labelled]:
+def read_all_labelled(base: Base, sources: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Labelled]:
     """Task -> its labelled rows, in the order of ``tasks``. Raises DataError where those of both do not agree."""
     if set(sources) != set(tasks):
         raise DataError(

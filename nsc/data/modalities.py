@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc.bases import loading, structure
-from nsc.bases.base_config import IMAGES_AND_TEXT, main_input
+from nsc.bases.base_model import IMAGES_AND_TEXT, Base
 from nsc.bases.llava import ImageTextBody
 from nsc.batch import Batch
 from nsc.config import MergeConfig
@@ -47,35 +47,38 @@ class Batches(Protocol):
 class Feed:
     """One kind of input.
 
-    read: a source -> the samples of a task.  batches: base, body, targets, task -> samples, settings -> the batches to
+    read: a source -> the samples of a task.  batches: loaded base, targets, task -> samples, settings -> the batches to
     learn from, and the fixed ones for the ratios before and after; behind them, for generated positions, what continues
-    prompts.  example: base, body -> rows without any data.
+    prompts.  example: loaded base -> rows without any data.
     """
 
     read: Callable[[Any], list[Any]]
     batches: Callable[..., tuple[Batches, list[Batch]]]
-    example: Callable[[str, nn.Module], Batch]
+    example: Callable[[Base], Batch]
 
 
-def feed_of(base: str) -> Feed:
+def feed_of(base: Base) -> Feed:
     """The row of the table for this base. Raises NSCError if there is none, or no such base."""
-    takes = main_input(base)
+    takes = base.takes
     if takes not in FEEDS:
-        raise NSCError(f"base {base!r} takes {takes}; nsc feeds bodies that take {' or '.join(FEEDS)}")
+        raise NSCError(f"base {base.id!r} takes {takes}; nsc feeds bodies that take {' or '.join(FEEDS)}")
     return FEEDS[takes]
 
 
 def _text_batches(
-    base: str, model: nn.Module, targets: Sequence[str], texts: Mapping[str, list[str]], config: MergeConfig,
+    base: Base,
+    targets: Sequence[str],
+    texts: Mapping[str, list[str]],
+    config: MergeConfig,
     generate: Generate | None = None,
-) -> tuple[TextBatches, list[Batch]]:  # fmt: skip
+) -> tuple[TextBatches, list[Batch]]:
     _require_modality(config, "text")
     tokenizer = loading.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = pad_id_of(tokenizer)
-    causal = structure.is_causal(model)
-    shares_rows = can_share_rows(model)
-    few_shapes = config.graphs and obstacle(model) is None
+    causal = structure.is_causal(base.model)
+    shares_rows = can_share_rows(base.model)
+    few_shapes = config.graphs and obstacle(base.model) is None
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
     if config.positions != "prompt":
         batches = _with_answers(batches, config, generate)
@@ -116,21 +119,25 @@ def _evaluated(tokens: Mapping[str, Sequence[Any]], config: MergeConfig) -> list
 
 
 def _image_batches(
-    base: str, model: nn.Module, targets: Sequence[str], images: Mapping[str, list[Image]], config: MergeConfig
+    base: Base, targets: Sequence[str], images: Mapping[str, list[Image]], config: MergeConfig
 ) -> tuple[ImageBatches, list[Batch]]:
     _require_modality(config, "image")
     processor = loading.load_image_processor(base)
-    pixels = FeatureStore(pixels_by(processor, next(model.parameters()).dtype))
+    pixels = FeatureStore(pixels_by(processor, next(base.model.parameters()).dtype))
     some = [(image, k) for k, rows in enumerate(images.values()) for image in rows[: config.evaluation_samples]]
-    tokens = tokens_seen(model, targets, pixels(some[0][0]))
+    tokens = tokens_seen(base.model, targets, pixels(some[0][0]))
     evaluation = collate_images([pixels(image) for image, _ in some], [k for _, k in some], tokens)
     return ImageBatches(images, pixels, tokens, config.batch_size, config.seed), [evaluation]
 
 
 def _prompt_batches(
-    base: str, model: nn.Module, targets: Sequence[str], prompts: Mapping[str, list[Prompt]], config: MergeConfig,
+    base: Base,
+    targets: Sequence[str],
+    prompts: Mapping[str, list[Prompt]],
+    config: MergeConfig,
     generate: Generate | None = None,
-) -> tuple[PromptBatches, list[Batch]]:  # fmt: skip
+) -> tuple[PromptBatches, list[Batch]]:
+    model = base.model
     assert isinstance(model, ImageTextBody)
     processor = loading.load_processor(base)
     features = FeatureStore(image_features(model, processor))
@@ -138,9 +145,10 @@ def _prompt_batches(
     writer = writer_of(model, processor, features(first.image), config.max_length)
     require_same_forward(model, writer, first, features(first.image))
     how = {
-        "causal": structure.is_causal(model), "shares_rows": can_share_rows(model.text),
+        "causal": structure.is_causal(model),
+        "shares_rows": can_share_rows(model.text),
         "few_shapes": config.graphs and obstacle(model) is None,
-    }  # fmt: skip
+    }
     made = Prompts(features, model.image_token, pad_id_of(processor.tokenizer), config.modality, how)
     samples = {task: [writer.sample(prompt) for prompt in rows] for task, rows in prompts.items()}
     batches = PromptBatches(samples, made, config.batch_size, config.seed)
@@ -168,25 +176,25 @@ def _require_modality(config: MergeConfig, only: str) -> None:
         raise NSCError(f"modality {config.modality} leaves nothing of a base that takes {only} alone; leave it at both")
 
 
-def _random_text(base: str, model: nn.Module) -> Batch:
+def _random_text(base: Base) -> Batch:
     """Seeded random tokens."""
-    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    vocabulary = next(m.num_embeddings for m in base.model.modules() if isinstance(m, nn.Embedding))
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return collate(ids.tolist(), [0, 0], 0, causal=True)
 
 
-def _random_images(base: str, model: nn.Module) -> Batch:
+def _random_images(base: Base) -> Batch:
     """Seeded random pixels, as the processor prepares them; a row counts as one token."""
     noise = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pixels = pixels_by(loading.load_image_processor(base), next(model.parameters()).dtype)
+    pixels = pixels_by(loading.load_image_processor(base), next(base.model.parameters()).dtype)
     return collate_images([pixels(image) for image in read_images(list(noise))], [0, 0], 1)
 
 
-def _random_prompt(base: str, model: nn.Module) -> Batch:
+def _random_prompt(base: Base) -> Batch:
     """Seeded random pixels with a question."""
     noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     prompts = {"example": read_prompts([(noise, "What is shown?")])}
-    return _prompt_batches(base, model, [], prompts, MergeConfig(graphs=False))[1][0]
+    return _prompt_batches(base, [], prompts, MergeConfig(graphs=False))[1][0]
 
 
 FEEDS = {

@@ -22,8 +22,7 @@ import torch
 import yaml
 
 from nsc.adapters.lora import fingerprint, read_adapters
-from nsc.adapters.matching import fit
-from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.config import LEARNED, MergeConfig
 from nsc.console import printer
 from nsc.data.labelled import read_all_labelled
@@ -33,7 +32,8 @@ from nsc.errors import DataError, NSCError
 from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, grid_of
 from nsc.evaluation.scoring import Exam, exams_of
 from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
-from nsc.evaluation.trial import Planned, Stage, row_of
+from nsc.evaluation.trial import Planned, ScaleSearch, Stage, row_of
+from nsc.learning.preparation import stack_on, targets_of
 from nsc.paths import absolute, partial_folder
 from nsc.recipes.spec import read_recipe, split_learned
 from nsc.runtime.placement import input_device
@@ -67,21 +67,22 @@ def compare(
     method has by itself.  settings: method -> its own.  resume: rows that an interrupted comparison left are kept.
     Raises a subclass of NSCError for anything that concerns all methods, or a name or setting that there is not.
     """
-    out, base, validation, grid = Path(out), absolute(base), validation or {}, grid or grid_of(search)
+    out, validation, grid = Path(out), validation or {}, grid or grid_of(search)
     planned = {name: _plan(name, config, settings, search) for name in methods}
     _refuse(out, planned, data, validation, search, settings)
     say = printer(progress)
-    stage, exams = _prepare(base, adapters, data, test, config, metrics, say)
+    stage, exams = _prepare(Base(absolute(base)), adapters, data, test, config, metrics, say)
     held_out = _held_out(stage, validation, test, metrics)
     record = _record(stage, data, test, validation, metrics, planned, search, grid)
     of_task, identity = {task: exam.metric for task, exam in exams.items()}, _identity(record)
     done = _begin(out, identity, record["methods"], resume)
-    stage.grid = grid
+    scales = None
     if search != "none":
-        stage.value = LabelledLoss(stage.model, held_out) if search == "labels" else stage.null_space()
+        value = LabelledLoss(stage.model, held_out) if search == "labels" else stage.null_space()
+        scales = ScaleSearch(value, grid)
     for name in (ALONE, BARE, *methods):
         if name not in done:
-            row = row_of(name, stage, exams, planned.get(name), done.get(ALONE))
+            row = row_of(name, stage, exams, planned.get(name), done.get(ALONE), scales)
             done[name] = replace(row, settings=record["methods"].get(name, {}))
         comparison = Comparison(of_task, tuple(done.values()), identity)
         comparison.write(partial_folder(out))
@@ -108,21 +109,26 @@ def _refuse(
 
 
 def _prepare(
-    base: str, adapters: Mapping[str, str | Path], data: Mapping[str, Source], test: Mapping[str, Source],
-    config: Mapping[str, Any], metrics: Mapping[str, str], say: Callable[[str], Any],
-) -> tuple[Stage, dict[str, Exam]]:  # fmt: skip
+    base: Base,
+    adapters: Mapping[str, str | Path],
+    data: Mapping[str, Source],
+    test: Mapping[str, Source],
+    config: Mapping[str, Any],
+    metrics: Mapping[str, str],
+    say: Callable[[str], Any],
+) -> tuple[Stage, dict[str, Exam]]:
     """data: empty where nothing needs any."""
     read, common = read_adapters(adapters), MergeConfig.from_dict(config)
     if common.keep_modules:
         raise NSCError("layers that tasks keep to themselves (keep_modules) cannot be scored in one model")
     samples = read_data(data, read, feed_of(base).read, common.unseen) if data else {}
     rows = read_all_labelled(base, test, read)
-    model = loading.load_body(base, common.dtype, common.device, common.weights, common.device_map)
-    fitted = fit(base, model, read, replace(common, granularity="layer"))
-    say(f"base {base}: {len(fitted.stack.names)} layers merged, {len(fitted.targets)} measured")
-    exams = exams_of(base, model, fitted.adapters, rows, common.max_length, metrics)
+    base, matched = stack_on(base, read, common)
+    measured = targets_of(base, matched.stack, common)
+    say(f"base {base.id}: {len(matched.stack.names)} layers merged, {len(measured)} measured")
+    exams = exams_of(base, matched.adapters, rows, common.max_length, metrics)
     say("test rows: " + ", ".join(f"{task} {len(rows[task].labels)} ({exams[task].metric})" for task in exams))
-    return Stage(base, model, fitted, samples, common, say), exams
+    return Stage(base, matched, samples, common, say), exams
 
 
 def _held_out(
@@ -131,11 +137,11 @@ def _held_out(
     """The exams of the validation rows. Raises DataError where a row is in the test too."""
     if not validation:
         return {}
-    rows, tested = (read_all_labelled(stage.base, found, stage.fitted.adapters) for found in (validation, test))
+    rows, tested = (read_all_labelled(stage.base, found, stage.matched.adapters) for found in (validation, test))
     for task in rows:
         if shared := sum(sample in set(tested[task].samples) for sample in rows[task].samples):
             raise DataError(f"task {task}: {shared} validation rows are test rows too; take others")
-    return exams_of(stage.base, stage.model, stage.fitted.adapters, rows, stage.config.max_length, metrics)
+    return exams_of(stage.base, stage.matched.adapters, rows, stage.config.max_length, metrics)
 
 
 def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], search: str) -> Planned:
@@ -180,9 +186,15 @@ def _finish(comparison: Comparison, out: Path, record: Mapping[str, Any]) -> Com
 
 
 def _record(
-    stage: Stage, data: Mapping[str, Source], test: Mapping[str, Source], validation: Mapping[str, Source],
-    metrics: Mapping[str, str], planned: Mapping[str, Planned], search: str, grid: Grid,
-) -> dict[str, Any]:  # fmt: skip
+    stage: Stage,
+    data: Mapping[str, Source],
+    test: Mapping[str, Source],
+    validation: Mapping[str, Source],
+    metrics: Mapping[str, str],
+    planned: Mapping[str, Planned],
+    search: str,
+    grid: Grid,
+) -> dict[str, Any]:
     """What replays the comparison, in plain values."""
     device = input_device(stage.model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -196,18 +208,26 @@ def _record(
         for name, chosen in planned.items()
     }
     made = {
-        "command": sys.argv, "when": time.strftime("%Y-%m-%d %H:%M:%S"), "device": f"{device.type} {name}",
-        "threads": torch.get_num_threads(), "torch": str(torch.__version__),
-    }  # fmt: skip
-    read = stage.fitted.adapters
+        "command": sys.argv,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+    read = stage.matched.adapters
     return {
-        "base": stage.base,
+        "base": stage.base.id,
         "adapters": {t: {"path": str(a.path.resolve()), "fingerprint": fingerprint(a)} for t, a in read.items()},
-        "data": dict(place(data.items())), "test": dict(place(test.items())),
-        "validation": dict(place(validation.items())), "metrics": dict(metrics),
-        "search": search, "grid": json.loads(json.dumps(asdict(grid))), "config": stage.config.to_dict(),
-        "methods": json.loads(json.dumps(methods)), "made": made,
-    }  # fmt: skip
+        "data": dict(place(data.items())),
+        "test": dict(place(test.items())),
+        "validation": dict(place(validation.items())),
+        "metrics": dict(metrics),
+        "search": search,
+        "grid": json.loads(json.dumps(asdict(grid))),
+        "config": stage.config.to_dict(),
+        "methods": json.loads(json.dumps(methods)),
+        "made": made,
+    }
 
 
 def _line(row: Row) -> str:

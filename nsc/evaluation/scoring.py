@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nsc.adapters.lora import Adapter
 from nsc.adapters.modules_to_save import carried_head, without_body
 from nsc.bases import loading, structure
-from nsc.bases.base_config import main_input
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head, load_generating_head
 from nsc.data.images import pixels_by
 from nsc.data.labelled import Labelled
@@ -82,9 +82,12 @@ class Exam:
 
 
 def exams_of(
-    base: str, model: nn.Module, adapters: Mapping[str, Adapter], rows: Mapping[str, Labelled], max_length: int,
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    rows: Mapping[str, Labelled],
+    max_length: int,
     metrics: Mapping[str, str] = {},
-) -> dict[str, Exam]:  # fmt: skip
+) -> dict[str, Exam]:
     """Task -> its exam, by its adapter's own head or else the base's.
 
     metrics: task -> one of METRICS; by default accuracy of several outputs, pearson of one, loss of answers. Raises
@@ -93,15 +96,15 @@ def exams_of(
     vocabulary = None
     exams = {}
     for task, labelled in rows.items():
-        adapter = without_body(model, adapters[task])
+        adapter = without_body(base.model, adapters[task])
         carried = bool(adapter.saved)
         if not carried and vocabulary is None:
-            vocabulary = Head(*load_generating_head(base, model))
+            vocabulary = Head(*load_generating_head(base))
         head = carried_head(adapter) if carried else vocabulary
         assert head is not None
         metric = metrics.get(task, _usual(head) if carried else "loss")
         _require_fit(task, metric, head, labelled.labels, carried)
-        exams[task] = Exam(head, metric, _parts(base, model, task, labelled, head, carried, max_length))
+        exams[task] = Exam(head, metric, _parts(base, task, labelled, head, carried, max_length))
     return exams
 
 
@@ -134,12 +137,10 @@ def _require_fit(task: str, metric: str, head: Head, labels: Sequence[Any], carr
             raise DataError(f"task {task}, labelled row {number}: class {label!r} of a head of {outputs} outputs")
 
 
-def _parts(
-    base: str, model: nn.Module, task: str, rows: Labelled, head: Head, carried: bool, max_length: int
-) -> list[Part]:
-    if main_input(base) == "pixel_values":
-        return _image_parts(base, model, rows)
-    tokenizer, causal = loading.load_tokenizer(base), structure.is_causal(model)
+def _parts(base: Base, task: str, rows: Labelled, head: Head, carried: bool, max_length: int) -> list[Part]:
+    if base.takes == "pixel_values":
+        return _image_parts(base, rows)
+    tokenizer, causal = loading.load_tokenizer(base), structure.is_causal(base.model)
     tokens = tokenize(tokenizer, {task: rows.samples}, max_length)[task]
     if carried:
         reads = [[len(ids) - 1] if causal else [0] for ids in tokens]
@@ -158,8 +159,8 @@ def _parts(
     ]  # fmt: skip
 
 
-def _image_parts(base: str, model: nn.Module, rows: Labelled) -> list[Part]:
-    pixels = pixels_by(loading.load_image_processor(base), next(model.parameters()).dtype)
+def _image_parts(base: Base, rows: Labelled) -> list[Part]:
+    pixels = pixels_by(loading.load_image_processor(base), next(base.model.parameters()).dtype)
     parts = []
     for at in range(0, len(rows.samples), IMAGES):
         images, labels = rows.samples[at : at + IMAGES], rows.labels[at : at + IMAGES]

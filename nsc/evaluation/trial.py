@@ -10,18 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsc.adapters.matching import Fitted
-from nsc.adapters.stack import Stack, by_rank, whitened
+from nsc.adapters.matching import Matched
+from nsc.adapters.stack import Stack, by_rank
 from nsc.adapters.surgery import merged_layers
-from nsc.batch import Batch
+from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.evaluation.scale_search import Grid, Value, require_finite, search_scale
 from nsc.evaluation.scoring import Exam
 from nsc.evaluation.table import ALONE, Row, scored
-from nsc.learning.entropy import entropy_of
-from nsc.learning.generation import batches_of
-from nsc.learning.loop import learn
+from nsc.learning.preparation import Problem, evaluation_ratio, prepare
 from nsc.learning.ratios import NullSpaceRatio
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import Recipe, with_scale
@@ -30,69 +28,125 @@ from nsc.runtime.placement import input_device
 
 
 class Planned(NamedTuple):
-    """A method with everything chosen. config: where it learns.  recipe: where it merges.  searched: its scale is."""
+    """A method of a comparison with everything chosen.
+
+    Attributes:
+        config: how it learns; None where it does not.
+        recipe: how it merges; None for the sum by learned coefficients.
+        searched: whether its scale is searched.
+    """
 
     config: MergeConfig | None
     recipe: Recipe | None
     searched: bool
 
 
-@dataclass
-class Stage:
-    """What all methods share. learned: coefficients, seconds and memory of a learning method, once it has run."""
+class ScaleSearch(NamedTuple):
+    """How the scales of a comparison are found.
 
-    base: str
-    model: nn.Module
-    fitted: Fitted
+    Attributes:
+        value: of a model that carries a merge; the less the better.
+        grid: the scales that are tried.
+    """
+
+    value: Value
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all methods of a comparison share.
+
+    Attributes:
+        base: with weights.
+        matched: the adapters on it.
+        samples: task -> unlabeled rows; empty where no method needs any.
+        config: what the comparison says of all learning.
+        say: prints a line.
+        learned: method -> coefficients, seconds and bytes, once it has learned.
+    """
+
+    base: Base
+    matched: Matched
     samples: Mapping[str, Sequence[Any]]
     config: MergeConfig
     say: Callable[[str], Any]
-    value: Value | None = None
-    grid: Grid = field(default_factory=Grid)
     learned: dict[str, tuple[Tensor, float, int | None]] = field(default_factory=dict)
 
     @property
+    def model(self) -> nn.Module:
+        """The body, into which each merge is put in turn."""
+        return self.base.model
+
+    @property
     def stack(self) -> Stack:
-        """The adapters."""
-        return self.fitted.stack
+        """The adapters, with a coefficient for each layer and task."""
+        return self.matched.stack
+
+    def problem(self, config: MergeConfig) -> Problem:
+        """Return what is learned from the rows by these settings.
+
+        Args:
+            config: of a learning method.
+
+        Returns:
+            A problem on the shared base.
+        """
+        return prepare(self.base, self.matched, self.samples, config)
 
     def null_space(self) -> NullSpaceRatio:
-        """Of the rows that a merge is evaluated on before and after."""
-        rows = self._batches(self.config)[1]
-        return NullSpaceRatio(self.stack, self.fitted.targets, rows, input_device(self.model))
+        """Return the null-space ratio of the rows that a merge is evaluated on before and after.
+
+        Returns:
+            A function of the model.
+        """
+        return evaluation_ratio(self.base, self.stack, self.samples, self.config)
 
     def coefficients(self, name: str, config: MergeConfig) -> tuple[Tensor, float, int | None]:
-        """What ``name`` learns, in how many seconds and bytes; learned once."""
+        """Learn what ``name`` learns, once.
+
+        Args:
+            name: of LEARNED.
+            config: its settings.
+
+        Returns:
+            The coefficients, seconds, and the bytes by which memory grew, None where that is unknown.
+        """
         if name not in self.learned:
             peak, started = PeakMemory(input_device(self.model)), time.perf_counter()
-            lam = self._learn(config)
+            lam = self.problem(config).learn(progress=False).coefficients
             self.learned[name] = lam, time.perf_counter() - started, peak.growth()
         return self.learned[name]
 
-    def _learn(self, config: MergeConfig) -> Tensor:
-        read, stack = self.fitted.adapters, self.stack
-        stack = by_rank(stack) if config.granularity == "rank" else stack
-        batches = self._batches(config)[0]
-        entropy = None
-        if config.objective != "null-space":
-            entropy = entropy_of(self.base, self.model, read, config.positions, config.unseen, config.reduction)
-        return learn(
-            self.model, whitened(stack), self.fitted.targets, batches, config, progress=False, entropy=entropy
-        ).coefficients
 
-    def _batches(self, config: MergeConfig) -> tuple[Any, list[Batch]]:
-        return batches_of(self.base, self.model, self.stack, self.fitted.targets, self.samples, config)
+def row_of(
+    name: str,
+    stage: Stage,
+    exams: Mapping[str, Exam],
+    planned: Planned | None = None,
+    alone: Row | None = None,
+    search: ScaleSearch | None = None,
+) -> Row:
+    """Make one merge, score it, and leave the base as it was.
 
+    Args:
+        name: of the row: ALONE, BARE, or a method.
+        stage: what all rows share.
+        exams: task -> its labelled rows.
+        planned: the method with its settings; None for ALONE and BARE.
+        alone: the row of the adapters by themselves, once it is there.
+        search: of scales, where the method's is searched.
 
-def row_of(name: str, stage: Stage, exams: Mapping[str, Exam], planned: Planned | None, alone: Row | None) -> Row:
-    """One row of the table. planned: of a method.  alone: the row of the adapters by themselves, once it is there."""
+    Returns:
+        The row of the table; one that says why, where the method refuses.
+    """
     metrics = {task: exam.metric for task, exam in exams.items()}
     if planned is None:
         scores = _alone(stage, exams) if name == ALONE else {t: exam.score(stage.model) for t, exam in exams.items()}
         return scored(Row(name), scores, alone.scores if alone else scores, metrics)
     assert alone is not None
     try:
-        row, stack, lam = _merge(name, stage, planned)
+        row, stack, lam = _merge(name, stage, planned, search)
         dtype = torch.promote_types(next(stage.model.parameters()).dtype, torch.float32)
         with merged_layers(stage.model, stack, lam.to(input_device(stage.model), dtype)):
             scores = {task: exam.score(stage.model) for task, exam in exams.items()}
@@ -112,7 +166,7 @@ def _alone(stage: Stage, exams: Mapping[str, Exam]) -> dict[str, float]:
     return scores
 
 
-def _merge(name: str, stage: Stage, planned: Planned) -> tuple[Row, Stack, Tensor]:
+def _merge(name: str, stage: Stage, planned: Planned, search: ScaleSearch | None) -> tuple[Row, Stack, Tensor]:
     """The row without scores, and what to put into the model with which coefficients."""
     row, lam, memory = Row(name), None, 0
     if planned.config:
@@ -127,8 +181,8 @@ def _merge(name: str, stage: Stage, planned: Planned) -> tuple[Row, Stack, Tenso
     require_finite(merged)
     row, scale = replace(row, preparation=time.perf_counter() - started), planned.recipe.scale
     if planned.searched:
-        assert stage.value is not None
-        found = search_scale(stage.model, merged, stage.value, stage.grid)
+        assert search is not None
+        found = search_scale(stage.model, merged, search.value, search.grid)
         row, scale = replace(row, search=found.seconds, curve=found.curve, notes=tuple(found.warnings)), found.scale
     grown = peak.growth()
     row = replace(row, scale=scale, memory=None if grown is None else max(grown, memory))

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nsc.bases.base_model import Base
 from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder, merged_places, read_layers
 from nsc.export.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, parameter_update, whole_updates
@@ -18,7 +19,7 @@ from nsc.recipes.updates import Merged, parameter_update, whole_updates
 OWN_FILES = ("readme.md", ".gitattributes")  # of the base's repository, not of the model
 
 
-def merged_layers_whole(base: str, merged: Merged) -> dict[str, Tensor]:
+def merged_layers_whole(base: Base, merged: Merged) -> dict[str, Tensor]:
     """Every parameter that adapters fine-tuned whole, by name, as the merge has it: float32, base and update together.
 
     Raises NSCError if the base has no safetensors checkpoint that holds them.
@@ -65,14 +66,14 @@ def write_adapter(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def write_full_model(folder: Path, base: str, merged: Merged) -> None:
+def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
     """The base's checkpoint with the merge's updates added, one shard in memory at a time, and one layer's update.
 
     Shards, index, tied weights, dtypes and side files are the source's own. Raises NSCError if the base has no
     safetensors checkpoint or a merged layer is not in it.
     """
     source = checkpoint_folder(base)
-    shards, places = merged_places(source, merged.names)
+    shards, places = merged_places(base, merged.names)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)

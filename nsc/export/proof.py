@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
-from nsc.bases.weights import checkpoint_folder, merged_places
+from nsc.bases.weights import merged_places
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.export.merged_factors import MergedFactors
@@ -124,29 +125,29 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
 
 
 def prove_full_model(
-    folder: Path, merge: Merge, base: str, model: nn.Module | None = None, batch: Batch | None = None
+    folder: Path, merge: Merge, base: Base, model: nn.Module | None = None, batch: Batch | None = None
 ) -> Proof:
     """Compare every tensor with the base's files, then load the folder with stock transformers and compare outputs,
     where there is a model in memory to compare with.
 
     Merged layers must be source plus update, rounded once to the file's dtype; all others the source's own bits.
     """
-    weights, coarsest = _worst_tensor(folder, checkpoint_folder(base), merge)
+    weights, coarsest = _worst_tensor(folder, base, merge)
     if model is None or batch is None:
         return Proof("full model", len(merge.names), weights)
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     try:
-        loaded = load_body(str(folder), str(_dtype(model)).removeprefix("torch."), str(batch.weight.device))
+        loaded = load_body(Base(str(folder)), str(_dtype(model)).removeprefix("torch."), str(batch.weight.device))
     except NSCError as error:
         raise ProofError(f"transformers cannot load what was written to {folder}: {error}") from error
     outputs = hidden_states(loaded, batch)
     return _proof("full model", len(merge.names), weights, in_memory, outputs, bare, _dtype(model), coarsest)
 
 
-def _worst_tensor(folder: Path, source: Path, merge: Merge) -> tuple[float, torch.dtype]:
+def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.dtype]:
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
-    shards, places = merged_places(source, merge.names)
+    shards, places = merged_places(base, merge.names)
     worst, dtypes = 0.0, set()
     for shard in shards:
         try:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter, fingerprint
-from nsc.adapters.matching import Fitted
+from nsc.adapters.matching import Matched
 from nsc.adapters.modules_to_save import parameters_of
 from nsc.bases.module_names import layout
 from nsc.config import MergeConfig
@@ -58,25 +58,31 @@ class Record:
 
     @classmethod
     def of(
-        cls, base: str, method: str, fitted: Fitted, adapters: Mapping[str, Adapter], coefficients: Tensor | None,
-        config: MergeConfig, recipe: Recipe | None = None, **more: Any,
-    ) -> Record:  # fmt: skip
+        cls,
+        base: str,
+        method: str,
+        matched: Matched,
+        adapters: Mapping[str, Adapter],
+        coefficients: Tensor | None,
+        config: MergeConfig,
+        recipe: Recipe | None = None,
+        **more: Any,
+    ) -> Record:
         """Of a merge just made. adapters: as they were read.  more: other fields."""
-        prefix = layout(fitted.matches.values())
+        prefix = layout(matched.matches.values())
         if prefix is None:
-            prefix = max((layout([match]) or "" for match in fitted.matches.values()), key=len)
+            prefix = max((layout([match]) or "" for match in matched.matches.values()), key=len)
         return cls(
             base=base,
             method=method,
             prefix=prefix,
             start=config.start,
             coefficients=coefficients,
-            modules={name: fitted.shapes[name] for name in fitted.stack.names},
+            modules={name: matched.shapes[name] for name in matched.stack.names},
             adapters={t: {"path": str(a.path.resolve()), "fingerprint": fingerprint(a)} for t, a in adapters.items()},
-            targets=fitted.targets,
             settings=write_settings(recipe, config),
-            dense=tuple(parameters_of(fitted.stack.dense)),
-            **{"data": {}, **more},
+            dense=tuple(parameters_of(matched.stack.dense)),
+            **{"data": {}, "targets": [], **more},
         )
 
     @property

@@ -15,11 +15,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsc.adapters.lora import Adapter
 from nsc.adapters.modules_to_save import carried_head, without_body
 from nsc.bases import structure
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head, load_generating_head
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
@@ -83,19 +84,22 @@ def row_weights(batch: Batch, rows: str, reduction: str = "mean") -> Tensor:
 
 
 def entropy_of(
-    base: str, model: nn.Module, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str] = (),
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    positions: str,
+    unseen: Collection[str] = (),
     reduction: str = "mean",
-) -> Entropy:  # fmt: skip
+) -> Entropy:
     """By the heads that adapters carry, or by the base's own where none does, and on generated positions.
 
     rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
     there is no head, only some adapters carry one, one is more than a linear layer, or all have a single output.
     """
-    seen = {task: without_body(model, adapter) for task, adapter in adapters.items() if task not in unseen}
+    seen = {task: without_body(base.model, adapter) for task, adapter in adapters.items() if task not in unseen}
     carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
-    rows = "counted" if positions != "prompt" else "last" if structure.is_causal(model) else "first"
+    rows = "counted" if positions != "prompt" else "last" if structure.is_causal(base.model) else "first"
     if not carrying:
-        head = Head(*load_generating_head(base, model))
+        head = Head(*load_generating_head(base))
         return Entropy([head if task in seen else None for task in adapters], rows, reduction)
     if len(carrying) < len(seen):
         without = sorted(set(seen) - set(carrying))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head, load_generating_head
 from nsc.bases.llava import ImageTextBody, places
 from nsc.batch import Batch
@@ -29,12 +30,12 @@ from nsc.runtime.placement import input_device
 TOKENS = 4096  # of prompts of one length that are continued together
 
 
-def generator(base: str, model: nn.Module, stack: Stack, config: MergeConfig) -> Generate:
+def generator(base: Base, stack: Stack, config: MergeConfig) -> Generate:
     """Continues prompts by the merged model at the start coefficients.
 
     Raises NSCError where the base has no head that generates.
     """
-    head = Head(*load_generating_head(base, model))
+    model, head = base.model, Head(*load_generating_head(base))
     start = torch.full(stack.owned.shape, config.start, device=input_device(model))
     stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
     ends = {stated} if isinstance(stated, int) else set(stated or ())
@@ -93,9 +94,8 @@ def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: in
 
 
 def batches_of(
-    base: str, model: nn.Module, stack: Stack, targets: Sequence[str], samples: Mapping[str, Sequence[Any]],
-    config: MergeConfig,
-) -> tuple[Batches, list[Batch]]:  # fmt: skip
+    base: Base, stack: Stack, targets: Sequence[str], samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> tuple[Batches, list[Batch]]:
     """The batches to learn from, and the fixed ones; generated positions are those of each task's own adapter."""
-    continues = [] if config.positions == "prompt" else [generator(base, model, stack, config)]
-    return feed_of(base).batches(base, model, targets, samples, config, *continues)
+    continues = [] if config.positions == "prompt" else [generator(base, stack, config)]
+    return feed_of(base).batches(base, targets, samples, config, *continues)

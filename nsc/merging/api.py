@@ -7,12 +7,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from nsc.bases.base_model import Base
 from nsc.config import LEARNED, MergeConfig
 from nsc.console import printer
 from nsc.data.sources import Source
 from nsc.errors import NSCError
 from nsc.export.result import MergeResult
-from nsc.merging.from_data import learn_coefficients
+from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import Coefficients, Masks, combine, combine_learned, require_weights_of_tasks
 from nsc.merging.tuning import find_scale, read_search, refuse_search
 from nsc.paths import absolute
@@ -60,12 +61,13 @@ def merge(
     recipe, name, config = _chosen(method, config, settings, searches)
     scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
     refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
-    chosen = read_search(search, absolute(base), adapters, data, validation, scales)
+    home = Base(absolute(base))
+    chosen = read_search(search, home, adapters, data, validation, scales)
     say = printer(progress and join(config.device).first)
     if recipe and not recipe.learned:
         if resume:
             raise NSCError(f"method {recipe.label} learns nothing, so there is nothing to resume; leave it out")
-        result = combine(absolute(base), adapters, recipe, config, coefficients, masks, searches, say)
+        result = combine(home, adapters, recipe, config, coefficients, masks, searches, say)
         result = find_scale(result, chosen, config, say) if chosen else result
         say(result.report.summary())
         return result
@@ -75,7 +77,7 @@ def merge(
     if recipe:
         require_weights_of_tasks(recipe, config)
     place = Path(checkpoint) if checkpoint else None
-    result = learn_coefficients(base, adapters, data, config, name, place, resume, progress)
+    result = merge_by_learning(home, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result
     result = find_scale(result, chosen, config, say) if chosen else result
     say(result.report.summary())

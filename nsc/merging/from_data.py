@@ -1,117 +1,160 @@
-"""The main job: adapters and unlabeled rows in, a proven merge out."""
+"""A merge by coefficients that are learned from unlabeled rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from nsc.adapters.lora import Adapter, base_warnings, fingerprint, read_adapters
-from nsc.adapters.matching import fit
-from nsc.adapters.stack import whitened
 from nsc.adapters.surgery import choose_plans
-from nsc.bases import loading
+from nsc.bases.base_model import Base
+from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.console import printer
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
-from nsc.errors import NSCError
 from nsc.export.record import Record
 from nsc.export.result import MergeResult
-from nsc.learning.entropy import entropy_of
-from nsc.learning.generation import batches_of
-from nsc.learning.loop import goal_of, learn
+from nsc.learning.loop import Learned
 from nsc.learning.passes import own_share
-from nsc.learning.ratios import mean_ratios
+from nsc.learning.preparation import Problem, prepare, stack_on
 from nsc.merging.report_builder import describe_merge
-from nsc.paths import absolute
 from nsc.runtime.distributed import Team, join
-from nsc.runtime.sharding import shard_linears, shards_of
+from nsc.runtime.sharding import shards_of
+
+# Settings that do not change the path of the coefficients.
+FREE_OF_PATH = {
+    "evaluation_samples",
+    "tokens_per_pass",
+    "layers",
+    "gradient_checkpointing",
+    "graphs",
+    "device_map",
+    "shard",
+}
 
 
-def learn_coefficients(
-    base: str | Path, adapters: Mapping[str, str | Path], data: Mapping[str, Source], config: MergeConfig, name: str,
-    checkpoint: Path | None, resume: bool, progress: bool,
-) -> MergeResult:  # fmt: skip
-    """The merge by learned coefficients, of which ``name`` in LEARNED has the kind."""
+def merge_by_learning(
+    base: Base,
+    adapters: Mapping[str, str | Path],
+    data: Mapping[str, Source],
+    config: MergeConfig,
+    name: str,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> MergeResult:
+    """Learn one coefficient per layer and task, or as ``config`` says, from unlabeled rows.
+
+    Args:
+        base: of which nothing needs to be loaded.
+        adapters: task -> PEFT folder or Hub id.
+        data: task -> what the base's feed reads.
+        config: all settings of learning.
+        name: of LEARNED: what kind of learning this is.
+        checkpoint: file that keeps the state meanwhile.
+        resume: whether to go on from it.
+        progress: whether to show lines and a bar.
+
+    Returns:
+        The merge in memory, by the sum of the updates times their coefficients.
+
+    Raises:
+        NSCError: a subclass that says what is wrong and where.
+    """
     read = read_adapters(adapters)
-    base = absolute(base)
     samples = read_data(data, read, feed_of(base).read, config.unseen)
     team = join(config.device)
-    model = _load(base, config, team)
-    fitted = fit(base, model, read, config)
-    read, stack, targets = fitted.adapters, fitted.stack, fitted.targets
-    if config.shard:
-        shard_linears(model, team, loading.one_device(config.device))
     say = printer(progress and team.first)
+    base, matched = stack_on(base, read, config, team)
+    problem = prepare(base, matched, samples, config)
+    first_step = problem.batches(0)
+    _tell(problem, matched.adapters, samples, first_step, say)
+    identity = _identity(base.id, matched.adapters, samples, problem.targets, config)
+    evaluation = _own_evaluation(problem, first_step, identity, team)
+    start = torch.full(problem.stack.owned.shape, config.start)
+    before = problem.ratios(evaluation, start, team)
+    learned = problem.learn(checkpoint=checkpoint, resume=resume, identity=identity, progress=progress, team=team)
+    after = problem.ratios(evaluation, learned.coefficients, team)
+    record = Record.of(
+        base.id,
+        name,
+        matched,
+        matched.adapters,
+        learned.coefficients,
+        config,
+        data={task: place_of(rows) for task, rows in data.items()},
+        targets=problem.targets,
+    )
+    return MergeResult(
+        learned.coefficients,
+        _report(problem, learned, before, after, name, read),
+        record,
+        matched.adapters,
+        problem.stack,
+        base.model if config.whole_base else None,
+        first_step[0],
+    )
+
+
+def _tell(
+    problem: Problem,
+    adapters: Mapping[str, Adapter],
+    samples: Mapping[str, Any],
+    first_step: list[Batch],
+    say: Callable[[str], Any],
+) -> None:
+    """Say what was decided, before anything is learned."""
+    stack, targets = problem.stack, problem.targets
     if stack.dense:
         say(f"fine-tuned whole, merged as differences: {', '.join(stack.dense)}")
-    say(f"base {base}: {len(stack.modules)} modules carry LoRA; measured at {len(targets)}: {', '.join(targets)}")
-    for task, adapter in read.items():
+    measured = f"measured at {len(targets)}: {', '.join(targets)}"
+    say(f"base {problem.base.id}: {len(stack.modules)} modules carry LoRA; {measured}")
+    for task, adapter in adapters.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
-    batches, evaluation = batches_of(base, model, stack, targets, samples, config)
-    sure = config.objective == "null-space"
-    entropy = None if sure else entropy_of(base, model, read, config.positions, config.unseen, config.reduction)
-    first_step = batches(0)
     tokens = sum(batch.tokens for batch in first_step)
-    limit = config.tokens_per_pass or tokens  # no more memory than a step
-    evaluation = [part for batch in evaluation for part in batch.within(limit)]
-    plans = choose_plans(model, stack, config.layers, tokens)
+    plans = choose_plans(problem.base.model, stack, problem.config.layers, tokens)
     counted = ", ".join(f"{n} by {plan}" for plan, n in Counter(plans.values()).items())
-    say(f"layers: {counted}; {'samples share rows' if batches.shares_rows else 'one sample a row'}")
-    identity = _identity(base, read, samples, targets, config)
-    shapes_seen = [tuple(batch.task.shape) for batch in (*first_step, *evaluation)]
-    team.require_same((identity, config.to_dict(), shapes_seen), "base, adapters, data or settings")
-    lean = whitened(stack)
-    start = torch.full(stack.owned.shape, config.start)
-    shards = shards_of(model)
+    say(f"layers: {counted}; {'samples share rows' if problem.batches.shares_rows else 'one sample a row'}")
+
+
+def _own_evaluation(problem: Problem, first_step: list[Batch], identity: str, team: Team) -> list[Batch]:
+    """This rank's rows for the ratios before and after, in passes of no more tokens than a step has.
+
+    Raises NSCError where the ranks do not all see the same adapters, rows and settings.
+    """
+    limit = problem.config.tokens_per_pass or sum(batch.tokens for batch in first_step)
+    evaluation = [part for batch in problem.evaluation for part in batch.within(limit)]
+    shapes = [tuple(batch.task.shape) for batch in (*first_step, *evaluation)]
+    team.require_same((identity, problem.config.to_dict(), shapes), "base, adapters, data or settings")
+    shards = shards_of(problem.base.model)
     evaluation = own_share(evaluation, team, shards)
-    evaluation = shards.even(evaluation) if shards else evaluation
-    goal = goal_of(stack.tasks, config, entropy)
-    before = mean_ratios(model, lean, targets, evaluation, start, team, goal)
-    learned = learn(
-        model, lean, targets, batches, config, checkpoint=checkpoint, resume=resume,
-        identity=identity, progress=progress, team=team, entropy=entropy,
-    )  # fmt: skip
-    after = mean_ratios(model, lean, targets, evaluation, learned.coefficients, team, goal)
-    report = describe_merge(base, stack, targets, learned, before, after, config, name)
-    report = replace(report, warnings=report.warnings + base_warnings(base, read))
-    sources = {task: place_of(rows) for task, rows in data.items()}
-    record = Record.of(base, name, fitted, read, learned.coefficients, config, data=sources)
-    sample, in_full = first_step[0], model if config.whole_base else None
-    return MergeResult(learned.coefficients, report, record, read, stack, in_full, sample)
+    return shards.even(evaluation) if shards else evaluation
 
 
-def _load(base: str, config: MergeConfig, team: Team) -> nn.Module:
-    """The base to learn on; one that is to be sharded is on the CPU. Raises NSCError where it cannot be as asked."""
-    if config.device_map and team.size > 1:
-        raise NSCError("device_map spreads one process over all devices; start it without torchrun, or give shard")
-    device = "cpu" if config.shard else config.device
-    return loading.load_body(base, config.dtype, device, config.weights, config.device_map)
+def _report(
+    problem: Problem, learned: Learned, before: Tensor, after: Tensor, name: str, read: Mapping[str, Adapter]
+) -> Any:
+    report = describe_merge(
+        problem.base.id, problem.stack, problem.targets, learned, before, after, problem.config, name
+    )
+    return replace(report, warnings=report.warnings + base_warnings(problem.base.id, read))
 
 
 def _identity(
     base: str, adapters: Mapping[str, Adapter], samples: Mapping[str, Any], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on; how many steps are taken, only under a schedule."""
-    free = {
-        "evaluation_samples",
-        "tokens_per_pass",
-        "layers",
-        "gradient_checkpointing",
-        "graphs",
-        "device_map",
-        "shard",
-    }
-    free |= {"steps"} if config.schedule == "constant" else set()
+    free = FREE_OF_PATH | ({"steps"} if config.schedule == "constant" else set())
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, samples, targets, settings]
     return hashlib.sha256(json.dumps(parts, default=attrgetter("digest")).encode()).hexdigest()

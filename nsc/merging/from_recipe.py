@@ -13,9 +13,10 @@ from pathlib import Path
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter, base_warnings, fingerprint, read_adapters
-from nsc.adapters.matching import put_on
+from nsc.adapters.matching import match_to_base
 from nsc.adapters.stack import Stack
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.export.record import Record
@@ -29,9 +30,15 @@ Masks = Mapping[str, Tensor] | None
 
 
 def combine(
-    base: str, adapters: Mapping[str, str | Path], recipe: Recipe, config: MergeConfig, coefficients: Coefficients,
-    masks: Masks, searches: bool, say: Callable[[str], None],
-) -> MergeResult:  # fmt: skip
+    base: Base,
+    adapters: Mapping[str, str | Path],
+    recipe: Recipe,
+    config: MergeConfig,
+    coefficients: Coefficients,
+    masks: Masks,
+    searches: bool,
+    say: Callable[[str], None],
+) -> MergeResult:
     """What ``recipe``, which learns nothing, makes of ``adapters`` on ``base``. Arguments as ``nsc.merge`` has them.
 
     searches: whether its scale will be searched. No layer is worked on before it is asked for. Raises a subclass of
@@ -39,17 +46,17 @@ def combine(
     """
     _require_no_learning(recipe, config, OF_BASE + OF_SEARCH if searches else OF_BASE)
     read = read_adapters(adapters)
-    fitted = put_on(base, loading.empty_body(base), read, config)
-    stack = fitted.stack
+    matched = match_to_base(base, read, config.keep_modules)
+    stack = matched.stack
     taken, start, warnings = _weights(coefficients, stack, read)
     combination = Combination(stack, recipe, taken, masks, loading.one_device(config.device))
-    say(f"base {base}: {len(stack.names)} modules of {len(read)} adapters, merged by {recipe.label}")
-    report = describe_recipe(describe_stack(base, stack, taken, start, recipe.label), recipe)
-    report = replace(report, warnings=report.warnings + warnings + base_warnings(base, read))
+    say(f"base {base.id}: {len(stack.names)} modules of {len(read)} adapters, merged by {recipe.label}")
+    report = describe_recipe(describe_stack(base.id, stack, taken, start, recipe.label), recipe)
+    report = replace(report, warnings=report.warnings + warnings + base_warnings(base.id, read))
     record = Record.of(
-        base, recipe.label, fitted, read, taken, replace(config, start=start), recipe, masks=combination.masks
+        base.id, recipe.label, matched, read, taken, replace(config, start=start), recipe, masks=combination.masks
     )
-    return MergeResult(taken, report, record, fitted.adapters, stack, combination=combination, with_base=True)
+    return MergeResult(taken, report, record, matched.adapters, stack, combination=combination, with_base=True)
 
 
 def combine_learned(result: MergeResult, recipe: Recipe, config: MergeConfig, masks: Masks) -> MergeResult:

@@ -11,6 +11,7 @@ from nsc.adapters.matching import match_adapters
 from nsc.adapters.modules_to_save import Body, dense_stacks, split_saved
 from nsc.adapters.stack import by_rank, stack_adapters
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.errors import NSCError
 from nsc.export.record import Record
 from nsc.export.result import MergeResult
@@ -55,7 +56,7 @@ def apply(
     matches = match_adapters(read, record.modules)
     body = Body(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
-    stack = stack_adapters(read, matches, record.modules, dense_stacks(record.base, whole))
+    stack = stack_adapters(read, matches, record.modules, dense_stacks(Base(record.base), whole))
     stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack
     lam = record.coefficients
     if lam is not None and lam.shape != stack.owned.shape:

@@ -10,10 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from nsc.bases import loading
-from nsc.bases.roles import choose_targets
+from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.data.labelled import Labelled, read_all_labelled
 from nsc.data.modalities import feed_of
@@ -32,12 +30,10 @@ from nsc.evaluation.scale_search import (
 )
 from nsc.evaluation.scoring import exams_of
 from nsc.export.result import MergeResult
-from nsc.learning.generation import batches_of
-from nsc.learning.ratios import NullSpaceRatio
+from nsc.learning.preparation import evaluation_ratio
 from nsc.merging.report_builder import describe_recipe
 from nsc.recipes.combination import as_one
 from nsc.recipes.spec import OF_SEARCH, split_learned, write_settings
-from nsc.runtime.placement import input_device
 
 
 class Search(NamedTuple):
@@ -50,9 +46,14 @@ class Search(NamedTuple):
 
 
 def refuse_search(
-    search: str, method: str, scaled: bool, config: MergeConfig, data: Mapping[str, Any],
-    validation: Mapping[str, Any], scales: tuple[float, float] | None,
-) -> None:  # fmt: skip
+    search: str,
+    method: str,
+    scaled: bool,
+    config: MergeConfig,
+    data: Mapping[str, Any],
+    validation: Mapping[str, Any],
+    scales: tuple[float, float] | None,
+) -> None:
     """Raise NSCError where this is no search, or not one of this method. scaled: whether a scale is given."""
     if search not in SEARCHES:
         raise NSCError(f"search must be one of {', '.join(SEARCHES)}, not {search}")
@@ -84,9 +85,13 @@ def refuse_search(
 
 
 def read_search(
-    search: str, base: str, adapters: Collection[str], data: Mapping[str, Source], validation: Mapping[str, Source],
+    search: str,
+    base: Base,
+    adapters: Collection[str],
+    data: Mapping[str, Source],
+    validation: Mapping[str, Source],
     scales: tuple[float, float] | None,
-) -> Search | None:  # fmt: skip
+) -> Search | None:
     """Arguments as ``nsc.merge`` has them, refused by ``refuse_search`` where they must be; None for no search."""
     if search == "none":
         return None
@@ -101,44 +106,41 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
     no scale has a finite loss.
     """
     assert result.combination is not None
-    base, adapters = result.record.base, result.adapters
-    model = result.model or loading.load_body(base, config.dtype, config.device)
-    targets = result.record.targets
-    if search.by == "labels":
-        losses = dict.fromkeys(adapters, "loss")
-        value: Value = LabelledLoss(model, exams_of(base, model, adapters, search.labelled, config.max_length, losses))
-    else:
-        targets = choose_targets(model, list(result.stack.modules), config.target_modules, config.target_blocks)
-        value = _null_space_ratio(result, model, targets, search.sources, config)
+    base = Base(result.record.base, result.model)
+    base = base if result.model else loading.load(base, config.dtype, config.device)
+    targets, value = _value(result, base, search, config)
     combination = result.combination.at_scale(1.0)
     merged = as_one(combination)
     require_finite(merged)
     say(f"its scale is searched from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
-    found = search_scale(model, merged, value, search.grid)
+    found = search_scale(base.model, merged, value, search.grid)
     combination = combination.at_scale(found.scale)
-    return _described(replace(result, model=model, combination=combination), found, search, targets, config)
+    return _described(replace(result, model=base.model, combination=combination), found, search, targets, config)
 
 
-def _null_space_ratio(
-    result: MergeResult, model: nn.Module, targets: list[str], data: Mapping[str, Source], config: MergeConfig
-) -> NullSpaceRatio:
-    base, only_evaluated = result.record.base, replace(config, steps=0)
-    samples = read_data(data, result.adapters, feed_of(base).read, config.unseen)
-    rows = batches_of(base, model, result.stack, targets, samples, only_evaluated)[1]
-    return NullSpaceRatio(result.stack, targets, rows, input_device(model))
+def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig) -> tuple[list[str], Value]:
+    """The modules that are measured, for the record, and the value of a model that is searched for."""
+    adapters = result.adapters
+    if search.by == "labels":
+        exams = exams_of(base, adapters, search.labelled, config.max_length, dict.fromkeys(adapters, "loss"))
+        return result.record.targets, LabelledLoss(base.model, exams)
+    samples = read_data(search.sources, adapters, feed_of(base).read, config.unseen)
+    ratio = evaluation_ratio(base, result.stack, samples, config)
+    return ratio.targets, ratio
 
 
 def _described(
     result: MergeResult, found: Found, search: Search, targets: list[str], config: MergeConfig
 ) -> MergeResult:
     assert result.combination is not None and result.model is not None
-    base, recipe, told = result.record.base, result.combination.recipe, _told(found, search, config)
+    recipe, told = result.combination.recipe, _told(found, search, config)
     report = replace(describe_recipe(result.report, recipe), searched=told)
     report = replace(report, warnings=report.warnings + found.warnings)
     record = replace(result.record, settings=write_settings(recipe, config), targets=targets, searched=told)
     if search.by == "null-space":
         record = replace(record, data=told["rows"])
-    batch = result.batch or feed_of(base).example(base, result.model)
+    base = Base(result.record.base, result.model)
+    batch = result.batch or feed_of(base).example(base)
     return replace(result, report=report, record=record, batch=batch)
 
 
@@ -146,9 +148,13 @@ def _told(found: Found, search: Search, config: MergeConfig) -> dict[str, Any]:
     """How the scale was found, in plain values."""
     settings = config.to_dict()
     return {
-        "search": search.by, "measure": MEASURES[search.by],
-        "scales": [search.grid.low, search.grid.high], "steps": list(search.grid.steps),
+        "search": search.by,
+        "measure": MEASURES[search.by],
+        "scales": [search.grid.low, search.grid.high],
+        "steps": list(search.grid.steps),
         "rows": {task: place_of(source) for task, source in search.sources.items()},
         **{key: settings[key] for key in OF_SEARCH},
-        "best": found.scale, "seconds": found.seconds, "curve": found.curve,
-    }  # fmt: skip
+        "best": found.scale,
+        "seconds": found.seconds,
+        "curve": found.curve,
+    }

@@ -23,8 +23,7 @@ from transformers import AutoModel
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.matching import check_shapes
 from nsc.adapters.surgery import PLANS
-from nsc.bases import loading
-from nsc.bases.base_config import body_config
+from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.module_names import resolve
 from nsc.bases.roles import choose_targets
 from nsc.checks import choice, require_positive
@@ -126,7 +125,7 @@ def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
     model. Raises NSCError where transformers has no such model, or its shapes are not those of one body.
     """
     try:
-        config = body_config(base) if isinstance(base, (str, Path)) else base
+        config = Base(str(base)).body_config if isinstance(base, (str, Path)) else base
         notes = []
         inner = getattr(config, "text_config", None)
         if getattr(config, "is_encoder_decoder", False) or (inner and not hasattr(config, "image_seq_length")):
@@ -136,7 +135,7 @@ def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
             )
         if inner:
             notes.append(f"language model only, {config.image_seq_length} tokens of an image added; no image tower")
-        with loading.quiet_loading(), torch.device("meta"):
+        with quiet_loading(), torch.device("meta"):
             return AutoModel.from_config(inner or config), config, notes
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise NSCError(f"base {str(base)!r} has no config that transformers can build a body from: {error}") from error

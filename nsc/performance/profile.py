@@ -21,9 +21,8 @@ import torch
 from torch import nn
 
 from nsc.adapters.lora import read_adapters
-from nsc.adapters.matching import fit
-from nsc.adapters.stack import Stack, whitened
-from nsc.bases import loading
+from nsc.adapters.stack import Stack
+from nsc.bases.base_model import Base
 from nsc.bases.llava import ImageTextBody
 from nsc.batch import Batch
 from nsc.config import MergeConfig
@@ -31,6 +30,8 @@ from nsc.console import metric
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, read_data
 from nsc.errors import NSCError
+from nsc.learning.preparation import prepare, stack_on
+from nsc.paths import absolute
 from nsc.performance.costs import Step, Work, linears_in_order
 from nsc.performance.hardware import HARDWARE, Hardware, get_hardware
 from nsc.performance.timing import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
@@ -108,23 +109,26 @@ def profile_merge(
     if steps < 1:
         raise NSCError(f"steps must be 1 or more, not {steps}")
     config = replace(config or MergeConfig(), **settings)
-    read = read_adapters(adapters)
-    feed = feed_of(str(base))
-    samples = read_data(data, read, feed.read, config.unseen)
-    model = loading.load_body(str(base), config.dtype, config.device)
-    device = input_device(model)
-    datasheet = find_hardware(device, hardware, flops)
-    fitted = fit(str(base), model, read, config)
-    stack, targets = fitted.stack, fitted.targets
-    batches = [batch.to(device) for batch in feed.batches(str(base), model, targets, samples, config)[0](0)]
-    return measure(str(base), model, whitened(stack), targets, batches, config, steps, datasheet)
+    read, home = read_adapters(adapters), Base(absolute(base))
+    samples = read_data(data, read, feed_of(home).read, config.unseen)
+    home, matched = stack_on(home, read, config)
+    datasheet = find_hardware(input_device(home.model), hardware, flops)
+    problem = prepare(home, matched, samples, config)
+    batches = [batch.to(input_device(home.model)) for batch in problem.batches(0)]
+    return measure(home, problem.lean, problem.targets, batches, config, steps, datasheet)
 
 
 def measure(
-    base: str, model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], config: MergeConfig,
-    steps: int, datasheet: Hardware | str,
-) -> Profile:  # fmt: skip
+    base: Base,
+    stack: Stack,
+    targets: Sequence[str],
+    batches: Sequence[Batch],
+    config: MergeConfig,
+    steps: int,
+    datasheet: Hardware | str,
+) -> Profile:
     """The profile of a step on ``batches``, which are on the model's device. datasheet: of it, or why there is none."""
+    model = base.model
     weight = next(model.parameters())
     device = input_device(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -149,7 +153,7 @@ def measure(
     predicted = sum(part.flops for of_batch in work for part in of_batch) if work else None
     rate = _rate(datasheet, weight.element_size())
     return Profile(
-        base=base, device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        base=base.id, device=torch.cuda.get_device_name(device) if on_gpu else device.type,
         dtype=str(weight.dtype).removeprefix("torch."), tasks=len(stack.tasks), tokens=sum(b.tokens for b in batches),
         steps=steps, step=seconds["step"], floor=seconds["floor"], floor_predicted=_floor(work, datasheet, rate),
         parts=busy | {"host": split_of - sum(busy.values())}, split_of=split_of, flops=counted,

@@ -13,6 +13,7 @@ from nsc.adapters.matching import body_of, match_adapters
 from nsc.adapters.modules_to_save import dense_stacks, split_saved
 from nsc.adapters.stack import DenseStack, stack_adapters, whitened
 from nsc.adapters.surgery import choose_plans, merged_layers
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body
 from nsc.bases.structure import linear_shapes
 from nsc.batch import Batch
@@ -100,11 +101,11 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
 @pytest.fixture(scope="module")
 def prepared(whole):
     base, made = whole
-    model = load_body(str(base))
+    model = load_body(Base(str(base)))
     adapters = read_adapters(made)
     matches = match_adapters(adapters, linear_shapes(model))
-    _, merged = split_saved(adapters, matches, body_of(str(base), model), [])
-    stack = stack_adapters(adapters, matches, linear_shapes(model), dense_stacks(str(base), merged))
+    _, merged = split_saved(adapters, matches, body_of(Base(str(base), model)), [])
+    stack = stack_adapters(adapters, matches, linear_shapes(model), dense_stacks(Base(str(base)), merged))
     (batch,) = pack([[5, 6, 7, 8], [9, 10, 11, 12]], [0, 1], 0, causal=True, shares_rows=False)
     batch = Batch(batch.inputs, batch.task, batch.weight.double())
     return model, adapters, stack, batch
@@ -200,7 +201,7 @@ def test_merged_weights_are_the_plain_sum(whole, tmp_path):
 
 def test_the_model_is_what_it_was_after_the_proof(whole):
     base, made = whole
-    model = load_body(str(base))
+    model = load_body(Base(str(base)))
     before = {name: id(p) for name, p in model.named_parameters()}
     stack = nsc.merge(base, made, {"a": ["word5"], "b": ["word7"]}, steps=0, progress=False).stack
     with merged_layers(model, stack, torch.zeros(7, 2)) as layers:

@@ -19,7 +19,7 @@ from nsc.adapters.lora import read_adapter
 from nsc.adapters.matching import check_coverage, check_shapes, check_towers
 from nsc.adapters.stack import stack_adapters
 from nsc.adapters.surgery import merged_layers
-from nsc.bases.base_config import main_input
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body
 from nsc.bases.module_names import resolve
 from nsc.bases.roles import choose_targets
@@ -158,8 +158,8 @@ def test_image_models(family, tmp_path):
     kind, config, settings, part, lora = IMAGES[family]
     model = made(kind, config, settings)
     base, adapter = trained(tmp_path, model, lora)
-    assert main_input(str(base)) == "pixel_values"
-    body = load_body(str(base), device="cpu")
+    assert Base(str(base)).takes == "pixel_values"
+    body = load_body(Base(str(base)), device="cpu")
     stack = landed(adapter, body)
     require_same_updates(stack, updates(model, body))
     require_same_outputs(model, part, body, stack)
@@ -174,9 +174,9 @@ def test_text_models(family, kind, tmp_path):
         kind != "AutoModel" and model.base_model_prefix == "language_model"
     ):  # Gemma 3 of 4.50: its AutoModel cannot read its own CausalLM
         with pytest.raises(NSCError, match="has no weights for"):
-            load_body(str(base), device="cpu")
+            load_body(Base(str(base)), device="cpu")
         return
-    body = load_body(str(base), device="cpu")
+    body = load_body(Base(str(base)), device="cpu")
     stack = landed(adapter, body)
     require_same_updates(stack, updates(model, body))
     part = "" if kind == "AutoModel" else {"GPT-NeoX": "gpt_neox"}.get(family, "model")
@@ -208,7 +208,7 @@ def test_the_names_of_the_other_transformers(family, tmp_path):
     base, adapter = trained(tmp_path, model, lora)
     old, new, kinds = NAMES[family.split(",")[0]]
     table = {f"{old}{i}.{k}": f"{new}{i}.{v}" for i in range(VISION["num_hidden_layers"]) for k, v in kinds.items()}
-    body = load_body(str(base), device="cpu")
+    body = load_body(Base(str(base)), device="cpu")
     here = next(iter(linears(body))).startswith(old) and (old != new or any("query" in n for n in linears(body)))
     other = rewritten(adapter, tmp_path / "other", table if here else {v: k for k, v in table.items()})
     assert (
@@ -268,7 +268,7 @@ def test_an_adapter_of_one_wrapper_merges_on_the_base_of_another(kind, tmp_path)
     base, _ = trained(tmp_path / "there", text_model("MistralConfig", "AutoModelForSequenceClassification"), LINEARS)
     model = text_model("MistralConfig", kind)
     _, adapter = trained(tmp_path / "here", model, LINEARS)
-    body = load_body(str(base), device="cpu")
+    body = load_body(Base(str(base)), device="cpu")
     require_same_updates(landed(adapter, body), updates(model, body))
 
 
@@ -315,18 +315,18 @@ def test_an_adapter_of_the_text_tower_never_lands_among_images(family, tmp_path)
     model = made(f"{family.replace('SigLIP', 'Siglip')}Model", f"{family.replace('SigLIP', 'Siglip')}Config", BOTH)
     base, adapter = trained(tmp_path, model, r".*text_model\..*(q_proj|v_proj)")
     with pytest.raises(NameMismatch, match=r"text_model|match no linear layer"):
-        landed(adapter, load_body(str(base), device="cpu"))
+        landed(adapter, load_body(Base(str(base)), device="cpu"))
     base, adapter = trained(
         tmp_path / "both", made(type(model).__name__, type(model.config).__name__, BOTH), ["q_proj"]
     )
     with pytest.raises(NameMismatch, match=r"both match|match no linear layer"):
-        landed(adapter, load_body(str(base), device="cpu"))
+        landed(adapter, load_body(Base(str(base)), device="cpu"))
 
 
 def test_two_towers_that_cannot_be_parted_are_refused(tmp_path):
     transformers.CLIPSegConfig(text_config=TEXT_TOWER, vision_config=VISION).save_pretrained(tmp_path)
     with pytest.raises(NSCError, match="AutoModel: it has none for clipseg_vision_model"):
-        main_input(str(tmp_path))
+        _ = Base(str(tmp_path)).takes
 
 
 @pytest.mark.parametrize("family", ["ViT", "CLIP", "DINOv2"])

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.data.image_text import Prompt, Writer, read_prompts
 from nsc.data.images import as_image
@@ -24,15 +25,15 @@ NAMES = {"llava_next": "cuts images in tiles", "qwen2_vl": "has no vision_featur
 def test_packed_prompts_are_those_alone(llava, questions, monkeypatch, shares_rows):
     if not shares_rows:
         monkeypatch.setattr("nsc.data.modalities.can_share_rows", lambda model: False)
-    body = loading.load_body(str(llava), "float64")
+    body = loading.load_body(Base(str(llava)), "float64")
     prompts = {task: read_prompts(file) for task, file in questions.items()}
-    feed = feed_of(str(llava))
-    _, packed = feed.batches(str(llava), body, [], prompts, MergeConfig())
+    feed = feed_of(Base(str(llava)))
+    _, packed = feed.batches(Base(str(llava), body), [], prompts, MergeConfig())
     assert (len(packed) > 1) != shares_rows and (packed[0].segment is not None) == shares_rows
     alone = {}
     for k, rows in enumerate(prompts.values()):
         for prompt in rows:
-            _, (batch,) = feed.batches(str(llava), body, [], {"one": [prompt]}, MergeConfig())
+            _, (batch,) = feed.batches(Base(str(llava), body), [], {"one": [prompt]}, MergeConfig())
             with torch.no_grad():
                 alone[k, batch.task.numel()] = body(**batch.arguments(torch.float64))[0][0]
     weight = torch.zeros(3)
@@ -55,9 +56,9 @@ def test_packed_prompts_are_those_alone(llava, questions, monkeypatch, shares_ro
 def test_modality_says_which_positions_count(llava, questions, modality):
     config = MergeConfig()
     object.__setattr__(config, "modality", modality)
-    body = loading.load_body(str(llava))
+    body = loading.load_body(Base(str(llava)))
     prompts = {task: read_prompts(file) for task, file in questions.items()}
-    _, batches = feed_of(str(llava)).batches(str(llava), body, [], prompts, config)
+    _, batches = feed_of(Base(str(llava))).batches(Base(str(llava), body), [], prompts, config)
     for batch in batches:
         image, real = batch.inputs["input_ids"] == IMAGE, batch.segment >= 0
         counts = {"text": real & ~image, "image": image, "both": real}[modality]
@@ -100,7 +101,7 @@ def test_rows_that_cannot_be_read(tmp_path, questions):
 
 
 def test_text_is_cut_and_the_image_is_not(llava):
-    processor = loading.load_processor(str(llava))
+    processor = loading.load_processor(Base(str(llava)))
     image = as_image(PIL.Image.new("RGB", (8, 8)), "black")
     assert Writer(processor, IMAGE, PATCHES, 3).ids(Prompt(image, "word5 word6 word7")) == [
         5,
@@ -119,18 +120,18 @@ def test_text_is_cut_and_the_image_is_not(llava):
 def test_without_a_template_the_image_comes_first(tmp_path):
     base = save_llava_base(tmp_path / "base", chat_template=None)
     image = as_image(PIL.Image.new("RGB", (8, 8)), "black")
-    assert Writer(loading.load_processor(str(base)), IMAGE, 2, 9).ids(Prompt(image, "word5")) == [IMAGE, IMAGE, 9]
+    assert Writer(loading.load_processor(Base(str(base))), IMAGE, 2, 9).ids(Prompt(image, "word5")) == [IMAGE, IMAGE, 9]
 
 
 @pytest.mark.parametrize(("kind", "why"), NAMES.items())
 def test_other_ways_to_feed_images_are_refused_by_name(kind, why, tmp_path):
     transformers.AutoConfig.for_model(kind, image_token_id=5).save_pretrained(tmp_path)
     with pytest.raises(NSCError, match=f"{kind} {why}.*LLaVA's structure"):
-        feed_of(str(tmp_path))
+        feed_of(Base(str(tmp_path)))
 
 
 def test_a_model_that_computes_something_else_is_refused(llava, questions):
-    body, prompts = loading.load_body(str(llava)), {"count": read_prompts(questions["count"])}
+    body, prompts = loading.load_body(Base(str(llava))), {"count": read_prompts(questions["count"])}
     body.multi_modal_projector = torch.nn.Sequential(body.multi_modal_projector, torch.nn.Tanh())  # not the model's own
     with pytest.raises(NSCError, match="makes something else of its images"):
-        feed_of(str(llava)).batches(str(llava), body, [], prompts, MergeConfig())
+        feed_of(Base(str(llava))).batches(Base(str(llava), body), [], prompts, MergeConfig())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import nsc
-from nsc.bases.base_config import main_input
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body, load_image_processor
 from nsc.cli import app
 from nsc.data.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
@@ -332,12 +332,16 @@ def test_other_images_are_another_merge(vit, vit_adapters, photos, tmp_path):
 
 
 def test_pixels_are_the_processors_own_in_the_bases_dtype(vit):
-    processor = load_image_processor(str(vit))
+    processor = load_image_processor(Base(str(vit)))
     (image,) = read_images([picture(0)])
     expected = processor(images=picture(0), return_tensors="pt")["pixel_values"][0]
     assert torch.equal(pixels_by(processor, torch.float32)(image), expected) and expected.shape == (3, 8, 8)
     assert pixels_by(processor, torch.bfloat16)(image).dtype == torch.bfloat16
-    assert load_body(str(vit), "bfloat16")(pixels_by(processor, torch.bfloat16)(image)[None])[0].shape == (1, 5, 32)
+    assert load_body(Base(str(vit)), "bfloat16")(pixels_by(processor, torch.bfloat16)(image)[None])[0].shape == (
+        1,
+        5,
+        32,
+    )
 
 
 def test_a_base_without_an_image_processor(vit, vit_adapters, photos, tmp_path):
@@ -348,9 +352,9 @@ def test_a_base_without_an_image_processor(vit, vit_adapters, photos, tmp_path):
 
 
 def test_what_a_base_takes_is_read_from_its_config(vit, base, tmp_path):
-    assert main_input(str(vit)) == "pixel_values" and main_input(str(base)) == "input_ids"
+    assert Base(str(vit)).takes == "pixel_values" and Base(str(base)).takes == "input_ids"
     transformers.WhisperConfig().save_pretrained(tmp_path / "audio")
     with pytest.raises(NSCError, match="takes input_features; nsc feeds bodies that take input_ids or pixel_values"):
-        feed_of(str(tmp_path / "audio"))
+        feed_of(Base(str(tmp_path / "audio")))
     with pytest.raises(NSCError, match="cannot be loaded"):
-        main_input(str(tmp_path / "nowhere"))
+        _ = Base(str(tmp_path / "nowhere")).takes

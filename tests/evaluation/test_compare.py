@@ -11,6 +11,7 @@ import yaml
 import nsc
 from nsc.adapters.lora import read_adapters
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.cli.compare_command import read_settings
 from nsc.errors import DataError, NSCError
 from nsc.evaluation.compare import compare
@@ -72,7 +73,8 @@ def whole(tmp_path_factory, base, heads, rows):
 
 def plain_scores(base, heads, rows, deltas) -> dict[str, float]:
     """Accuracy and Pearson of the base with these dense updates in its weights, without any of our code's forwards."""
-    body, tokenizer = loading.load_body(str(base), "float32", "cpu"), transformers.AutoTokenizer.from_pretrained(base)
+    body = loading.load_body(Base(str(base)), "float32", "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     for name, delta in deltas.items():
         body.get_submodule(name).weight += delta.float()
     scores = {}

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from nsc.adapters.lora import read_adapters
-from nsc.adapters.matching import fit
+from nsc.adapters.matching import match_to_base
 from nsc.adapters.stack import whitened
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.data.labelled import Labelled
 from nsc.data.modalities import feed_of
@@ -18,6 +19,7 @@ from nsc.errors import NSCError, TargetError
 from nsc.evaluation.scale_search import Grid, LabelledLoss, grid_of, search, search_scale
 from nsc.evaluation.scoring import exams_of
 from nsc.learning.objective import NullSpaceObjective
+from nsc.learning.preparation import targets_of
 from nsc.learning.ratios import NullSpaceRatio
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import read_recipe, with_scale
@@ -30,25 +32,26 @@ COARSE = Grid(0.2, 1.0, (0.4, 0.2))
 def bench(base, adapters, texts):
     """Model, adapters on it, targets, and a batch of all tasks' rows, in float64."""
     read = read_adapters(adapters)
-    model = loading.load_body(str(base), "float64", "cpu")
+    model = loading.load_body(Base(str(base)), "float64", "cpu")
     config = MergeConfig(target_modules=("v_proj", "q_proj"), target_blocks=(2, 3))
-    fitted = fit(str(base), model, read, config)
-    modules = {n: replace(m, A=m.A.double(), B=m.B.double()) for n, m in fitted.stack.modules.items()}
-    fitted = fitted._replace(stack=replace(fitted.stack, modules=modules))
-    rows = feed_of(str(base)).batches(str(base), model, fitted.targets, texts, config)[1]
-    rows = [row.to(torch.device("cpu")) for row in rows]
-    return model, fitted, rows
+    home = Base(str(base), model)
+    matched = match_to_base(home, read)
+    modules = {n: replace(m, A=m.A.double(), B=m.B.double()) for n, m in matched.stack.modules.items()}
+    matched = matched._replace(stack=replace(matched.stack, modules=modules))
+    targets = targets_of(home, matched.stack, config)
+    rows = [row.to(torch.device("cpu")) for row in feed_of(home).batches(home, targets, texts, config)[1]]
+    return model, matched, targets, rows
 
 
 @pytest.fixture(scope="module")
 def answers(base, bench, texts):
     """Three rows a task: classes where the adapter has a head, else words to say."""
-    model, fitted, _ = bench
+    model, matched, _, _ = bench
     rows = {
         task: Labelled(list(texts[task][:3]), [0, 1, 1] if adapter.saved else ["word1 word2", "word3", "word4"])
-        for task, adapter in fitted.adapters.items()
+        for task, adapter in matched.adapters.items()
     }
-    return exams_of(str(base), model, fitted.adapters, rows, 64)
+    return exams_of(Base(str(base), model), matched.adapters, rows, 64)
 
 
 def test_a_planted_minimum_is_found_and_everything_tried_is_told():
@@ -105,21 +108,21 @@ def test_grids_that_cannot_be(grid):
 
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties", "core-ties"])
 def test_the_curve_is_that_of_merging_anew_and_the_merge_is_made_once(bench, answers, monkeypatch, method):
-    model, fitted, rows = bench
+    model, matched, targets, rows = bench
     recipe = read_recipe(method)
     values = {
         "labels": LabelledLoss(model, answers),
-        "null space": NullSpaceRatio(fitted.stack, fitted.targets, rows, torch.device("cpu")),
+        "null space": NullSpaceRatio(matched.stack, targets, rows, torch.device("cpu")),
     }
     calls, update = [], Combination.update
     monkeypatch.setattr(Combination, "update", lambda self, name: calls.append(name) or update(self, name))
-    merged = as_one(Combination(fitted.stack, recipe))
+    merged = as_one(Combination(matched.stack, recipe))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     for value in values.values():
         found = search_scale(model, merged, value, COARSE)
         assert calls == merged.names
         for scale, told in found.curve.items():
-            anew = as_one(Combination(fitted.stack, with_scale(recipe, scale)))
+            anew = as_one(Combination(matched.stack, with_scale(recipe, scale)))
             with merged_layers(model, anew, torch.ones(len(anew.names), 1)):
                 assert value(model) == pytest.approx(told, abs=1e-10)
         assert len({round(told, 6) for told in found.curve.values()}) == len(found.curve)  # the scale matters
@@ -130,23 +133,23 @@ def test_the_curve_is_that_of_merging_anew_and_the_merge_is_made_once(bench, ans
 
 def test_ratios_are_those_of_the_objective(bench):
     """A plain sum, as NSC's own objective sees it with all coefficients at that scale."""
-    model, fitted, rows = bench
-    ours = NullSpaceRatio(fitted.stack, fitted.targets, rows, torch.device("cpu"))
-    merged = as_one(Combination(fitted.stack, read_recipe("task-arithmetic")))
+    model, matched, targets, rows = bench
+    ours = NullSpaceRatio(matched.stack, targets, rows, torch.device("cpu"))
+    merged = as_one(Combination(matched.stack, read_recipe("task-arithmetic")))
     found = search_scale(model, merged, ours, COARSE)
-    stack = whitened(fitted.stack)
+    stack = whitened(matched.stack)
     for scale, told in found.curve.items():
         with merged_layers(model, stack, torch.full(stack.owned.shape, scale, dtype=torch.float64)) as layers:
-            objective = NullSpaceObjective(model, layers, stack, fitted.targets)
+            objective = NullSpaceObjective(model, layers, stack, targets)
             assert sum(objective.loss(row).item() for row in rows) == pytest.approx(told, abs=1e-10)
 
 
 def test_the_forward_ends_at_the_last_target(bench):
-    model, fitted, rows = bench
+    model, matched, targets, rows = bench
     ran, last = [], model.norm
     hook = last.register_forward_hook(lambda *_: ran.append(1))
     try:
-        NullSpaceRatio(fitted.stack, fitted.targets, rows, torch.device("cpu"))(model)
+        NullSpaceRatio(matched.stack, targets, rows, torch.device("cpu"))(model)
         assert not ran
         model(**rows[0].arguments(torch.float64))
         assert ran
@@ -156,18 +159,18 @@ def test_the_forward_ends_at_the_last_target(bench):
 
 
 def test_an_adapter_without_a_target_is_named(bench):
-    _, fitted, rows = bench
-    only = [name for name in fitted.targets if name.endswith("q_proj")]
+    _, matched, targets, rows = bench
+    only = [name for name in targets if name.endswith("q_proj")]
     with pytest.raises(TargetError, match="rslora"):
-        NullSpaceRatio(fitted.stack, only, rows, torch.device("cpu"))
+        NullSpaceRatio(matched.stack, only, rows, torch.device("cpu"))
 
 
 def test_losses_are_relative_to_the_bare_base(bench, answers):
-    model, fitted, _ = bench
+    model, matched, _, _ = bench
     value = LabelledLoss(model, answers)
     assert value(model) == pytest.approx(1, abs=1e-12)
     one = next(iter(answers))
-    with merged_layers(model, fitted.stack, torch.full(fitted.stack.owned.shape, 0.3, dtype=torch.float64)):
+    with merged_layers(model, matched.stack, torch.full(matched.stack.owned.shape, 0.3, dtype=torch.float64)):
         shares = {task: exam.loss(model) / value.bare[task] for task, exam in answers.items()}
         assert value(model) == pytest.approx(sum(shares.values()) / 4, abs=1e-12)
         assert abs(shares[one] - 1) > 1e-3

@@ -11,6 +11,7 @@ import transformers
 
 from nsc.adapters.lora import read_adapter
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.data.labelled import Labelled, read_labelled
 from nsc.errors import DataError, NSCError
 from nsc.evaluation.metrics import METRICS, normalised
@@ -22,7 +23,7 @@ TEXTS = [" ".join(WORDS[(5 * i + j) % 60] for j in range(2 + 3 * i)) for i in ra
 
 @pytest.fixture(scope="module")
 def model(base):
-    return loading.load_body(str(base), "float32", "cpu")
+    return loading.load_body(Base(str(base)), "float32", "cpu")
 
 
 @pytest.fixture
@@ -42,9 +43,8 @@ def adapter(adapters):
 
 def exam(base, model, adapter, labels, metric=None, texts=TEXTS):
     metrics = {"task": metric} if metric else {}
-    return exams_of(str(base), model, {"task": adapter}, {"task": Labelled(list(texts), list(labels))}, 64, metrics)[
-        "task"
-    ]
+    rows = {"task": Labelled(list(texts), list(labels))}
+    return exams_of(Base(str(base), model), {"task": adapter}, rows, 64, metrics)["task"]
 
 
 def last_states(base, model, texts=TEXTS):
@@ -113,10 +113,10 @@ def test_images_are_scored_at_the_first_token(tmp_path, adapter):
         pictures[-1].save(buffer := io.BytesIO(), format="PNG")
         rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "label": i % 2})
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
-    labelled = read_labelled(str(base), tmp_path / "test.parquet")
+    labelled = read_labelled(Base(str(base)), tmp_path / "test.parquet")
     assert labelled.labels == [0, 1, 0, 1]
-    body, head = loading.load_body(str(base), "float32", "cpu"), adapter(2)
-    found = exams_of(str(base), body, {"task": head}, {"task": labelled}, 64)["task"]
+    body, head = loading.load_body(Base(str(base)), "float32", "cpu"), adapter(2)
+    found = exams_of(Base(str(base), body), {"task": head}, {"task": labelled}, 64)["task"]
     processor = transformers.AutoImageProcessor.from_pretrained(base)
     with torch.no_grad():
         states = torch.cat(
@@ -161,18 +161,18 @@ def test_labels_are_read_by_their_usual_names_or_by_those_given(base, tmp_path):
         {"text": "word1", "a": "word2", "label": 1, "mark": 0.5},
         {"text": "word3", "a": "word4", "label": 0, "mark": 1.5},
     )))  # fmt: skip
-    assert read_labelled(str(base), file) == (["word1", "word3"], [1, 0])
-    assert read_labelled(str(base), f"{file}#text+a:mark") == (["word1\nword2", "word3\nword4"], [0.5, 1.5])
-    assert read_labelled(str(base), f"{file}#:mark").labels == [0.5, 1.5]
-    assert read_labelled(str(base), f"{file}#a") == (["word2", "word4"], [1, 0])
-    assert read_labelled(str(base), [("word1", 1)]) == (["word1"], [1])
+    assert read_labelled(Base(str(base)), file) == (["word1", "word3"], [1, 0])
+    assert read_labelled(Base(str(base)), f"{file}#text+a:mark") == (["word1\nword2", "word3\nword4"], [0.5, 1.5])
+    assert read_labelled(Base(str(base)), f"{file}#:mark").labels == [0.5, 1.5]
+    assert read_labelled(Base(str(base)), f"{file}#a") == (["word2", "word4"], [1, 0])
+    assert read_labelled(Base(str(base)), [("word1", 1)]) == (["word1"], [1])
     with pytest.raises(DataError, match=r"row 1 has no grade"):
-        read_labelled(str(base), f"{file}#text:grade")
+        read_labelled(Base(str(base)), f"{file}#text:grade")
     with pytest.raises(DataError, match=r"absent\.jsonl"):
-        read_labelled(str(base), tmp_path / "absent.jsonl")
+        read_labelled(Base(str(base)), tmp_path / "absent.jsonl")
     file.write_text('{"text": "word1"}\n')
     with pytest.raises(DataError, match=r"row 1 has no label"):
-        read_labelled(str(base), file)
+        read_labelled(Base(str(base)), file)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import shares
 import train_vision
 import vision
 
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_image_processor
 
 BODY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
@@ -54,7 +55,7 @@ def exams(trained, sources) -> vision.Exams:
 
 def test_base_prepares_pixels_as_training_did_and_orders_patches_as_the_targets(trained):
     image = random_images(1)
-    processor = load_image_processor(str(trained[0]))
+    processor = load_image_processor(Base(str(trained[0])))
     prepared = processor(images=[image[0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(prepared, train_vision.pixels(image), rtol=0, atol=1e-6)
     projection = train_vision.load(trained[0]).embeddings.patch_embeddings.projection.double()

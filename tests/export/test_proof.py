@@ -10,7 +10,7 @@ import torch
 
 import nsc
 from nsc.errors import NSCError, ProofError
-from nsc.export import result as result_module
+from nsc.export import output
 from nsc.recipes.updates import WeightedSum
 from tests.tiny import rewrite, save_base
 
@@ -103,14 +103,14 @@ FULL = {
 
 
 def corrupted(monkeypatch, writer: str, corrupt) -> None:
-    """``writer`` of nsc.result, followed by ``corrupt`` on the folder that it wrote."""
-    write = getattr(result_module, writer)
+    """``writer`` of nsc.export.output, followed by ``corrupt`` on the folder that it wrote."""
+    write = getattr(output, writer)
 
     def write_and_corrupt(folder: Path, *args) -> None:
         write(folder, *args)
         corrupt(folder)
 
-    monkeypatch.setattr(result_module, writer, write_and_corrupt)
+    monkeypatch.setattr(output, writer, write_and_corrupt)
 
 
 @pytest.mark.parametrize("case", ADAPTER)
@@ -147,17 +147,17 @@ def replayed(merged: nsc.MergeResult) -> nsc.MergeResult:
 
 def test_wrong_factors_in_memory_do_not_prove_themselves(monkeypatch, merged, tmp_path):
     """The proof goes back to the adapters: an error in the concatenation itself is not compared with itself."""
-    factors = result_module.merged_factors(WeightedSum(merged.stack, merged.coefficients.flip(1)))
-    monkeypatch.setattr(result_module, "merged_factors", lambda *args: factors)
+    factors = output.merged_factors(WeightedSum(merged.stack, merged.coefficients.flip(1)))
+    monkeypatch.setattr(output, "merged_factors", lambda *args: factors)
     with pytest.raises(ProofError, match="update of"):
         merged.save(tmp_path / "out")
 
 
 def test_an_understated_truncation_error_is_caught(monkeypatch, merged, tmp_path):
     """The error in the report must account for all that the truncation lost."""
-    factors = result_module.merged_factors(merged.merged, 4)
+    factors = output.merged_factors(merged.merged, 4)
     understated = {name: replace(f, error=f.error * 0.9) for name, f in factors.items()}
-    monkeypatch.setattr(result_module, "merged_factors", lambda *args: understated)
+    monkeypatch.setattr(output, "merged_factors", lambda *args: understated)
     with pytest.raises(ProofError, match="truncation accounts for"):
         merged.save(tmp_path / "out", rank=4)
 

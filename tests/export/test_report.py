@@ -11,6 +11,7 @@ from PIL import Image
 
 import nsc
 from nsc.adapters.surgery import merged_layers
+from nsc.bases.base_model import Base
 from nsc.bases.loading import load_tokenizer
 from nsc.data.packing import collate
 from nsc.data.text import tokenize
@@ -59,7 +60,7 @@ def test_ranks_scales_and_drift(merged):
 
 
 def test_ratios_are_the_objectives_over_all_samples(merged, base, texts):
-    tokens = tokenize(load_tokenizer(str(base)), texts, max_length=512)
+    tokens = tokenize(load_tokenizer(Base(str(base))), texts, max_length=512)
     rows = [(ids, k) for k, samples in enumerate(tokens.values()) for ids in samples]
     batch = collate([ids for ids, _ in rows], [k for _, k in rows], pad_id=0, causal=True)
     lam = {"before": torch.full_like(merged.coefficients, 0.4), "after": merged.coefficients}

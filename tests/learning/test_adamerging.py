@@ -14,6 +14,7 @@ import nsc
 from nsc.adapters.stack import ModuleStack, Stack, whitened
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head
 from nsc.batch import Batch
 from nsc.config import LEARNED, MergeConfig
@@ -222,12 +223,12 @@ def test_a_clipped_merge_stays_within_zero_and_one(base, adapters, texts, vision
 
 def test_heads_without_classes_are_refused_where_no_other_is_there(adapters, base):
     """A regression's softmax is 1 whatever it says; beside a classifier it adds 0."""
-    model, saved = loading.load_body(str(base), device="cpu"), {"score.weight": torch.ones(1, 32)}
+    model, saved = loading.load_body(Base(str(base)), device="cpu"), {"score.weight": torch.ones(1, 32)}
     read = {"a": replace(nsc.read_adapter(adapters["plain"], "a"), saved=saved)}
     with pytest.raises(NSCError, match="the heads of a have one output each"):
-        entropy_of(str(base), model, read, "prompt")
+        entropy_of(Base(str(base), model), read, "prompt")
     read["b"] = replace(read["a"], saved={"score.weight": torch.eye(2, 32)})
-    alone, batch = entropy_of(str(base), model, read, "prompt"), collate([[5], [6]], [0, 1], 0, causal=False)
+    alone, batch = entropy_of(Base(str(base), model), read, "prompt"), collate([[5], [6]], [0, 1], 0, causal=False)
     states = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
     said = states[1, 0, :2].softmax(0)
     torch.testing.assert_close(alone(states, batch, torch.ones(2)), -(said * said.log()).sum())

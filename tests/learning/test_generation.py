@@ -8,6 +8,7 @@ from torch import nn
 import nsc
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head, load_generating_head
 from nsc.batch import Batch
 from nsc.config import MergeConfig
@@ -26,8 +27,8 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12], [13]]
 def test_answers_are_those_of_transformers(tmp_path, tied):
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     whole = transformers.AutoModelForCausalLM.from_pretrained(base)
-    body = loading.load_body(str(base), device="cpu")
-    head = Head(*load_generating_head(str(base), body))
+    body = loading.load_body(Base(str(base)), device="cpu")
+    head = Head(*load_generating_head(Base(str(base), body)))
     torch.testing.assert_close(head.weight, whole.lm_head.weight)
     answers = continue_prompts(body, head, PROMPTS, 6, ends={2})
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -56,10 +57,10 @@ def test_a_merge_on_generated_positions_is_the_plain_computation(base, adapters,
     model, config = result.model, MergeConfig(**settings, dtype="float64")
     targets = result.record.targets
     tokens = {t: feed_tokens(base, texts[t]) for t in some}
-    head = Head(*load_generating_head(str(base), model))
-    continues = generator(str(base), model, result.stack, config)
+    head = Head(*load_generating_head(Base(str(base), model)))
+    continues = generator(Base(str(base), model), result.stack, config)
     data = {task: texts[task] for task in some}
-    batches, _ = feed_of(str(base)).batches(str(base), model, targets, data, config, continues)
+    batches, _ = feed_of(Base(str(base))).batches(Base(str(base), model), targets, data, config, continues)
     whole = transformers.AutoModelForCausalLM.from_pretrained(base).double()
     start = torch.full((len(result.modules), 2), START, dtype=torch.float64)
     for task, rows in batches.tokens.items():
@@ -111,12 +112,12 @@ def alone(batches, picks):
 
 def test_what_does_not_generate_is_refused(tmp_path, base, adapters, texts):
     classifier = save_base(tmp_path / "classifier", "AutoModelForSequenceClassification")
-    body = loading.load_body(str(classifier), device="cpu")
+    body = loading.load_body(Base(str(classifier)), device="cpu")
     with pytest.raises(NSCError, match=r"no lm_head in its checkpoint, so it generates no tokens"):
-        load_generating_head(str(classifier), body)
+        load_generating_head(Base(str(classifier), body))
     images = save_image_base(tmp_path / "images")
     with pytest.raises(NSCError, match="its attention is not causal"):
-        load_generating_head(str(images), loading.load_body(str(images), device="cpu"))
-    model, config = loading.load_body(str(base), device="cpu"), MergeConfig(positions="last")
+        load_generating_head(str(images), loading.load_body(Base(str(images)), device="cpu"))
+    model, config = loading.load_body(Base(str(base)), device="cpu"), MergeConfig(positions="last")
     with pytest.raises(NSCError, match="positions last need a model that generates"):
-        feed_of(str(base)).batches(str(base), model, [], texts, config)
+        feed_of(Base(str(base))).batches(Base(str(base), model), [], texts, config)

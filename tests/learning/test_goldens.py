@@ -16,6 +16,7 @@ from nsc.adapters.matching import body_of
 from nsc.adapters.modules_to_save import dense_stacks, split_saved
 from nsc.adapters.stack import stack_adapters, whitened
 from nsc.adapters.surgery import merged_layers
+from nsc.bases.base_model import Base
 from nsc.bases.image_tower import ImageTower
 from nsc.bases.llava import places
 from nsc.bases.loading import load_body
@@ -68,12 +69,12 @@ def golden(request, bases):
     expected = np.load(GOLDEN / case["expected"])
     values = {key: np.nan_to_num(expected[f"{source}_{key}"]) for key in ("ratio", "loss", "grad", "lam")}
     base = str(bases / case["model"])
-    model = load_body(base, dtype="float32").to(dtype)
+    model = load_body(Base(base), dtype="float32").to(dtype)
     adapters = {Path(path).name: read_adapter(GOLDEN / path) for path in case["adapters"]}
     shapes = linear_shapes(model)
     matches = {task: resolve(task, adapter.factors, shapes) for task, adapter in adapters.items()}
-    _, whole = split_saved(adapters, matches, body_of(base, model), [])
-    stack = stack_adapters(adapters, matches, shapes, dense_stacks(base, whole))
+    _, whole = split_saved(adapters, matches, body_of(Base(base, model)), [])
+    stack = stack_adapters(adapters, matches, shapes, dense_stacks(Base(base), whole))
     # the manifest names modules as transformers 5 does
     here = resolve("golden", case["modules"], shapes)
     case = case | {key: [here[name] for name in case[key]] for key in ("modules", "targets", "untrained_modules")}

@@ -7,6 +7,7 @@ import transformers
 import nsc
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head, load_generating_head
 from nsc.bases.image_tower import ImageTower
 from nsc.bases.llava import places
@@ -43,10 +44,10 @@ def test_answers_are_those_of_transformers(tmp_path, questions, tied, layout):
     if layout == "new":
         rewrite(base / "model.safetensors", to_new_layout)
     whole = transformers.AutoModelForImageTextToText.from_pretrained(base).eval()
-    body = loading.load_body(str(base), device="cpu")
-    head = Head(*load_generating_head(str(base), body))
+    body = loading.load_body(Base(str(base)), device="cpu")
+    head = Head(*load_generating_head(Base(str(base), body)))
     torch.testing.assert_close(head.weight, whole.get_output_embeddings().weight)
-    processor = loading.load_processor(str(base))
+    processor = loading.load_processor(Base(str(base)))
     prompts = [prompt for file in questions.values() for prompt in read_prompts(file)]
     ids = [Writer(processor, IMAGE, PATCHES, 100).ids(prompt) for prompt in prompts]
     features = image_features(body, processor)
@@ -60,10 +61,10 @@ def test_answers_are_those_of_transformers(tmp_path, questions, tied, layout):
 
 def test_a_checkpoint_without_its_head_is_refused(tmp_path):
     base = save_llava_base(tmp_path / "base")
-    body = loading.load_body(str(base))
+    body = loading.load_body(Base(str(base)))
     rewrite(base / "model.safetensors", lambda t: t.pop("language_model.lm_head.weight"))
     with pytest.raises(NSCError, match="lm_head in its checkpoint, so it generates no tokens"):
-        load_generating_head(str(base), body)
+        load_generating_head(Base(str(base), body))
 
 
 SHARED = [
@@ -89,8 +90,8 @@ def test_a_merge_is_the_plain_computation(
     result = nsc.merge(llava, llava_adapters, questions, max_drift=None, progress=False, **settings)
     model, base, config = result.model, str(llava), MergeConfig(**settings)
     prompts = {task: read_prompts(file) for task, file in questions.items()}
-    continues = [generator(base, model, result.stack, config)] if positions != "prompt" else []
-    batches, _ = feed_of(base).batches(base, model, result.record.targets, prompts, config, *continues)
+    continues = [generator(Base(base, model), result.stack, config)] if positions != "prompt" else []
+    batches, _ = feed_of(Base(base)).batches(Base(base, model), result.record.targets, prompts, config, *continues)
     assert batches.shares_rows == shares_rows and (len(batches(0)) == 1) == shares_rows
     tasks, start = list(prompts), torch.full(result.stack.owned.shape, START, dtype=torch.float64)
     whole = transformers.AutoModelForImageTextToText.from_pretrained(llava).double().eval()
@@ -125,7 +126,7 @@ def test_a_merge_is_the_plain_computation(
         features = torch.stack([features for _, _, features in rows])[:, None]
         return Batch({"input_ids": ids, "features": features, "place": places(image)}, task, weight)
 
-    head = load_generating_head(base, model)[0].double()
+    head = load_generating_head(Base(base, model))[0].double()
     thirds, ones = (0 if objective == "entropy" else 1 / 3,) * 3, None if objective == "null-space" else (1.0,) * 3
     how = Plain(thirds, entropies=ones, heads=[(head, None)] * 3, all_rows=positions != "prompt")
     steps = iter(range(3))
@@ -158,9 +159,9 @@ def test_a_projector_that_a_task_keeps_is_no_head(llava, llava_adapters, questio
         keep_modules=["linear_1"], progress=False,
     )  # fmt: skip
     assert all(adapter.saved for adapter in kept.adapters.values())
-    body = loading.load_body(str(llava))
-    own = load_generating_head(str(llava), body)[0]
-    for head in entropy_of(str(llava), body, kept.adapters, "prompt").heads:
+    body = loading.load_body(Base(str(llava)))
+    own = load_generating_head(Base(str(llava), body))[0]
+    for head in entropy_of(Base(str(llava), body), kept.adapters, "prompt").heads:
         assert torch.equal(head.weight, own)
 
 
@@ -187,6 +188,6 @@ def test_of_what_nothing_counts_is_refused(llava, llava_adapters, questions):
     bare = questions["count"].parent / "0.png"
     with pytest.raises(DataError, match=r"with modality text none of its tokens counts"):
         Prompts(None, IMAGE, 0, "text", {}).count(Sample([IMAGE] * 3, as_image(bare, "0.png"), 3, slice(0, 3)))
-    body, prompts = loading.load_body(str(llava)), {"count": read_prompts(questions["count"])}
+    body, prompts = loading.load_body(Base(str(llava))), {"count": read_prompts(questions["count"])}
     with pytest.raises(NSCError, match="positions last need a model that generates"):
-        feed_of(str(llava)).batches(str(llava), body, [], prompts, MergeConfig(positions="last"))
+        feed_of(Base(str(llava))).batches(Base(str(llava), body), [], prompts, MergeConfig(positions="last"))

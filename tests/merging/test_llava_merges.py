@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import nsc
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading, structure
+from nsc.bases.base_model import Base
 from nsc.bases.image_tower import ImageTower
 from nsc.bases.llava import ImageTextBody, places
 from nsc.cli import app
@@ -36,7 +37,7 @@ def result(llava, llava_adapters, questions) -> nsc.MergeResult:
 
 def stock_inputs(base: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
     """What the base's own processor makes of a prompt."""
-    processor = loading.load_processor(str(base))
+    processor = loading.load_processor(Base(str(base)))
     content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     made = processor(images=[prompt.image.decode()], text=[text], return_tensors="pt")
@@ -45,10 +46,10 @@ def stock_inputs(base: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_values_of_the_models_own_forward_and_processor_to_the_bit(llava, questions, dtype):
-    body = loading.load_body(str(llava), dtype)
+    body = loading.load_body(Base(str(llava)), dtype)
     assert isinstance(body, ImageTextBody)
     stock = body.__dict__["stock"]
-    processor = loading.load_processor(str(llava))
+    processor = loading.load_processor(Base(str(llava)))
     writer = Writer(processor, body.image_token, PATCHES, 100)
     for prompt in read_prompts(questions["count"]):
         own = stock_inputs(llava, prompt)
@@ -154,7 +155,8 @@ def test_a_projector_that_each_task_keeps(llava, llava_adapters, questions, tmp_
 
 
 def test_lora_in_the_tower_is_refused(llava, llava_adapters, questions, tmp_path):
-    inside = next(n for n in structure.linear_shapes(loading.load_body(str(llava))) if n.startswith("vision_tower"))
+    shapes = structure.linear_shapes(loading.load_body(Base(str(llava))))
+    inside = next(n for n in shapes if n.startswith("vision_tower"))
     name = inside if OLD else f"model.{inside}"
     factors = {name: random_factors([name])[name], f"{TEXT}.3.self_attn.v_proj": random_factors(["v"], m=16)["v"]}
     adapter = write_adapter(tmp_path / "a", factors, target_modules=sorted(factors))

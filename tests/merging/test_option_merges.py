@@ -8,7 +8,9 @@ import torch
 
 import nsc
 from nsc.adapters.modules_to_save import carried_head
+from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.bases.heads import Head
 from nsc.bases.roles import LAST_BLOCKS, choose_targets
 from nsc.config import BLOCKS, MergeConfig
@@ -208,7 +210,7 @@ def vision(tmp_path_factory):
     """A ViT with two adapters, each with a head over its classes."""
     folder = tmp_path_factory.mktemp("vision")
     base = save_image_base(folder / "base")
-    shapes = linears(loading.load_body(str(base), device="cpu"))
+    shapes = linears(loading.load_body(Base(str(base)), device="cpu"))
     names = [name for name, (m, d) in shapes.items() if m == d == 32 and "pooler" not in name]
     adapters, generator = {}, torch.Generator().manual_seed(0)
     for seed, (task, classes) in enumerate((("digits", 10), ("clothes", 4))):
@@ -230,9 +232,9 @@ def test_the_entropy_of_a_classifier_is_that_of_its_class_token(vision):
     assert (result.coefficients[-1] - 0.4).abs().max() > 1e-4  # the forward goes on behind the last target
     model = result.model
     start = torch.full_like(result.coefficients, 0.4)
-    pixels = pixels_by(loading.load_image_processor(str(base)), torch.float32)
+    pixels = pixels_by(loading.load_image_processor(Base(str(base))), torch.float32)
     total = 0.0
-    with nsc.merging.merged_layers(model, result.stack, start), torch.no_grad():
+    with merged_layers(model, result.stack, start), torch.no_grad():
         for task, rows in images.items():
             inputs = torch.stack([pixels(image) for image in read_images(rows)])
             head = carried_head(result.adapters[task])

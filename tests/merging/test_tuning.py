@@ -12,6 +12,7 @@ import nsc
 from nsc.adapters.lora import read_adapters
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
+from nsc.bases.base_model import Base
 from nsc.bases.roles import choose_targets
 from nsc.data.labelled import Labelled
 from nsc.errors import DataError, NSCError
@@ -59,12 +60,12 @@ def searched(base, adapters, rows, search, **more) -> nsc.MergeResult:
 @pytest.fixture(scope="module")
 def values(base, two, texts):
     """A base of its own, and what either search minimises in it, put together by hand."""
-    model = loading.load_body(str(base), "auto", "cpu")
+    model = loading.load_body(Base(str(base)), "auto", "cpu")
     result = nsc.merge(base, two, method="ties", progress=False)
     labelled = {task: Labelled(texts[task][:3], ["word1 word2"] * 3) for task in TASKS}
-    labels = LabelledLoss(model, exams_of(str(base), model, read_adapters(two), labelled, 512))
+    labels = LabelledLoss(model, exams_of(Base(str(base), model), read_adapters(two), labelled, 512))
     targets, samples = choose_targets(model, result.modules, None, None), {task: texts[task][:3] for task in TASKS}
-    batches = batches_of(str(base), model, result.stack, targets, samples, nsc.MergeConfig())[1]
+    batches = batches_of(Base(str(base), model), result.stack, targets, samples, nsc.MergeConfig())[1]
     return model, {"labels": labels, "null-space": NullSpaceRatio(result.stack, targets, batches, torch.device("cpu"))}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nsc.adapters.stack import ModuleStack, Stack, whitened
+from nsc.bases.base_model import Base
 from nsc.bases.roles import choose_targets
 from nsc.config import MergeConfig
 from nsc.data.packing import collate
@@ -200,7 +201,13 @@ def test_an_unknown_device_leaves_mfu_out_and_says_why():
     model = body()
     stack = random_stack(model)
     found = measure(
-        "b", model, stack, choose_targets(model, stack.names), [random_batch()], MergeConfig(), 1, find_hardware(CPU)
+        Base("b", model),
+        stack,
+        choose_targets(model, stack.names),
+        [random_batch()],
+        MergeConfig(),
+        1,
+        find_hardware(CPU),
     )
     assert found.mfu is None and found.floor_predicted is None and found.flops > 0
     assert "give flops or hardware" in found.notes[0] and "MFU  " not in format_profile(found)
@@ -214,7 +221,7 @@ def test_a_body_without_a_plan_is_measured_all_the_same(monkeypatch):
     model = body()
     stack = random_stack(model)
     given = choose_targets(model, stack.names), [random_batch()], MergeConfig(), 1, find_hardware(CPU, None, 1e12)
-    found = measure("b", model, stack, *given)
+    found = measure(Base("b", model), stack, *given)
     assert found.notes == ("no plan for experts",) and found.flops_predicted is found.kept_predicted is None
     assert found.mfu == pytest.approx(found.flops / found.step / 1e12)
 
@@ -256,7 +263,13 @@ def test_memory_beyond_the_weights_on_a_gpu(monkeypatch):
     monkeypatch.setattr(profile_module, "peak_memory", lambda _device: weights + 1000)
     monkeypatch.setattr(profile_module, "profile_step", lambda *_: (dict.fromkeys(PARTS, 1e-9), 1.0))
     found = measure(
-        "b", model, stack, choose_targets(model, stack.names), [random_batch()], MergeConfig(), 1, HARDWARE["H100"]
+        Base("b", model),
+        stack,
+        choose_targets(model, stack.names),
+        [random_batch()],
+        MergeConfig(),
+        1,
+        HARDWARE["H100"],
     )
     assert log == ["reset"] and found.beyond == 1000 and found.device.startswith("NVIDIA")
     assert found.split_of == found.step and sum(found.parts.values()) == pytest.approx(found.step)

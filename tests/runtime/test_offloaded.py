@@ -15,6 +15,7 @@ from torch import nn
 import nsc
 from nsc.adapters.surgery import choose_plans
 from nsc.bases import loading, structure
+from nsc.bases.base_model import Base
 from nsc.errors import NSCError
 from nsc.learning.loop import initial_gradient
 from nsc.merging.from_data import _identity
@@ -130,7 +131,7 @@ def test_a_missing_library_is_told_with_the_extra_that_brings_it(base, bits, mon
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, f"{BITS[bits]}.quantization", None)
     with pytest.raises(NSCError, match=rf"weights {bits} need {BITS[bits]}.*nsc-merging\[quantized\]"):
-        loading.load_body(str(base), weights=bits)
+        loading.load_body(Base(str(base)), weights=bits)
 
 
 def test_a_base_that_was_not_quantised_is_refused():
@@ -143,12 +144,12 @@ def quantised(request, tmp_path_factory):
     """(bits, folder, full body, quantised body) of a wider LLaMA."""
     pytest.importorskip(BITS[request.param])
     folder = save_base(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=192)
-    full = loading.load_body(str(folder))
+    full = loading.load_body(Base(str(folder)))
     if transformers.__version__.startswith("4.50"):  # nf4 on a CPU takes Intel's extension; torchao 0.10 is too new
         with pytest.raises(NSCError, match="update both" if request.param != "nf4" else "cannot be loaded"):
-            loading.load_body(str(folder), weights=request.param)
+            loading.load_body(Base(str(folder)), weights=request.param)
         pytest.skip("transformers 4.50 goes with torchao below 0.10, which has no fp8, and with nf4 on GPUs")
-    fewer = loading.load_body(str(folder), weights=request.param)
+    fewer = loading.load_body(Base(str(folder)), weights=request.param)
     return request.param, folder, full, fewer
 
 

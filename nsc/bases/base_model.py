@@ -1,0 +1,140 @@
+"""The base model as one object: where it lies, what its config says, and its body, whose weights are loaded on demand.
+
+No model is known by name here. The body is what ``AutoModel`` gives: no LM head, nothing after the last block's norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.utils import logging
+
+from nsc.bases.llava import ImageTextBody, require_llava, takes_images_and_text
+from nsc.errors import NSCError
+
+IMAGES_AND_TEXT = "input_ids with pixel_values"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, of which nothing is read before it is asked for, and nothing twice.
+
+    Attributes:
+        id: folder or Hub id.
+        loaded: the body with weights, as ``nsc.bases.loading.load`` puts it here; None while shapes are enough.
+    """
+
+    id: str
+    loaded: nn.Module | None = field(default=None, compare=False)
+
+    @cached_property
+    def config(self) -> Any:
+        """The whole config, of transformers. Raises NSCError where there is no such base."""
+        try:
+            return AutoConfig.from_pretrained(self.id)
+        except (OSError, ValueError) as error:
+            raise NSCError(f"base {self.id!r} cannot be loaded by transformers' AutoModel: {error}") from error
+
+    @property
+    def has_two_towers(self) -> bool:
+        """Whether texts and images are embedded side by side (CLIP, SigLIP); LLaVA's images enter its text."""
+        features = ("get_text_features", "get_image_features")
+        return hasattr(self.config, "vision_config") and all(
+            hasattr(_body_class(self.config), name) for name in features
+        )
+
+    @property
+    def body_config(self) -> Any:
+        """The config of the body: the base's own, or its image tower's where the base has two towers."""
+        return self.config.vision_config if self.has_two_towers else self.config
+
+    @cached_property
+    def takes(self) -> str:
+        """What the body's forward takes first: input_ids, pixel_values, or IMAGES_AND_TEXT.
+
+        Raises NSCError where transformers has no body for this config, or one that is fed otherwise than LLaVA.
+        """
+        config = self.body_config
+        if takes_images_and_text(config):
+            require_llava(config)
+            return IMAGES_AND_TEXT
+        body = _body_class(config)
+        if body is None:
+            raise NSCError(
+                f"base {self.id!r} cannot be loaded by transformers' AutoModel: it has none for {config.model_type}"
+            )
+        return body.main_input_name
+
+    @cached_property
+    def tied_outputs(self) -> list[str]:
+        """Parameters outside the body that are the body's embeddings themselves, such as "lm_head.weight"."""
+        inner = self.config.get_text_config()
+        if not any(getattr(c, "tie_word_embeddings", False) for c in (self.config, inner)):
+            return []
+        causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(inner), None)
+        if causal is None:  # transformers 4 says of every config that it ties, also of an image model's
+            return []
+        return list(getattr(causal, "_tied_weights_keys", None) or ["lm_head.weight"])
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The body: with weights where they were loaded, else on the meta device, for its layers' names and shapes.
+
+        Raises NSCError where transformers cannot build it.
+        """
+        if self.loaded is not None:
+            return self.loaded
+        _ = self.takes  # refuses what nsc cannot feed
+        config = self.body_config
+        try:
+            with quiet_loading(), torch.device("meta"):
+                model = auto_class(config).from_config(deepcopy(config))
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
+        return ImageTextBody(model) if takes_images_and_text(config) else model
+
+
+def auto_class(config: Any) -> Any:
+    """Return AutoModel, or for LLaVA in transformers 4, whose body is the whole model, AutoModelForImageTextToText.
+
+    Args:
+        config: of the body.
+
+    Returns:
+        The class whose ``from_pretrained`` and ``from_config`` give the body.
+    """
+    mapped = type(config) in transformers.MODEL_MAPPING
+    return AutoModel if mapped or not takes_images_and_text(config) else AutoModelForImageTextToText
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' bars and reports: a body leaves the head of its checkpoint unused, and that is meant.
+
+    Yields:
+        Nothing; verbosity and bars are as before afterwards.
+    """
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _body_class(config: Any) -> Any:
+    """The class that AutoModel picks for a config; None if there is none."""
+    body = transformers.MODEL_MAPPING.get(type(config), None)
+    return body[0] if isinstance(body, (list, tuple)) else body

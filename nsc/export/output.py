@@ -1,0 +1,156 @@
+"""A merge to a new folder: written aside, proven by loading it back, then moved into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from nsc.adapters.lora import Adapter
+from nsc.bases.base_model import Base
+from nsc.bases.weights import refuse_unstreamable
+from nsc.batch import Batch
+from nsc.errors import NSCError
+from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.merged_factors import DENSE_REMEDY, merged_factors
+from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
+from nsc.export.record import Record
+from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
+from nsc.paths import CHECKPOINT, STAGING, partial_folder
+from nsc.recipes.spec import Recipe
+from nsc.recipes.updates import Merged
+
+
+@dataclass(frozen=True)
+class Output:
+    """What goes to disk of a merge.
+
+    Attributes:
+        merged: the updates.
+        record: what replays it.
+        report: what was decided and seen, without what is only known once it is written.
+        adapters: task -> adapter, with the head that its task keeps.
+    """
+
+    merged: Merged
+    record: Record
+    report: Report
+    adapters: Mapping[str, Adapter]
+
+    def write(
+        self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | None]
+    ) -> Proof:
+        """Write everything to ``out.partial``, prove it, and move it to ``out``.
+
+        Args:
+            out: new folder.
+            rank: that the adapter is truncated to; None for its exact factors.
+            full: whether the whole merged model is written, instead of an adapter.
+            proof_base: gives the base in full precision, and rows to compare hidden states with, where there are any.
+
+        Returns:
+            What was compared.
+
+        Raises:
+            ProofError: if what was loaded back is not what was merged.
+        """
+        partial = partial_folder(out)
+        staging = partial / STAGING
+        shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
+        staging.mkdir(parents=True)
+        merge = self._write_weights(staging, rank, full)
+        lost = max((f.error for f in merge.factors.values()), default=0.0)
+        proof = replace(_prove(staging, merge, Base(self.record.base), full, proof_base()), lost=lost)
+        self._describe(staging, self._reported(merge, proof, rank, full))
+        replace(self.record, rank=rank).write(staging)
+        _share(staging)
+        os.replace(staging, out)
+        (partial / CHECKPOINT).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's files lie there
+            partial.rmdir()
+        return proof
+
+    def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
+        """The adapter or the whole model, and what it should be when it is read back."""
+        base, prefix = Base(self.record.base), self.record.prefix
+        if full:
+            write_full_model(folder, base, self.merged)
+            return Merge(self.merged, {}, prefix)
+        factors = merged_factors(self.merged, rank)
+        whole = merged_layers_whole(base, self.merged)
+        write_adapter(folder, factors, prefix, base.id, whole)
+        return Merge(self.merged, factors, prefix, whole)
+
+    def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
+        """The report, with what was written and proven."""
+        report = replace(self.report, proofs=[str(proof)], full=full)
+        if full:
+            return report
+        ranks = {name: f.A.shape[0] for name, f in merge.factors.items()}
+        top = max(ranks.values())
+        return replace(
+            report,
+            truncation={name: f.error for name, f in merge.factors.items()} if rank is not None else {},
+            warnings=report.warnings + vllm_limits(top, merge.merged.whole),
+            merged_rank=top,
+            vllm_max_lora_rank=vllm_rank(top),
+            ranks_by_module=ranks,
+        )
+
+    def _describe(self, folder: Path, report: Report) -> None:
+        """Everything beside the weights that is for people or programs, and each task's own head."""
+        (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        if report.coefficients:
+            draw_heat_map(folder / "coefficients.png", report)
+        for task, adapter in self.adapters.items():
+            if adapter.saved:
+                (folder / "heads").mkdir(exist_ok=True)
+                save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+
+
+def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None) -> None:
+    """Refuse an output that cannot be written, so that it need not be learned first.
+
+    Args:
+        out: the new folder.
+        base: whose checkpoint is streamed to a full model.
+        rank: that the adapter is to be truncated to, if at all.
+        full: whether the whole model is to be written.
+        recipe: of the method; None for the sum by learned coefficients.
+
+    Raises:
+        NSCError: if ``out`` exists (nothing on disk is ever overwritten), if ``rank`` and ``full`` are both given, if
+            ``full`` is and the base has no checkpoint that can be streamed, or if neither is and the recipe's updates
+            are dense.
+    """
+    if out.exists():
+        raise NSCError(f"{out} exists already; choose another folder, or move it away")
+    if rank is not None and full:
+        raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
+    if recipe is not None and recipe.is_dense and rank is None and not full:
+        raise NSCError(f"{recipe.label} works on every entry of the dense updates: {DENSE_REMEDY}")
+    if full:
+        refuse_unstreamable(base)
+
+
+def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[Base, Batch] | None) -> Proof:
+    model, batch = (in_memory[0].model, in_memory[1]) if in_memory else (None, None)
+    if full:
+        return prove_full_model(folder, merge, base, model, batch)
+    files = prove_files(folder, merge)
+    return prove_adapter(folder, merge, model, batch) if model is not None and batch is not None else files
+
+
+def _share(folder: Path) -> None:
+    """Give the files of safetensors, which are the owner's alone, the mode that any other file gets."""
+    allowed = os.umask(0)
+    os.umask(allowed)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~allowed)

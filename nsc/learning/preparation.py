@@ -1,0 +1,179 @@
+"""What all learning begins with: a base that carries the adapters, and the rows, targets and loss of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from nsc.adapters.lora import Adapter
+from nsc.adapters.matching import Matched, match_to_base
+from nsc.adapters.stack import Stack, by_rank, whitened
+from nsc.bases import loading
+from nsc.bases.base_model import Base
+from nsc.bases.roles import choose_targets
+from nsc.batch import Batch
+from nsc.config import MergeConfig
+from nsc.data.modalities import Batches
+from nsc.errors import NSCError
+from nsc.learning.entropy import Entropy, entropy_of
+from nsc.learning.generation import batches_of
+from nsc.learning.loop import Learned, goal_of, learn
+from nsc.learning.ratios import NullSpaceRatio, mean_ratios
+from nsc.runtime.distributed import ALONE, Team
+from nsc.runtime.placement import input_device
+from nsc.runtime.sharding import shard_linears
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One optimisation of coefficients, complete but for how it is run.
+
+    Attributes:
+        base: with weights.
+        stack: the adapters, with a coefficient for each layer and task, or for each rank row.
+        targets: the modules whose inputs are measured.
+        batches: step -> the batches whose losses add up.
+        evaluation: fixed batches, for the ratios before and after.
+        entropy: of what the merged model says, where the objective has it.
+        config: the settings that all of this follows.
+    """
+
+    base: Base
+    stack: Stack
+    targets: list[str]
+    batches: Batches
+    evaluation: list[Batch]
+    entropy: Entropy | None
+    config: MergeConfig
+
+    @cached_property
+    def lean(self) -> Stack:
+        """The stack whitened: the form in which a step is cheapest."""
+        return whitened(self.stack)
+
+    def learn(self, **running: Any) -> Learned:
+        """Learn the coefficients.
+
+        Args:
+            running: how, as ``nsc.learning.loop.learn`` takes it: checkpoint, resume, identity, progress, team.
+
+        Returns:
+            The coefficients, and what the optimisation did.
+
+        Raises:
+            NSCError: a subclass, as ``nsc.learning.loop.learn`` does.
+        """
+        return learn(
+            self.base.model, self.lean, self.targets, self.batches, self.config, entropy=self.entropy, **running
+        )
+
+    def ratios(self, batches: Sequence[Batch], coefficients: Tensor, team: Team = ALONE) -> Tensor:
+        """Measure the null-space ratios of a merge.
+
+        Args:
+            batches: this rank's share of the rows.
+            coefficients: (M, C), as the stack has them.
+            team: the processes that share the rows.
+
+        Returns:
+            (T, K) means over the rows of all ranks: targets by tasks.
+
+        Raises:
+            NonFiniteError: naming the targets where a ratio is not finite.
+        """
+        goal = goal_of(self.stack.tasks, self.config, self.entropy)
+        return mean_ratios(self.base.model, self.lean, self.targets, batches, coefficients, team, goal)
+
+
+def stack_on(
+    base: Base, adapters: Mapping[str, Adapter], config: MergeConfig, team: Team = ALONE
+) -> tuple[Base, Matched]:
+    """Load a base as ``config`` says, and find the places of the adapters in it.
+
+    Args:
+        base: of which nothing needs to be loaded.
+        adapters: task -> adapter.
+        config: of which dtype, device, weights, device_map, shard and keep_modules count.
+        team: the processes over which a base is split with ``shard``.
+
+    Returns:
+        The base with weights, split over the processes where that is asked for, and the adapters on it.
+
+    Raises:
+        NSCError: a subclass, where the base cannot be loaded as asked, or an adapter has no place in it.
+    """
+    if config.device_map and team.size > 1:
+        raise NSCError("device_map spreads one process over all devices; start it without torchrun, or give shard")
+    device = "cpu" if config.shard else config.device
+    base = loading.load(base, config.dtype, device, config.weights, config.device_map)
+    matched = match_to_base(base, adapters, config.keep_modules)
+    if config.shard:
+        shard_linears(base.model, team, loading.one_device(config.device))
+    return base, matched
+
+
+def prepare(base: Base, matched: Matched, samples: Mapping[str, Sequence[Any]], config: MergeConfig) -> Problem:
+    """Put together what is learned from these rows: targets, batches and loss.
+
+    Args:
+        base: with weights, as ``stack_on`` gives it.
+        matched: the adapters on it.
+        samples: task -> what its feed read.
+        config: granularity, targets, rows and objective.
+
+    Returns:
+        The problem, of which nothing has run but what answers prompts, where generated positions count.
+
+    Raises:
+        NSCError: a subclass, for targets, rows or heads that do not go together.
+    """
+    stack = by_rank(matched.stack) if config.granularity == "rank" else matched.stack
+    targets = targets_of(base, stack, config)
+    batches, evaluation = batches_of(base, stack, targets, samples, config)
+    entropy = None
+    if config.objective != "null-space":
+        entropy = entropy_of(base, matched.adapters, config.positions, config.unseen, config.reduction)
+    return Problem(base, stack, targets, batches, evaluation, entropy, config)
+
+
+def targets_of(base: Base, stack: Stack, config: MergeConfig) -> list[str]:
+    """Choose the modules whose inputs are measured.
+
+    Args:
+        base: whose blocks are counted.
+        stack: the adapters on it.
+        config: target_modules and target_blocks, if they are given.
+
+    Returns:
+        Names of modules that carry LoRA, in the order in which they run.
+
+    Raises:
+        TargetError: where nothing that carries LoRA is left to measure.
+    """
+    return choose_targets(base.model, list(stack.modules), config.target_modules, config.target_blocks)
+
+
+def evaluation_ratio(
+    base: Base, stack: Stack, samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> NullSpaceRatio:
+    """Return the mean null-space ratio of the rows that a merge is evaluated on before and after.
+
+    Args:
+        base: with weights.
+        stack: the adapters on it, not whitened.
+        samples: task -> what its feed read.
+        config: targets, and ``evaluation_samples`` of each task.
+
+    Returns:
+        A function of a model that carries a merge.
+
+    Raises:
+        NSCError: a subclass, for targets and rows that do not go together.
+    """
+    targets = targets_of(base, stack, config)
+    rows = batches_of(base, stack, targets, samples, replace(config, steps=0))[1]  # answers to evaluated rows alone
+    return NullSpaceRatio(stack, targets, rows, input_device(base.model))
