@@ -3,65 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nsc.cli.options import ADAPTER, BASE, DATA, VALIDATION, grouped
 from nsc.cli.terminal import pairs, plain_errors
 
 TASK_FILE = "TASK=FILE"
 
 
-def compare(
-    base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
-    adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
-    test: Annotated[list[str], typer.Option(metavar=TASK_FILE, help="Labelled rows to score; repeat per task.")],
-    methods: Annotated[str, typer.Option(help="Names with commas between: nsc,ties,core-tsv,nsc+ties...")],
-    out: Annotated[Path, typer.Option(help="New folder for table, picture, JSON and record.")],
-    data: Annotated[
-        list[str] | None, typer.Option(metavar=TASK_FILE, help="Unlabeled rows, for what needs them; repeat per task.")
-    ] = None,
-    validation: Annotated[
-        list[str] | None, typer.Option(metavar=TASK_FILE, help="Labelled rows for the search; repeat per task.")
-    ] = None,
-    search: Annotated[str, typer.Option(help="Of scales that are not set: none, labels or null-space.")] = "none",
-    scales: Annotated[
-        tuple[float, float] | None, typer.Option(help="The range of the search.  [default: 0.1 1.5, by labels to 5]")
-    ] = None,
-    scale_step: Annotated[
-        list[float] | None, typer.Option(help="Coarse, then finer around the best; repeat.  [default: 0.1, 0.01]")
-    ] = None,
+@dataclass
+class Compared:
+    """What is compared"""
+
+    base: Annotated[str, BASE]
+    adapter: Annotated[list[str], ADAPTER]
+    test: Annotated[list[str], typer.Option(metavar=TASK_FILE, help="Labelled rows to score; repeat for each task.")]
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas: nsc,ties,core-tsv,nsc+ties...")]
+    out: Annotated[Path, typer.Option(help="New folder for table, figure, JSON and record.")]
+    data: Annotated[list[str] | None, DATA] = None
     metric: Annotated[
-        list[str] | None, typer.Option(metavar="TASK=NAME", help="Instead of accuracy, pearson or loss; repeat.")
-    ] = None,
+        list[str] | None,
+        typer.Option(metavar="TASK=NAME", help="Replaces accuracy, pearson or loss; repeat for more tasks."),
+    ] = None
     setting: Annotated[
-        list[str] | None, typer.Option("--set", metavar="[METHOD.]KEY=VALUE", help="As ties.scale=0.4, or steps=100.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows of an interrupted comparison.")] = False,
-) -> None:
-    """Score merging methods on labelled rows, as shares of fine-tuned, with their seconds and memory."""
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="[METHOD.]KEY=VALUE", help="Such as ties.scale=0.4 or steps=100; repeat for more."
+        ),
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows of an interrupted comparison.")] = False
+
+
+@dataclass
+class Scales:
+    """Scales of the methods"""
+
+    search: Annotated[
+        str, typer.Option(help="How to find every scale that no setting gives: none, labels or null-space.")
+    ] = "none"
+    validation: Annotated[list[str] | None, VALIDATION] = None
+    scales: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Lowest and highest scale of the search.  [default: 0.1 1.5, by labels up to 5]"),
+    ] = None
+    scale_step: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Step of the search, coarse first, then finer around the best; repeat.  [default: 0.1, 0.01]"
+        ),
+    ] = None
+
+
+@grouped
+def compare(compared: Compared, scales: Scales) -> None:
+    """Score merging methods on labelled rows, as shares of fine-tuned, with their time and memory."""
     with plain_errors():
         from nsc.evaluation.compare import compare as run
         from nsc.evaluation.scale_search import Grid, grid_of
 
-        config, settings = read_settings(setting or ())
-        found = run(
-            base,
-            pairs(adapter, "--adapter"),
-            pairs(data or [], "--data"),
-            pairs(test, "--test"),
-            [name.strip() for name in methods.split(",") if name.strip()],
-            out,
-            validation=pairs(validation or [], "--validation"),
-            search=search,
-            grid=grid_of(search, scales, tuple(scale_step or Grid.steps)),
-            metrics=pairs(metric or [], "--metric"),
+        config, settings = read_settings(compared.setting or ())
+        comparison = run(
+            compared.base,
+            pairs(compared.adapter, "--adapter"),
+            pairs(compared.data or [], "--data"),
+            pairs(compared.test, "--test"),
+            [name.strip() for name in compared.methods.split(",") if name.strip()],
+            compared.out,
+            validation=pairs(scales.validation or [], "--validation"),
+            search=scales.search,
+            grid=grid_of(scales.search, scales.scales, tuple(scales.scale_step or Grid.steps)),
+            metrics=pairs(compared.metric or [], "--metric"),
             config=config,
             settings=settings,
-            resume=resume,
+            resume=compared.resume,
         )
-        typer.echo(f"{found.to_markdown()}\nwritten to {out}")
+        typer.echo(f"{comparison.to_markdown()}\nwritten to {compared.out}")
 
 
 def read_settings(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from nsc.cli.options import JSON
 from nsc.cli.terminal import plain_errors
 
 
-def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Every method of merging by name, with the spaces that it runs in, what it does, and where it is from."""
+def methods(as_json: Annotated[bool, JSON] = False) -> None:
+    """List every merging method: its name, the spaces it runs in, what it does, and its source."""
     with plain_errors():
         from nsc.recipes.catalogue import format_methods, list_methods
 
@@ -20,9 +21,9 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs."
 
 def inspect(
     adapter: Annotated[list[str], typer.Argument(help="PEFT folders or Hub ids.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Ranks, scales, targets, conditions, overlaps and unsupported features of adapters. No base model is read."""
+    """Show ranks, scales, targets, condition numbers, overlaps and unsupported features of adapters."""
     with plain_errors():
         from dataclasses import asdict
 

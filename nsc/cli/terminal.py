@@ -1,4 +1,4 @@
-"""What the commands share: options as settings, pairs of TASK=PLACE, errors in words and exit codes."""
+"""What the commands share: options read as settings, TASK=PLACE pairs, errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ OF_COMMAND = ("config", "setting", "resume")  # what says no setting by itself
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """The options on the command line by the names of the settings, those that are written differently there read."""
+    """Return the options that are on the command line, as settings.
+
+    Args:
+        context: of the command.
+
+    Returns:
+        Name of the setting -> value; TASK=PLACE options as mappings, ``auto`` and negative bounds as None.
+
+    Raises:
+        NSCError: naming the option that cannot be read.
+    """
     read: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "adapter": ("adapters", lambda values: pairs(values, "--adapter")),
         "data": ("data", lambda values: pairs(values, "--data")),
@@ -26,16 +36,17 @@ def given(context: typer.Context) -> dict[str, Any]:
         "target_block": ("target_blocks", tuple),
         "max_drift": ("max_drift", lambda drift: None if drift < 0 else drift),
         "tokens_per_pass": (
-            "tokens_per_pass", lambda text: None if text == "auto" else _whole(text, "--tokens-per-pass"),
+            "tokens_per_pass",
+            lambda text: None if text == "auto" else _whole(text, "--tokens-per-pass"),
         ),
-    }  # fmt: skip
-    found = {}
+    }
+    settings = {}
     for option, value in context.params.items():
         source = context.get_parameter_source(option)
         if source is not None and source.name == "COMMANDLINE" and option not in OF_COMMAND:
             name, convert = read.get(option, (option, lambda value: value))
-            found[name] = convert(value)
-    return found
+            settings[name] = convert(value)
+    return settings
 
 
 def _whole(text: str, option: str) -> int:
@@ -47,23 +58,44 @@ def _whole(text: str, option: str) -> int:
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:
-    """Task -> place, of a repeated TASK=PLACE. Raises NSCError naming the option that reads otherwise."""
+    """Read a repeated TASK=PLACE option.
+
+    Args:
+        values: what the command line gave.
+        option: its name, for errors.
+
+    Returns:
+        Task -> place.
+
+    Raises:
+        NSCError: naming the option, for a value of another form, or a task that is named twice.
+    """
     from nsc.errors import NSCError
 
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for value in values:
         task, equals, place = value.partition("=")
         if not (task and equals and place):
             raise NSCError(f"{option} {value!r} must read TASK=PLACE")
-        if task in found:
+        if task in places:
             raise NSCError(f"{option} names task {task} twice")
-        found[task] = place
-    return found
+        places[task] = place
+    return places
 
 
 @contextmanager
 def plain_errors(out: Path | None = None) -> Iterator[None]:
-    """User errors in words and exit code 1; an interrupt says how to go on with ``out``, with exit code 130."""
+    """Turn user errors into one line and exit code 1, and an interrupt into how to continue and exit code 130.
+
+    Args:
+        out: the folder that a merge is written to, whose checkpoint may allow it to be resumed.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SystemExit: with the exit code, for an NSCError or an interrupt.
+    """
     from nsc.errors import NSCError
 
     try:
