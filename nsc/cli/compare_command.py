@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -17,7 +17,9 @@ TASK_FILE = "TASK=FILE"
 
 @dataclass
 class Compared:
-    """What is compared"""
+    """Which methods are compared, and on which rows."""
+
+    panel: ClassVar[str] = "Inputs"
 
     base: Annotated[str, BASE]
     adapter: Annotated[list[str], ADAPTER]
@@ -40,7 +42,9 @@ class Compared:
 
 @dataclass
 class Scales:
-    """Scales of the methods"""
+    """How the scales of the methods are found."""
+
+    panel: ClassVar[str] = "Scales of the methods"
 
     search: Annotated[
         str, typer.Option(help="How to find every scale that no setting gives: none, labels or null-space.")
@@ -85,9 +89,16 @@ def compare(compared: Compared, scales: Scales) -> None:
 
 
 def read_settings(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Settings of all that learn, and method -> its own, from "KEY=VALUE" and "METHOD.KEY=VALUE" with values in YAML.
+    """Read the ``--set`` options of a comparison.
 
-    Raises NSCError for one that does not read so.
+    Args:
+        assignments: "KEY=VALUE" for all methods that learn, or "METHOD.KEY=VALUE"; values in YAML.
+
+    Returns:
+        The settings of all methods that learn, and method -> its own settings.
+
+    Raises:
+        NSCError: for an assignment of another form, or a value that is not YAML.
     """
     import yaml
 

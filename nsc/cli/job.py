@@ -1,4 +1,4 @@
-"""What ``nsc merge`` is told: by flags, ``--set``, a YAML file and presets; each goes before what comes after it.
+"""One run of ``nsc merge``, from flags, ``--set``, a YAML file and presets, of which each overrides those after it.
 
 The schema is the fields of ``Job``, and those of the settings of the method, with their types: nothing is listed twice.
 """
@@ -25,7 +25,23 @@ NEEDED = {"base": "--base", "adapters": "--adapter TASK=PATH", "data": "--data T
 
 @dataclass(frozen=True)
 class Job:
-    """One run of ``nsc merge``: the keys of a file that are no settings, as the flags of the same names take them."""
+    """One run of ``nsc merge``: everything that is no setting of the method.
+
+    Attributes:
+        base: folder or Hub id.
+        adapters: task -> PEFT folder or Hub id.
+        data: task -> where its unlabeled rows are.
+        out: new folder.
+        rank: that the written adapter is truncated to; None for exact factors.
+        full: whether the whole model is written.
+        preset: of PRESETS.
+        method: by name.
+        coefficients: folder of an earlier merge, whose coefficients weight the method.
+        search: how the scale is found: "labels", "null-space" or "none".
+        validation: task -> where the labelled rows of a search are.
+        scales: lowest and highest scale of a search.
+        recipe: the method with its settings; None for the sum by learned coefficients.
+    """
 
     base: str
     adapters: dict[str, str]
@@ -39,11 +55,11 @@ class Job:
     search: str = "none"
     validation: dict[str, str] = field(default_factory=dict)
     scales: tuple[float, float] | None = None
-    recipe: Recipe | None = None  # the method's, with its settings
+    recipe: Recipe | None = None
 
     @property
     def learns(self) -> bool:
-        """Whether data are needed."""
+        """Whether coefficients are learned, so that data are needed."""
         return self.recipe is None or self.recipe.learned is not None
 
 
@@ -52,8 +68,13 @@ SETTINGS = settings_of("nsc")
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a file says: the job, and settings of its method."""
+class FileContent:
+    """What a YAML file says.
+
+    Attributes:
+        job: keys of ``Job`` -> values.
+        settings: settings of its method.
+    """
 
     job: dict[str, Any]
     settings: dict[str, Any]
@@ -62,13 +83,24 @@ class Told:
 def gather(
     flags: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None
 ) -> tuple[Job, MergeConfig]:
-    """The job and its settings. flags: those given, by the names of the fields.  assignments: "KEY=VALUE", in YAML.
+    """Put together one run of ``nsc merge`` and its settings.
 
-    Flags go before assignments, those before the preset of the flags, that before the file and its own preset; a scale
-    or a search of the flags before either of the file; adapters and rows are put together task by task. Raises NSCError
-    for what is missing, unknown, of another type, or no setting of the method.
+    Flags override assignments, which override the preset of the flags, which overrides the file, which overrides its
+    own preset. A scale or a search among the flags overrides either in the file. Adapters and rows are merged task by
+    task.
+
+    Args:
+        flags: those on the command line, by the names of fields of ``Job`` or settings.
+        assignments: "KEY=VALUE" texts, with values in YAML.
+        file: YAML file.
+
+    Returns:
+        The job, and the settings of learning.
+
+    Raises:
+        NSCError: for what is missing, unknown, of the wrong type, or no setting of the method.
     """
-    told = read_file(file, flags.get("method")) if file else Told({}, {})
+    told = read_file(file, flags.get("method")) if file else FileContent({}, {})
     _settle_scale(told, flags, assignments)
     method = flags.get("method") or told.job.get("method", "nsc")
     learned, kinds = split_learned(method)[0], job_of(method)
@@ -94,8 +126,8 @@ def gather(
     return Job(**job, recipe=recipe), config
 
 
-def _settle_scale(told: Told, flags: Mapping[str, Any], assignments: Sequence[str]) -> None:
-    """Take out of a file the scale, or the search for it, in whose place the flags say the other."""
+def _settle_scale(told: FileContent, flags: Mapping[str, Any], assignments: Sequence[str]) -> None:
+    """Remove from a file its scale where the flags search one, and its search where they give a scale."""
     if flags.get("search", "none") != "none":
         told.settings.pop("scale", None)
     elif "scale" in {*flags, *(text.partition("=")[0] for text in assignments)}:
@@ -104,17 +136,33 @@ def _settle_scale(told: Told, flags: Mapping[str, Any], assignments: Sequence[st
 
 
 def job_of(method: str) -> dict[str, Any]:
-    """The keys of a job with this method -> their types: a rank of its own goes before that of the written adapter, and
-    a preset of its own, where nothing is learned, before those of learning."""
+    """Return the keys of a job with this method.
+
+    A method's own ``rank`` replaces that of the written adapter; its own ``preset``, where nothing is learned, those of
+    learning.
+
+    Args:
+        method: by name.
+
+    Returns:
+        Key -> type.
+    """
     learned, own = split_learned(method)[0], settings_of(method)
     return {key: kind for key, kind in JOB.items() if key not in own or (learned and key != "rank")}
 
 
-def read_file(file: Path, method: str | None = None) -> Told:
-    """The checked values of a YAML file; those under ``settings:``, as in a saved merge.yaml, count like the others.
+def read_file(file: Path, method: str | None = None) -> FileContent:
+    """Read and check a YAML file; keys under ``settings:``, as in a saved merge.yaml, count like those beside it.
 
-    method: goes before the file's own; of a saved merge by another method only the job is taken. Raises NSCError naming
-    the file, and the key that is no key or the value of another type.
+    Args:
+        file: YAML, written by hand or by an earlier merge.
+        method: overrides the file's own; of a saved merge by another method only base, adapters and data are taken.
+
+    Returns:
+        Its job and settings.
+
+    Raises:
+        NSCError: naming the file, and a key that does not exist or a value of the wrong type.
     """
     try:
         told = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -132,7 +180,7 @@ def read_file(file: Path, method: str | None = None) -> Told:
     job = {key: _checked(key, value, of_job, f"{file}: ") for key, value in told.items() if key in of_job}
     rest = {**nested, **{key: value for key, value in told.items() if key not in of_job}}
     where = f"{file}: " if method == "nsc" else f"{file}: of method {method}, "
-    return Told(job, {key: _checked(key, value, kinds, where, of_job) for key, value in rest.items()})
+    return FileContent(job, {key: _checked(key, value, kinds, where, of_job) for key, value in rest.items()})
 
 
 def _of_record(told: Mapping[str, Any], file: Path, method: str | None) -> dict[str, Any]:
@@ -151,7 +199,18 @@ def _of_record(told: Mapping[str, Any], file: Path, method: str | None) -> dict[
 
 
 def read_assignment(text: str, method: str = "nsc") -> tuple[str, Any]:
-    """A setting of a method and its value from "KEY=VALUE". Raises NSCError as ``read_file`` does."""
+    """Read one setting of a method.
+
+    Args:
+        text: "KEY=VALUE", with the value in YAML.
+        method: by name.
+
+    Returns:
+        The key and its checked value.
+
+    Raises:
+        NSCError: as ``read_file`` does.
+    """
     key, equals, value = text.partition("=")
     if not equals:
         raise NSCError(f"--set {text!r} must read KEY=VALUE")

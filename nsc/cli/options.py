@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
@@ -30,7 +30,9 @@ VALIDATION = typer.Option(metavar="TASK=FILE", help="Labelled rows to search by;
 
 @dataclass
 class Inputs:
-    """Inputs"""
+    """Where a merge reads from, and what says its settings."""
+
+    panel: ClassVar[str] = "Inputs"
 
     base: Annotated[str | None, BASE] = None
     adapter: Annotated[list[str] | None, ADAPTER] = None
@@ -47,7 +49,9 @@ class Inputs:
 
 @dataclass
 class Learning:
-    """Learning the coefficients"""
+    """How coefficients are learned."""
+
+    panel: ClassVar[str] = "Learning the coefficients"
 
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides the preset.")] = None
     lr: Annotated[float | None, typer.Option(help="Learning rate; overrides the preset.")] = None
@@ -67,7 +71,9 @@ class Learning:
 
 @dataclass
 class Running:
-    """Memory and devices"""
+    """Where and in what precision the base model runs."""
+
+    panel: ClassVar[str] = "Memory and devices"
 
     dtype: Annotated[str, DTYPE] = "auto"
     device: Annotated[str, DEVICE] = "auto"
@@ -93,7 +99,9 @@ class Running:
 
 @dataclass
 class Method:
-    """Other merging methods"""
+    """Which method merges, and its most common settings."""
+
+    panel: ClassVar[str] = "Other merging methods"
 
     method: Annotated[
         str, typer.Option(help="A method that `nsc methods` lists, or nsc+METHOD, weighted by learned coefficients.")
@@ -113,7 +121,9 @@ class Method:
 
 @dataclass
 class Output:
-    """Output"""
+    """What is written."""
+
+    panel: ClassVar[str] = "Output"
 
     out: Annotated[Path | None, typer.Option(help="New folder for the result.")] = None
     rank: Annotated[int | None, RANK] = None
@@ -128,7 +138,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         command: whose parameters are flags of their own, or dataclasses of flags.
 
     Returns:
-        The same command with one parameter for each flag; the flags of a group have its docstring as their panel.
+        The same command with one parameter for each flag; the flags of a group share the panel that it names.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -154,7 +164,7 @@ def _flags(group: Any) -> list[inspect.Parameter]:
     for field in fields(group):
         kind, option = get_args(hints[field.name])
         option = copy(option)
-        option.rich_help_panel = group.__doc__
+        option.rich_help_panel = group.panel
         default = inspect.Parameter.empty if field.default is MISSING else field.default
         flags.append(
             inspect.Parameter(

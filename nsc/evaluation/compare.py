@@ -58,14 +58,31 @@ def compare(
     resume: bool = False,
     progress: bool = True,
 ) -> Comparison:
-    """Score ``methods`` on labelled ``test`` rows, and write table, picture, JSON and record to a new folder ``out``.
+    """Score merging methods on labelled rows, and write table, figure, JSON and record to a new folder.
 
-    base, adapters, data: as of ``nsc.merge``.  test, validation: task -> what ``read_labelled`` takes, without a row in
-    common.  search: how the scale is found of a method whose ``settings`` give none: "labels" on the validation rows,
-    "null-space" on ``config["evaluation_samples"]`` rows of ``data`` a task, or "none", which is 1.  grid: by default
-    ``grid_of(search)``.  metrics: task -> one of METRICS.  config: fields of MergeConfig, over what each learning
-    method has by itself.  settings: method -> its own.  resume: rows that an interrupted comparison left are kept.
-    Raises a subclass of NSCError for anything that concerns all methods, or a name or setting that there is not.
+    Args:
+        base: folder or Hub id.
+        adapters: task -> PEFT folder or Hub id.
+        data: task -> unlabeled rows, as ``nsc.merge`` takes them; empty where no method needs any.
+        test: task -> labelled rows to score, as ``read_labelled`` takes them.
+        methods: names that ``nsc methods`` lists, or nsc+NAME.
+        out: folder that does not exist yet.
+        validation: task -> labelled rows for the search, none of which is in ``test``.
+        search: how to find the scale of a method whose ``settings`` give none: "labels" on the validation rows,
+            "null-space" on ``config["evaluation_samples"]`` unlabeled rows per task, or "none", which takes 1.
+        grid: the scales to try; by default ``grid_of(search)``.
+        metrics: task -> one of METRICS; by default accuracy, pearson or loss, by the head.
+        config: fields of MergeConfig, which override what each learning method has by itself.
+        settings: method -> its own settings.
+        resume: keep the rows that an interrupted comparison left.
+        progress: print a line per method.
+
+    Returns:
+        The comparison, as it was written.
+
+    Raises:
+        NSCError: a subclass, for anything that concerns all methods, or a name or setting that does not exist. A method
+            that cannot be merged is a row with its reason.
     """
     out, validation, grid = Path(out), validation or {}, grid or grid_of(search)
     planned = {name: _plan(name, config, settings, search) for name in methods}

@@ -16,14 +16,28 @@ from nsc.errors import NSCError
 
 @dataclass(frozen=True)
 class Metric:
-    """higher: whether that is better.  of: logits (n, C) and labels (n,) to a number; None where it is of the loss."""
+    """One metric of labelled rows.
+
+    Attributes:
+        higher: whether a higher value is better.
+        of: function of logits (n, C) and labels (n,) that returns the metric; None where it is made of the loss.
+    """
 
     higher: bool
     of: Callable[[Tensor, Tensor], float] | None = None
 
 
 def normalised(score: float, alone: float, higher: bool) -> tuple[float, str]:
-    """Percent of what the adapter alone reaches, and why there is none where it is NaN."""
+    """Return a score as a percentage of what the adapter alone reaches.
+
+    Args:
+        score: metric of the merged model.
+        alone: metric of the adapter alone.
+        higher: whether a higher value is better; if not, the share is the other way round.
+
+    Returns:
+        The percentage and an empty text; or NaN and the reason why there is none.
+    """
     if not (math.isfinite(score) and math.isfinite(alone)):
         return math.nan, "the metric is not defined"
     whole, part = (alone, score) if higher else (score, alone)
@@ -35,6 +49,17 @@ def normalised(score: float, alone: float, higher: bool) -> tuple[float, str]:
 
 
 def torchmetrics_function(name: str) -> Any:
+    """Return a function of ``torchmetrics.functional``, which is imported only where a metric needs it.
+
+    Args:
+        name: of the function.
+
+    Returns:
+        The function.
+
+    Raises:
+        NSCError: if torchmetrics is not installed.
+    """
     try:
         return getattr(import_module("torchmetrics.functional"), name)
     except ImportError as error:

@@ -33,9 +33,14 @@ Value = Callable[[nn.Module], float]  # of a model with a merge in it; the less 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales from ``low`` to ``high``. steps: of the first grid, and of each further one around the best before it.
+    """The scales of a search.
 
-    most: the first grid goes on as long as its last scale is the best, but no further than here; None: than ``high``.
+    Attributes:
+        low: lowest scale, above 0.
+        high: highest scale of the first grid.
+        steps: step of the first grid, then of each finer one around the best scale so far.
+        most: the first grid continues upwards while its last scale is the best, but not beyond this; None: not beyond
+            ``high``.
     """
 
     low: float = 0.1
@@ -57,9 +62,13 @@ SEARCHES = ("none", *MEASURES)
 
 @dataclass(frozen=True)
 class Found:
-    """scale: the best.  curve: every scale tried, in order, and its value.  seconds: of the search.
+    """The result of a search.
 
-    edge: whether the best is the last scale at either end of all tried, so that a better one may lie outside.
+    Attributes:
+        scale: the best one.
+        curve: every scale tried, in ascending order -> its value.
+        seconds: that the search took.
+        edge: whether the best scale is the lowest or highest of all tried, so that a better one may lie outside.
     """
 
     scale: float
@@ -75,14 +84,34 @@ class Found:
 
 
 def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple[float, ...] = Grid.steps) -> Grid:
-    """Of these scales and no others; without any the default's, beyond which a search by labels goes on to ``MOST``."""
+    """Return the grid of a search.
+
+    Args:
+        search: "labels", which continues upwards to ``MOST`` while that helps, or "null-space".
+        scales: lowest and highest scale, and no others; None for the default range.
+        steps: of the grids, coarse to fine.
+
+    Returns:
+        The grid.
+    """
     if scales:
         return Grid(*scales, steps)
     return Grid(steps=steps, most=MOST if search == "labels" else None)
 
 
 def search(value: Callable[[float], float], grid: Grid = Grid()) -> Found:
-    """The scale of the least value on the grids. Raises NSCError where no scale has a finite one."""
+    """Find the scale with the least value on the grids.
+
+    Args:
+        value: of a scale; the less the better, and NaN or infinity where it has none.
+        grid: the scales to try.
+
+    Returns:
+        The best scale, and everything that was tried.
+
+    Raises:
+        NSCError: if no scale has a finite value.
+    """
     started, first = time.perf_counter(), grid.steps[0]
     curve = {scale: value(scale) for scale in _scales(grid.low, grid.high, first)}
     while (last := max(curve)) == _best(curve) and last + first <= (grid.most or grid.high):
@@ -109,9 +138,19 @@ def _best(curve: Mapping[float, float]) -> float:
 
 
 def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = Grid()) -> Found:
-    """The scale at which ``merged``, a merge of scale 1 as ``as_one`` makes it, has the least value in ``model``.
+    """Find the scale at which a merge has the least value in ``model``, which is left as it was.
 
-    The model is left as it was.
+    Args:
+        model: body of the base, with weights.
+        merged: the merge at scale 1, as ``as_one`` makes it.
+        value: of a model that carries a merge.
+        grid: the scales to try.
+
+    Returns:
+        The best scale, and everything that was tried.
+
+    Raises:
+        NSCError: if no scale has a finite value.
     """
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     lam = torch.ones(len(merged.names), 1, dtype=dtype, device=input_device(model))
@@ -125,7 +164,14 @@ def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = Gri
 
 
 def require_finite(merged: Stack) -> None:
-    """Raise NonFiniteError, naming the layer, for a merge that cannot be put into a model."""
+    """Refuse a merge that is not finite and so cannot be put into a model.
+
+    Args:
+        merged: the merge, as ``as_one`` makes it.
+
+    Raises:
+        NonFiniteError: naming the layer.
+    """
     for name in merged.names:
         layer = merged.layer(name)
         parts = (layer.deltas,) if isinstance(layer, DenseStack) else (layer.A, layer.B)
@@ -134,13 +180,26 @@ def require_finite(merged: Stack) -> None:
 
 
 class LabelledLoss:
-    """Mean over tasks of the loss on labelled rows, each relative to ``bare``: that of its head without any adapter."""
+    """The mean over tasks of the loss on labelled rows, each relative to that of the bare base.
+
+    Args:
+        model: body of the base, as it is.
+        exams: task -> its labelled rows.
+    """
 
     def __init__(self, model: nn.Module, exams: Mapping[str, Exam]) -> None:
-        """model: the base as it is."""
+        """Measure the losses of the bare base."""
         self.exams = exams
         self.bare = {task: exam.loss(model) or 1.0 for task, exam in exams.items()}
 
     def __call__(self, model: nn.Module) -> float:
+        """Return the mean relative loss of a model.
+
+        Args:
+            model: body of the base, carrying a merge.
+
+        Returns:
+            1 for a merge no better than the bare base.
+        """
         shares = [exam.loss(model) / self.bare[task] for task, exam in self.exams.items()]
         return sum(shares) / len(shares)

@@ -35,7 +35,14 @@ TOKENS, IMAGES = 4096, 32  # of one forward
 
 
 class Part(NamedTuple):
-    """One forward. inputs: of the body.  rows, places: (n,) the hidden states that the head reads.  truth: (n,)."""
+    """One forward of labelled rows.
+
+    Attributes:
+        inputs: of the body, on the CPU.
+        rows: (n,) int64, in which row of the batch each hidden state is that a head reads.
+        places: (n,) int64, at which token of that row.
+        truth: (n,) the class, number or token that is true there.
+    """
 
     inputs: dict[str, Tensor]
     rows: Tensor
@@ -45,7 +52,13 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Exam:
-    """The labelled rows of one task, ready to run.  metric: of METRICS."""
+    """The labelled rows of one task, ready to run.
+
+    Attributes:
+        head: that reads hidden states.
+        metric: of METRICS.
+        parts: one for each forward.
+    """
 
     head: Head
     metric: str
@@ -57,12 +70,26 @@ class Exam:
         return METRICS[self.metric].higher
 
     def loss(self, model: nn.Module) -> float:
-        """Mean cross-entropy over classes or answer tokens; squared error where the head has one output."""
+        """Return the mean loss on the labelled rows.
+
+        Args:
+            model: body of the base, carrying a merge or not.
+
+        Returns:
+            Cross-entropy over classes or answer tokens, in nats; squared error where the head has one output.
+        """
         losses = [_losses(logits, truth) for logits, truth in self._answers(model)]
         return torch.cat(losses).double().mean().item()
 
     def score(self, model: nn.Module) -> float:
-        """The metric; NaN where it is not defined, as the correlation of a constant."""
+        """Return the metric on the labelled rows.
+
+        Args:
+            model: body of the base, carrying a merge or not.
+
+        Returns:
+            The metric; NaN where it is not defined, such as the correlation of a constant.
+        """
         of = METRICS[self.metric].of
         if of is None:
             loss = self.loss(model)
@@ -88,10 +115,20 @@ def exams_of(
     max_length: int,
     metrics: Mapping[str, str] = {},
 ) -> dict[str, Exam]:
-    """Task -> its exam, by its adapter's own head or else the base's.
+    """Prepare the labelled rows of every task for its adapter's own head, or else for the base's.
 
-    metrics: task -> one of METRICS; by default accuracy of several outputs, pearson of one, loss of answers. Raises
-    NSCError for a head, a label or a metric that do not go together, and without torchmetrics where it is needed.
+    Args:
+        base: with weights.
+        adapters: task -> adapter.
+        rows: task -> labelled rows.
+        max_length: tokens of a sample, at most.
+        metrics: task -> one of METRICS; by default accuracy for several outputs, pearson for one, loss for answers.
+
+    Returns:
+        Task -> its exam.
+
+    Raises:
+        NSCError: for a head, label or metric that do not go together, and without torchmetrics where it is needed.
     """
     vocabulary = None
     exams = {}

@@ -23,12 +23,22 @@ learns coefficients, *search* finds the scale. Memory: the most that these took 
 
 @dataclass(frozen=True)
 class Row:
-    """One method.
+    """The results of one method.
 
-    scores: task -> its metric.  shares: task -> percent of fine-tuned, NaN where there is none.  scale: None where it
-    has no scale of its own.  curve: scale -> what was minimised.  preparation, optimisation, search: seconds.  memory:
-    bytes, None where the system does not tell.  notes: what a reader must know.  refused: why there is no score.
-    settings: of the method, plain values.
+    Attributes:
+        method: by name; ALONE and BARE are the two rows to compare with.
+        scores: task -> its metric.
+        shares: task -> percent of fine-tuned, NaN where there is none.
+        mean: of the shares, NaN where there is none.
+        scale: None where the method has none of its own.
+        curve: scale -> value that was minimised.
+        preparation: seconds to make the merged layers.
+        optimisation: seconds to learn coefficients.
+        search: seconds to find the scale.
+        memory: bytes, None where the system does not tell.
+        notes: what a reader must know.
+        refused: why there is no score.
+        settings: of the method, as plain values.
     """
 
     method: str
@@ -48,9 +58,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """metrics: task -> of METRICS.  rows: the adapters alone, their heads on the base, then every method as asked for.
+    """A comparison of merging methods.
 
-    identity: of all that every row depends on.
+    Attributes:
+        metrics: task -> one of METRICS.
+        rows: the adapters alone, their heads on the base, then every method in the order asked for.
+        identity: digest of everything that all rows depend on.
     """
 
     metrics: dict[str, str]
@@ -58,15 +71,30 @@ class Comparison:
     identity: str = ""
 
     def row(self, method: str) -> Row | None:
-        """Of a method by name."""
+        """Return the row of a method.
+
+        Args:
+            method: by name.
+
+        Returns:
+            The row, or None if it is not in the comparison.
+        """
         return next((row for row in self.rows if row.method == method), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON: None where a number is not finite."""
+        """Return plain values, ready for JSON.
+
+        Returns:
+            The fields, with None where a number is not finite.
+        """
         return _plain(asdict(self))
 
     def to_markdown(self) -> str:
-        """The table, and under it what was refused or must be known."""
+        """Return the table, and below it what was refused or must be known.
+
+        Returns:
+            Markdown.
+        """
         tasks = [f"{task} {m} {'↑' if METRICS[m].higher else '↓'}" for task, m in self.metrics.items()]
         head = ["method", "scale", *tasks, "mean", "preparation, s", "optimisation, s", "search, s", "memory, MiB"]
         lines = [_line(head), "| --- " * len(head) + "|", *(_line(self._cells(row)) for row in self.rows)]
@@ -75,7 +103,11 @@ class Comparison:
         return "\n".join([*lines, "", ABOUT, *([""] if notes else []), *notes]) + "\n"
 
     def write(self, folder: Path) -> None:
-        """JSON, table and picture into a folder that is there; the JSON at once or not at all."""
+        """Write JSON, table and figure; the JSON is replaced atomically.
+
+        Args:
+            folder: that exists.
+        """
         partial = folder / f"{JSON}.partial"
         partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         os.replace(partial, folder / JSON)
@@ -84,7 +116,17 @@ class Comparison:
 
     @classmethod
     def read(cls, file: Path) -> Comparison:
-        """The inverse of the JSON. Raises NSCError where it is none."""
+        """Read a comparison from its JSON.
+
+        Args:
+            file: as ``write`` wrote it.
+
+        Returns:
+            The comparison.
+
+        Raises:
+            NSCError: if it cannot be read.
+        """
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
             rows = tuple(_row(row) for row in told["rows"])
@@ -103,9 +145,18 @@ class Comparison:
 
 
 def scored(row: Row, scores: Mapping[str, float], alone: Mapping[str, float], metrics: Mapping[str, str]) -> Row:
-    """The row with these scores, their shares of the adapters' own, and the mean over tasks.
+    """Complete a row with its scores, their shares of fine-tuned, and the mean over tasks.
 
-    A task whose adapter alone gives no share of anything is in nobody's mean, and a note says so.
+    A task whose adapter alone has no share of anything is left out of every mean, and a note says so.
+
+    Args:
+        row: of a method, without scores.
+        scores: task -> metric of the merged model.
+        alone: task -> metric of the adapter alone.
+        metrics: task -> one of METRICS.
+
+    Returns:
+        The complete row.
     """
     found = {t: normalised(scores[t], alone[t], METRICS[m].higher) for t, m in metrics.items()}
     counted = [t for t, m in metrics.items() if not math.isnan(normalised(alone[t], alone[t], METRICS[m].higher)[0])]
@@ -119,7 +170,12 @@ def scored(row: Row, scores: Mapping[str, float], alone: Mapping[str, float], me
 
 
 def draw(path: Path, comparison: Comparison) -> None:
-    """PNG: the mean of each method as a bar, best at the top, each task as a dot."""
+    """Draw the mean of each method as a bar, best at the top, and each task as a dot.
+
+    Args:
+        path: PNG file to write.
+        comparison: what is drawn.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

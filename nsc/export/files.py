@@ -20,9 +20,17 @@ OWN_FILES = ("readme.md", ".gitattributes")  # of the base's repository, not of 
 
 
 def merged_layers_whole(base: Base, merged: Merged) -> dict[str, Tensor]:
-    """Every parameter that adapters fine-tuned whole, by name, as the merge has it: float32, base and update together.
+    """Merge every parameter that adapters fine-tuned whole, base and update together.
 
-    Raises NSCError if the base has no safetensors checkpoint that holds them.
+    Args:
+        base: whose checkpoint is read, if there is any such parameter.
+        merged: the merge.
+
+    Returns:
+        Parameter by name -> what it is merged to, float32.
+
+    Raises:
+        NSCError: if the base has no safetensors checkpoint that holds them.
     """
     stored = read_layers(base, merged.whole) if merged.whole else {}
     return {name: (stored[name].double() + update).float() for name, update in whole_updates(merged).items()}
@@ -35,10 +43,14 @@ def write_adapter(
     base: str,
     whole: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A PEFT folder whose scale is 1 in every module and whose targets are full module names.
+    """Write a PEFT folder whose scale is 1 in every module and whose targets are full module names.
 
-    prefix: what the names carry before the body's own, "model." for a CausalLM.  whole: parameters of layers that go to
-    modules_to_save as they are.
+    Args:
+        folder: that exists.
+        factors: module -> its factors.
+        prefix: what the names carry before the body's own, such as "model." for a CausalLM.
+        base: id of the base, for the config.
+        whole: parameters of layers that are written to modules_to_save as they are.
     """
     whole = whole or {}
     saved = sorted({prefix + name.rpartition(".")[0] for name in whole})
@@ -67,10 +79,17 @@ def write_adapter(
 
 
 def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
-    """The base's checkpoint with the merge's updates added, one shard in memory at a time, and one layer's update.
+    """Write the base's checkpoint with the updates added, one shard and one layer's update in memory at a time.
 
-    Shards, index, tied weights, dtypes and side files are the source's own. Raises NSCError if the base has no
-    safetensors checkpoint or a merged layer is not in it.
+    Shards, index, tied weights, dtypes and side files are the base's own.
+
+    Args:
+        folder: that exists.
+        base: whose checkpoint is copied.
+        merged: the merge.
+
+    Raises:
+        NSCError: if the base has no safetensors checkpoint, or a merged layer is not in it.
     """
     source = checkpoint_folder(base)
     shards, places = merged_places(base, merged.names)

@@ -18,9 +18,12 @@ OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the range finder
 
 @dataclass(frozen=True)
 class MergedFactors:
-    """One layer's merged update ``B @ A`` with everything folded in: A (R, d), B (m, R), both float32.
+    """The merged update ``B @ A`` of one layer, with every scale folded in.
 
-    error: relative Frobenius error of a truncation, 0 for the exact concatenation.
+    Attributes:
+        A: (R, d) float32.
+        B: (m, R) float32.
+        error: relative Frobenius error of a truncation; 0 for the exact concatenation.
     """
 
     A: Tensor
@@ -29,9 +32,17 @@ class MergedFactors:
 
 
 def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedFactors]:
-    """The update of every layer that carries LoRA: as its factors are, or the best one of at most ``rank``.
+    """Make the factors of every layer that carries LoRA.
 
-    Raises NSCError for a rank below 1, and for a dense update without a rank.
+    Args:
+        merged: the merge.
+        rank: of the best approximation, at most; None for the exact factors.
+
+    Returns:
+        Layer -> its factors.
+
+    Raises:
+        NSCError: for a rank below 1, and for a dense update without a rank.
     """
     if rank is not None and rank < 1:
         raise NSCError(f"rank must be 1 or more, not {rank}")

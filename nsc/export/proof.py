@@ -34,10 +34,15 @@ OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared. Errors are relative: weights to each update's largest entry, outputs to their norm.
+    """What was compared, with relative errors: of weights to each update's largest entry, of outputs to their norm.
 
-    outputs and effect are None where no base was at hand; effect is how far the merge moves the base's outputs.  lost:
-    the most that a truncation left out of an update's norm: what was written is compared with the truncated merge.
+    Attributes:
+        what: "adapter" or "full model".
+        modules: how many were loaded back.
+        weights: largest error of a weight.
+        outputs: error of the hidden states; None where no base was at hand.
+        effect: how far the merge itself moves the hidden states of the base; None where no base was at hand.
+        lost: the most that a truncation left out of an update's norm; the truncated merge is what was compared.
     """
 
     what: str
@@ -57,7 +62,15 @@ class Proof:
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """(rows, d) last hidden states, padding left out, float64 on the CPU."""
+    """Return the last hidden states of the tokens that count.
+
+    Args:
+        model: body of the base, carrying a merge or not.
+        batch: rows on the model's device.
+
+    Returns:
+        (n, d) float64 on the CPU, without padding.
+    """
     states = model(**batch.arguments(next(model.parameters()).dtype))[0]
     counts = batch.weight > 0
     return (states.flatten(0, -2) if counts.all() else states[counts]).double().cpu()
@@ -65,9 +78,13 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Merge:
-    """What should have been written: the merge, and the factors made of it, none where it is written in full.
+    """What should have been written.
 
-    whole: parameter -> what it is merged to, of layers that adapters fine-tuned whole.
+    Attributes:
+        merged: the merge.
+        factors: module -> the factors made of it; none where the whole model is written.
+        prefix: what module names carry before the body's own.
+        whole: parameter -> what it is merged to, of layers that adapters fine-tuned whole.
     """
 
     merged: Merged
@@ -81,11 +98,26 @@ class Merge:
         return self.merged.names
 
     def update(self, parameter: str) -> Tensor | None:
-        """(m, d) or (m,) float64 on the CPU, straight from the adapters' own factors; None where there is none."""
+        """Return the update of a parameter, straight from the adapters' own factors.
+
+        Args:
+            parameter: by name in the body.
+
+        Returns:
+            (m, d) or (m,) float64 on the CPU; None where there is none.
+        """
         return parameter_update(self.merged, parameter)
 
     def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
-        """``hidden_states`` of the merged model in memory; of the truncated one where a truncation was asked for."""
+        """Return the hidden states of the merged model in memory, or of the truncated one where the merge is truncated.
+
+        Args:
+            model: body of the base.
+            batch: rows on the model's device.
+
+        Returns:
+            (n, d) float64 on the CPU, as ``hidden_states`` gives them.
+        """
         truncated = any(f.error for f in self.factors.values())
         stack, lam = self._truncated() if truncated else self.merged.in_model()
         with merged_layers(model, stack, lam.to(batch.weight.device)):
@@ -100,7 +132,18 @@ class Merge:
 
 
 def prove_files(folder: Path, merge: Merge) -> Proof:
-    """Read the adapter back without any model: every update must be there, and nothing else."""
+    """Read the adapter back without any model: every update must be there, and nothing else.
+
+    Args:
+        folder: that the adapter was written to.
+        merge: what should be there.
+
+    Returns:
+        What was compared: weights alone.
+
+    Raises:
+        ProofError: if something is missing, extra or different.
+    """
     try:
         read = read_adapter(folder, "merged")
     except AdapterError as error:
@@ -113,7 +156,20 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
 
 
 def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
-    """Load the folder with stock PEFT onto the base: its own updates and hidden states must be those in memory."""
+    """Load the folder with stock PEFT onto the base: its updates and hidden states must be those in memory.
+
+    Args:
+        folder: that the adapter was written to.
+        merge: what should be there.
+        model: body of the base in full precision, left as it was.
+        batch: rows on the model's device.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        ProofError: if something is missing, extra or different.
+    """
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     with _loaded_by_peft(model, folder, merge) as (layers, whole):
@@ -127,10 +183,22 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
 def prove_full_model(
     folder: Path, merge: Merge, base: Base, model: nn.Module | None = None, batch: Batch | None = None
 ) -> Proof:
-    """Compare every tensor with the base's files, then load the folder with stock transformers and compare outputs,
-    where there is a model in memory to compare with.
+    """Compare every tensor with the base's files, then load the folder with transformers and compare hidden states.
 
-    Merged layers must be source plus update, rounded once to the file's dtype; all others the source's own bits.
+    Merged layers must be base plus update, rounded once to the file's dtype; all others equal the base bit for bit.
+
+    Args:
+        folder: that the model was written to.
+        merge: what should be there.
+        base: whose checkpoint was copied.
+        model: body of the base in full precision; None leaves hidden states out.
+        batch: rows on the model's device; None leaves hidden states out.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        ProofError: if something is missing, extra or different, or cannot be loaded.
     """
     weights, coarsest = _worst_tensor(folder, base, merge)
     if model is None or batch is None:

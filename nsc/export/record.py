@@ -31,14 +31,24 @@ COEFFICIENTS, MASKS, DESCRIPTION = "coefficients.safetensors", "masks.safetensor
 
 @dataclass(frozen=True)
 class Record:
-    """What ``apply`` needs.
+    """What ``nsc.apply`` needs to repeat a merge without learning.
 
-    coefficients: (M, K), or of rank rows, as ``Stack.owned`` has them, where the settings' granularity is "rank"; None
-    where the method has none.
-    modules: name in the base body -> (out, in).  adapters: task -> {path, fingerprint}.  prefix: of the written
-    adapter's names.  start: of the coefficients.  settings, data, targets: how they were learned.  rank: that the
-    adapter was truncated to, if it was.  dense: parameters of the base that adapters fine-tuned whole.  method: as
-    ``nsc.merge`` takes it.  masks: that the caller gave.  searched: how the scale in the settings was found, if it was.
+    Attributes:
+        base: folder or Hub id.
+        prefix: of module names in the written adapter.
+        start: initial value of the coefficients.
+        coefficients: (M, K), or of rank rows, as ``Stack.owned`` has them, where granularity is "rank"; None where the
+            method has none.
+        modules: name in the base's body -> (out, in).
+        adapters: task -> its path and fingerprint.
+        data: task -> where its rows were.
+        targets: modules whose inputs were measured.
+        settings: of the method, as plain values.
+        rank: that the adapter was truncated to; None for exact factors.
+        dense: parameters of the base that adapters fine-tuned whole.
+        method: as ``nsc.merge`` takes it.
+        masks: layer -> mask that the caller gave.
+        searched: how the scale in the settings was found, if it was searched.
     """
 
     base: str
@@ -68,7 +78,21 @@ class Record:
         recipe: Recipe | None = None,
         **more: Any,
     ) -> Record:
-        """Of a merge just made. adapters: as they were read.  more: other fields."""
+        """Record a merge that was just made.
+
+        Args:
+            base: folder or Hub id.
+            method: as ``nsc.merge`` takes it.
+            matched: the adapters on the base.
+            adapters: task -> adapter, as it was read.
+            coefficients: as ``Record`` has them.
+            config: the settings of learning.
+            recipe: of another method; None for the sum by learned coefficients.
+            more: other fields.
+
+        Returns:
+            The record.
+        """
         prefix = layout(matched.matches.values())
         if prefix is None:
             prefix = max((layout([match]) or "" for match in matched.matches.values()), key=len)
@@ -91,7 +115,11 @@ class Record:
         return read_settings(self.method, self.settings)[0]
 
     def write(self, folder: Path) -> None:
-        """merge.yaml, and what there is of coefficients.safetensors and masks.safetensors."""
+        """Write merge.yaml, and coefficients.safetensors and masks.safetensors where there are any.
+
+        Args:
+            folder: that exists.
+        """
         of_rows = {"modules": self.modules, "tasks": list(self.adapters)}
         if self.coefficients is not None:
             metadata = {key: json.dumps(value) for key, value in of_rows.items()}
@@ -119,7 +147,17 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """The inverse of ``write``. Raises NSCError naming the file that is missing or broken."""
+        """Read a record back.
+
+        Args:
+            folder: of an earlier merge.
+
+        Returns:
+            The record.
+
+        Raises:
+            NSCError: naming the file that is missing or damaged.
+        """
         try:
             text = yaml.safe_load((folder / DESCRIPTION).read_text(encoding="utf-8"))
             rows, coefficients = _rows(folder, text)
@@ -139,7 +177,11 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Raise NSCError unless the coefficients are finite and fit the modules and, if not by rank, the tasks."""
+        """Refuse coefficients that are not finite or do not fit the modules and, unless by rank, the tasks.
+
+        Raises:
+            NSCError: with both shapes.
+        """
         if self.coefficients is None:
             return
         columns = self.coefficients.shape[-1] if self.settings.get("granularity") == "rank" else len(self.adapters)

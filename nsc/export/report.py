@@ -16,20 +16,47 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lor
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a reader of a merge wants to know. Lists run over tasks or modules, in the order of those fields.
+    """Everything that a reader of a merge wants to know. Lists run over ``tasks`` or ``modules``, in their order.
 
-    coefficients: by module and task; the mean of an adapter's, where each of its rank rows has its own, as granularity
-    says.  ratio_before, ratio_after: per task, the mean null-space ratio over its targets, NaN for one that is unseen:
-    merged without any data.  conditions: per task, the worst A (a Gram's is its square); by module, None where an
-    adapter has no factors.  absent: coefficients of an adapter that does not touch the module.  untrained: coefficients
-    without gradient,
-    left at the start.  bounded: those stopped by max_drift.  truncation: module -> relative error, where a rank was
-    asked for.  proofs: what was reloaded and compared.
-
-    method: as ``nsc.merge`` takes it.  line, source: what it does, and where it is from.  space, settings: of one that
-    takes updates, or learned coefficients, further than their weighted sum.  ranks_by_module: of the written adapter.
-    merged_rank: None of such a one before it is written, and of a full model.  searched: how its scale was found, if it
-    was: by what search, its measure and range, every scale tried and its value (curve), the best, and seconds.
+    Attributes:
+        base: folder or Hub id.
+        tasks: names.
+        modules: names in the base's body.
+        coefficients: by module and task; the mean over an adapter's rank rows, where each has its own.
+        start: initial value of the coefficients.
+        ranks: task -> rank, or lowest to highest.
+        scales: task -> scale, or lowest to highest.
+        conditions: task -> the worst condition number of an A (its Gram matrix has the square).
+        conditions_by_module: module -> condition numbers, None where an adapter has no factors.
+        absent: coefficients of adapters that do not touch the module.
+        merged_rank: of the written adapter; None before it is known, and for a full model.
+        vllm_max_lora_rank: smallest ``max_lora_rank`` of vLLM that serves it; None if there is none.
+        targets: modules whose inputs were measured.
+        ratio_before: by task, mean null-space ratio over its targets; NaN for an unseen task.
+        ratio_after: the same after learning.
+        ratios_by_target: target -> ratios by task, after learning.
+        granularity: "layer", "task" or "rank".
+        unseen: tasks merged without any data.
+        untrained: coefficients that no gradient reaches, left at ``start``.
+        bounded: coefficients stopped by ``drift_bound``.
+        max_drift: largest distance of a coefficient from ``start``.
+        drift_bound: its bound; None for none.
+        steps: of the optimizer.
+        losses: one per step.
+        full: whether the whole model was written.
+        seconds_per_step: mean.
+        peak_memory_gib: of learning, in GiB.
+        truncation: module -> relative error, where a rank was asked for.
+        proofs: what was loaded back and compared.
+        warnings: what a reader must know.
+        method: as ``nsc.merge`` takes it.
+        line: what the method does, in one line.
+        source: where the method is from.
+        space: in which a method of updates runs; None for the weighted sum.
+        settings: of the method.
+        ranks_by_module: of the written adapter.
+        searched: how the scale was found, if it was searched: search, measure, range, every scale tried and its value
+            (curve), the best, and seconds.
     """
 
     base: str
@@ -71,18 +98,30 @@ class Report:
     searched: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON: None where a number is not finite."""
+        """Return plain values, ready for JSON.
+
+        Returns:
+            The fields, with None where a number is not finite.
+        """
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     def to_markdown(self) -> str:
-        """The report as Markdown: facts, and tables by task, of a search, of all coefficients, of ranks that tell."""
+        """Return the report as Markdown: facts, then tables of tasks, of the search, of coefficients and of ranks.
+
+        Returns:
+            Markdown.
+        """
         tables = [_search_table(self.searched)] if self.searched else []
         tables += [_coefficient_table(self)] if self.coefficients else []
         tables += [_rank_table(self)] if self.space and self.ranks_by_module else []
         return "\n\n".join([_facts(self), _task_table(self), *_warnings(self), *tables])
 
     def summary(self) -> str:
-        """A few lines for a terminal."""
+        """Return a few lines for a terminal.
+
+        Returns:
+            Plain text.
+        """
         lines = [f"  {line[2:]}" for line in _facts(self).splitlines()]
         for k, task in enumerate(self.tasks):
             if self.ratio_before and task not in self.unseen:
@@ -91,12 +130,27 @@ class Report:
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The smallest max_lora_rank of vLLM that holds ``rank``; None if there is none."""
+    """Return the smallest ``max_lora_rank`` of vLLM that serves a rank.
+
+    Args:
+        rank: of an adapter.
+
+    Returns:
+        One of VLLM_RANKS, or None if the rank is too large.
+    """
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def vllm_limits(rank: int, whole: list[str]) -> list[str]:
-    """What vLLM would refuse in an adapter of this rank, with these layers in modules_to_save, and the remedy."""
+    """Say what vLLM would refuse in an adapter, with the remedy.
+
+    Args:
+        rank: of the adapter.
+        whole: layers that it carries in modules_to_save.
+
+    Returns:
+        One warning per limit.
+    """
     limits = []
     if vllm_rank(rank) is None:
         limits.append(
@@ -112,7 +166,12 @@ def vllm_limits(rank: int, whole: list[str]) -> list[str]:
 
 
 def draw_heat_map(path: Path, report: Report) -> None:
-    """PNG of the coefficients, modules by tasks; cells without gradient are hatched, absent adapters grey."""
+    """Draw the coefficients, modules by tasks: cells without gradient are hatched, absent adapters grey.
+
+    Args:
+        path: PNG file to write.
+        report: whose coefficients are drawn.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -249,6 +308,14 @@ def _plain(value: Any) -> Any:
 
 
 def model_card(report: Report) -> str:
+    """Return the model card of a written merge: metadata for the Hub, then the report.
+
+    Args:
+        report: complete, with its proof.
+
+    Returns:
+        Markdown with a YAML header.
+    """
     library, kind = ("transformers", "model") if report.full else ("peft", "adapter")
     head = f"---\nlibrary_name: {library}\nbase_model: {json.dumps(report.base)}\ntags:\n- merge\n- nsc\n---\n"
     by = "Null-Space Compression (arXiv 2603.26317)"

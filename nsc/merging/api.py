@@ -38,24 +38,36 @@ def merge(
     progress: bool = True,
     **settings: Any,
 ) -> MergeResult:
-    """Merge ``adapters`` on ``base``: learn one coefficient per layer and task from unlabeled ``data``, or by a method.
+    """Merge LoRA adapters, by default with one coefficient per layer and task, learned from unlabeled data.
 
-    base: folder or Hub id.  adapters: task -> PEFT folder or Hub id.  data: task -> what ``read_texts`` takes (JSONL or
-    text file, ``hub:`` dataset, texts), or ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the
-    base takes images; not read by a method that learns nothing.  settings: of the method, by default fields of
-    MergeConfig, instead of ``config``.  checkpoint: a file that keeps the state while learning; with ``resume`` the run
-    goes on from it. Under torchrun or accelerate launch the processes share each step and all return the same; the
-    first one alone prints, keeps the checkpoint and should save.
+    Under torchrun or accelerate launch the processes share each step and all return the same result; only the first one
+    prints, keeps the checkpoint and should save.
 
-    method: a name that ``nsc methods`` lists, "nsc+NAME" to learn coefficients first and use them as the weights of
-    another method, or what ``read_recipe`` read.  coefficients: (M, K), or the folder of an earlier merge, as weights
-    of a method that learns nothing.  masks: layer -> (K, p, q) bool, what a method that drops entries at random is to
-    keep.
+    Args:
+        base: folder or Hub id.
+        adapters: task -> PEFT folder or Hub id.
+        data: task -> unlabeled rows: what ``read_texts`` takes (JSONL or text file, ``hub:`` dataset, texts), or
+            ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the base takes images. A method that
+            learns nothing does not read them.
+        config: settings of learning; fields given in ``settings`` override it.
+        method: a name that ``nsc methods`` lists; "nsc+NAME" to learn coefficients first and use them as the weights of
+            another method; or a recipe from ``read_recipe``.
+        search: how to find the scale of another method: "null-space" by the ratios of ``evaluation_samples`` unlabeled
+            rows per task, "labels" by the loss on ``validation``, or "none", which takes the setting ``scale``.
+        validation: task -> labelled rows, as ``read_labelled`` takes them.
+        scales: lowest and highest scale of the search; 0.1 and 1.5 by default.
+        coefficients: (M, K), or the folder of an earlier merge, as weights of a method that learns nothing.
+        masks: layer -> (K, m, d) bool: which entries a method that drops entries at random keeps.
+        checkpoint: file that keeps the state while learning.
+        resume: continue from ``checkpoint``.
+        progress: print lines and a progress bar.
+        settings: of the method; by default fields of MergeConfig.
 
-    search: how to find the scale of another method: "null-space" by the ratios of ``evaluation_samples`` rows of
-    ``data`` a task, "labels" by the loss on ``validation``, task -> what ``read_labelled`` takes, or "none", by the
-    setting ``scale``.  scales: lowest and highest, 0.1 and 1.5 by default. Raises a subclass of NSCError that says what
-    is wrong and where.
+    Returns:
+        The merge in memory: ``result.save(folder)`` writes and proves it.
+
+    Raises:
+        NSCError: a subclass that says what is wrong and where.
     """
     data, validation, searches = data or {}, validation or {}, search != "none"
     recipe, name, config = _chosen(method, config, settings, searches)

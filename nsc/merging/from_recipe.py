@@ -39,10 +39,25 @@ def combine(
     searches: bool,
     say: Callable[[str], None],
 ) -> MergeResult:
-    """What ``recipe``, which learns nothing, makes of ``adapters`` on ``base``. Arguments as ``nsc.merge`` has them.
+    """Merge adapters by a method that learns nothing; arguments are those of ``nsc.merge``.
 
-    searches: whether its scale will be searched. No layer is worked on before it is asked for. Raises a subclass of
-    NSCError for what does not go together.
+    No layer is worked on before it is asked for.
+
+    Args:
+        base: of which nothing needs to be loaded.
+        adapters: task -> PEFT folder or Hub id.
+        recipe: the method with its settings.
+        config: of which only the settings of the base count.
+        coefficients: weights of the method, or None.
+        masks: layer -> (K, m, d) bool, or None.
+        searches: whether the scale will be searched.
+        say: prints a line.
+
+    Returns:
+        The merge in memory.
+
+    Raises:
+        NSCError: a subclass, for what does not go together.
     """
     _require_no_learning(recipe, config, OF_BASE + OF_SEARCH if searches else OF_BASE)
     read = read_adapters(adapters)
@@ -60,7 +75,17 @@ def combine(
 
 
 def combine_learned(result: MergeResult, recipe: Recipe, config: MergeConfig, masks: Masks) -> MergeResult:
-    """The same adapters by ``recipe``, weighted by the coefficients that ``result`` has just learned."""
+    """Merge the same adapters by ``recipe``, weighted by the coefficients that were just learned.
+
+    Args:
+        result: of learning.
+        recipe: the method with its settings.
+        config: the settings of learning.
+        masks: layer -> (K, m, d) bool, or None.
+
+    Returns:
+        The merge in memory.
+    """
     device = loading.one_device(config.device)
     combination = Combination(result.stack, recipe, result.coefficients, masks, device)
     settings = write_settings(recipe, config)
@@ -71,7 +96,15 @@ def combine_learned(result: MergeResult, recipe: Recipe, config: MergeConfig, ma
 
 
 def require_weights_of_tasks(recipe: Recipe, config: MergeConfig) -> None:
-    """Raise NSCError where what is to be learned would be no weight of a layer and task."""
+    """Refuse to learn coefficients that could not be the weights of a layer and task.
+
+    Args:
+        recipe: that takes the weights.
+        config: the settings of learning.
+
+    Raises:
+        NSCError: for granularity "rank".
+    """
     if config.granularity == "rank":
         raise NSCError(
             f"{recipe.label} takes one weight a layer and task, and granularity rank learns one a rank row; learn by"

@@ -21,7 +21,14 @@ from nsc.recipes.combination import Combination
 
 
 def replay(result: MergeResult) -> MergeResult:
-    """The recorded merge by its recipe, where the record has one."""
+    """Repeat the recorded recipe, where the record has one.
+
+    Args:
+        result: the weighted sum of the recorded adapters.
+
+    Returns:
+        The merge by the recipe, or ``result`` itself without one.
+    """
     record = result.record
     recipe = record.recipe
     if recipe is None:
@@ -35,10 +42,18 @@ def replay(result: MergeResult) -> MergeResult:
 def apply(
     folder: str | Path, *, adapters: Mapping[str, str | Path] | None = None, base: str | Path | None = None
 ) -> MergeResult:
-    """The merge that ``folder`` records, without learning. The base's weights are read only to save the full model.
+    """Repeat a recorded merge without learning; the base's weights are read only to save the full model.
 
-    adapters: where a task's adapter lies now, if it moved.  base: likewise. Raises NSCError if an adapter is not the
-    one that was merged.
+    Args:
+        folder: of the earlier merge.
+        adapters: task -> where its adapter lies now, if it moved.
+        base: where the base lies now, if it moved.
+
+    Returns:
+        The merge in memory.
+
+    Raises:
+        NSCError: if an adapter is not the one that was merged, or the record is damaged.
     """
     record = Record.read(Path(folder))
     moved = dict(adapters or {})

@@ -16,7 +16,18 @@ from nsc.recipes.spec import Recipe, method_of, split_learned
 
 
 def describe_stack(base: str, stack: Stack, coefficients: Tensor | None, start: float, method: str = "nsc") -> Report:
-    """The part of a report that needs no learning: ranks, scales, conditions, and coefficients where there are any."""
+    """Report what is known without learning: ranks, scales, condition numbers, and coefficients where there are any.
+
+    Args:
+        base: id of the base.
+        stack: the adapters on it.
+        coefficients: as the stack has them, or None.
+        start: initial value of the coefficients.
+        method: as ``nsc.merge`` takes it.
+
+    Returns:
+        The report.
+    """
     rank = max(sum(module.ranks) for module in stack.modules.values())
     return Report(
         base=base,
@@ -39,7 +50,15 @@ def describe_stack(base: str, stack: Stack, coefficients: Tensor | None, start: 
 
 
 def describe_recipe(report: Report, recipe: Recipe) -> Report:
-    """The same of a merge by ``recipe``, of the adapters, or with the coefficients, that ``report`` tells of."""
+    """Add a recipe to the report of the adapters, or coefficients, that it works on.
+
+    Args:
+        report: of the adapters.
+        recipe: what is made of them.
+
+    Returns:
+        The report, without the rank of an adapter that is not made yet.
+    """
     settings = {key: value for key, value in recipe.to_dict().items() if key != "method"}
     about = _about(recipe.full_name)
     if recipe.learned:
@@ -52,7 +71,21 @@ def describe_merge(
     base: str, stack: Stack, targets: list[str], learned: Learned, before: Tensor, after: Tensor, config: MergeConfig,
     method: str = "nsc",
 ) -> Report:  # fmt: skip
-    """The whole report of a learned merge. before, after: (T, K) ratios, NaN where an adapter is absent."""
+    """Report a learned merge.
+
+    Args:
+        base: id of the base.
+        stack: the adapters on it.
+        targets: modules whose inputs were measured.
+        learned: coefficients, losses, seconds.
+        before: (T, K) null-space ratios at the start, NaN where an adapter is absent.
+        after: (T, K) null-space ratios at the end.
+        config: the settings of learning.
+        method: of LEARNED.
+
+    Returns:
+        The report.
+    """
     known = describe_stack(base, stack, learned.coefficients, config.start, method)
     frozen, bounded = stack.by_task(learned.frozen, torch.all, True), stack.by_task(learned.bounded, torch.any, False)
     drift = (learned.coefficients - config.start).abs().max().item()

@@ -37,7 +37,14 @@ from nsc.recipes.spec import OF_SEARCH, split_learned, write_settings
 
 
 class Search(NamedTuple):
-    """by: "labels" or "null-space".  sources: task -> where its rows are.  labelled: those read, of labels."""
+    """A search of the scale of one merge.
+
+    Attributes:
+        by: "labels" or "null-space".
+        sources: task -> where its rows are.
+        labelled: task -> the rows that were read, for a search by labels.
+        grid: the scales to try.
+    """
 
     by: str
     sources: Mapping[str, Source]
@@ -54,7 +61,20 @@ def refuse_search(
     validation: Mapping[str, Any],
     scales: tuple[float, float] | None,
 ) -> None:
-    """Raise NSCError where this is no search, or not one of this method. scaled: whether a scale is given."""
+    """Refuse arguments that are no search, or not one for this method.
+
+    Args:
+        search: "labels", "null-space" or "none".
+        method: by name.
+        scaled: whether a scale is given.
+        config: settings of the base and of learning.
+        data: task -> unlabeled rows.
+        validation: task -> labelled rows.
+        scales: lowest and highest scale, if given.
+
+    Raises:
+        NSCError: naming the argument and the remedy.
+    """
     if search not in SEARCHES:
         raise NSCError(f"search must be one of {', '.join(SEARCHES)}, not {search}")
     if validation and search != "labels":
@@ -92,7 +112,22 @@ def read_search(
     validation: Mapping[str, Source],
     scales: tuple[float, float] | None,
 ) -> Search | None:
-    """Arguments as ``nsc.merge`` has them, refused by ``refuse_search`` where they must be; None for no search."""
+    """Read what a search needs; arguments are those of ``nsc.merge``, which ``refuse_search`` has checked.
+
+    Args:
+        search: "labels", "null-space" or "none".
+        base: what it takes decides how rows are read.
+        adapters: names of the tasks.
+        data: task -> unlabeled rows.
+        validation: task -> labelled rows.
+        scales: lowest and highest scale, if given.
+
+    Returns:
+        The search; None for "none".
+
+    Raises:
+        DataError: for labelled rows that cannot be read, or of other tasks.
+    """
     if search == "none":
         return None
     labelled = read_all_labelled(base, validation, adapters) if search == "labels" else {}
@@ -100,10 +135,20 @@ def read_search(
 
 
 def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:
-    """The same merge at the scale that is found, with the base that it was found on in memory.
+    """Find the scale of a merge, and return the same merge at that scale.
 
-    Raises a subclass of NSCError for rows that do not go with the adapters, for a merge that is not finite, and where
-    no scale has a finite loss.
+    Args:
+        result: of another method, whose base may or may not be in memory.
+        search: how, and on which rows.
+        config: settings of the base and of the rows.
+        say: prints a line.
+
+    Returns:
+        The merge at the best scale, with the base that it was found on in memory.
+
+    Raises:
+        NSCError: a subclass, for rows that do not go with the adapters, a merge that is not finite, or if no scale has
+            a finite loss.
     """
     assert result.combination is not None
     base = Base(result.record.base, result.model)

@@ -117,7 +117,7 @@ def test_what_does_not_generate_is_refused(tmp_path, base, adapters, texts):
         load_generating_head(Base(str(classifier), body))
     images = save_image_base(tmp_path / "images")
     with pytest.raises(NSCError, match="its attention is not causal"):
-        load_generating_head(str(images), loading.load_body(Base(str(images)), device="cpu"))
+        load_generating_head(Base(str(images), loading.load_body(Base(str(images)), device="cpu")))
     model, config = loading.load_body(Base(str(base)), device="cpu"), MergeConfig(positions="last")
     with pytest.raises(NSCError, match="positions last need a model that generates"):
         feed_of(Base(str(base))).batches(Base(str(base), model), [], texts, config)

@@ -92,12 +92,12 @@ def test_a_planted_minimum_is_found_inside_and_its_edge_is_a_warning(base, two, 
         """Least where the first layer's update is 0.33 of what it is at scale 1."""
 
         def __init__(self, *_):
-            self.layer = None
+            self.targets = []
 
         def __call__(self, model):
             return (model.get_submodule("layers.0.self_attn.q_proj").lam.item() - self.best) ** 2
 
-    monkeypatch.setattr(tuning, "NullSpaceRatio", Planted)
+    monkeypatch.setattr(tuning, "evaluation_ratio", Planted)
     for best, found, edge in [(0.33, 0.33, False), (0.7, 0.4, True), (0.0, 0.2, True)]:
         Planted.best = best
         result = searched(base, two, rows, "null-space")
@@ -119,7 +119,7 @@ def test_the_base_is_loaded_once_and_each_layer_merged_once_for_all_scales(base,
     surveyed = len(passes)
     assert "outputs not compared" not in str(result.save(tmp_path / "out", rank=4))
     assert len(loads) == 1 and len(passes) == surveyed > 0
-    for name, module in load(str(base), "auto", "cpu").state_dict().items():
+    for name, module in load(Base(str(base)), "auto", "cpu").state_dict().items():
         assert torch.equal(module, result.model.state_dict()[name])
 
 
