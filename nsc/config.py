@@ -36,7 +36,10 @@ CHOICES = {
 class LearnedMethod(NamedTuple):
     """A method that learns coefficients from data.
 
-    line: what it does, for a list.  source: where it is from.  settings: what it has beside MergeConfig's defaults.
+    Attributes:
+        line: what it does, for a list.
+        source: where it is from.
+        settings: what it sets beside the defaults of MergeConfig.
     """
 
     line: str
@@ -45,9 +48,15 @@ class LearnedMethod(NamedTuple):
 
 
 _ADAMERGING: dict[str, Any] = {
-    "objective": "entropy", "link": "clip", "start": 0.3, "max_drift": None,
-    "optimizer": "adam", "lr": 1e-3, "batch_size": 16, "steps": 500,
-}  # fmt: skip
+    "objective": "entropy",
+    "link": "clip",
+    "start": 0.3,
+    "max_drift": None,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "batch_size": 16,
+    "steps": 500,
+}
 LEARNED = {
     "nsc": LearnedMethod(
         "a coefficient for each layer and task that keeps activations out of each adapter's null space",
@@ -70,31 +79,48 @@ BLOCKS = ("all", "half", "quarter", "one")  # the last ones, of the depth of the
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """How coefficients are learned.
+    """How coefficients are learned; docs/options.md defines every option of what is learned.
 
-    steps, lr, weight_decay, betas, eps: of the optimiser, "adamw", "adam" or "sgd".  schedule: of lr over the steps,
-    "constant", "linear" or "cosine", to 0.  start: every coefficient at step 0.  batch_size: samples of each task in a
-    step.  max_length: tokens a sample.  tokens_per_pass: a step of more is cut into passes; None for as many as memory
-    holds, measured before the first step.  layers: how they carry their adapters, by "factors" or by "weights"; "auto"
-    takes the cheaper for each.  gradient_checkpointing: keep only the blocks' inputs for the backward, and run them
-    again in it: less memory, a forward more.  graphs: on CUDA, record steps and replay them where their shapes recur.
-    max_drift: how far a coefficient may move from ``start``; None for no bound.  target_modules: suffixes of the module
-    names whose inputs are measured (default: attention's output projection where the base takes images, else its
-    values, by ``targets.ROLES``).  target_blocks: numbers, or the last ones by a word of BLOCKS (default: "quarter").
-    evaluation_samples: of each task, for the ratios reported before and after.  dtype, device: of the frozen base;
-    "auto" takes the checkpoint's, and CUDA if there is one.  weights: of the base's linears while learning: "full",
-    "int8", "fp8" or "nf4"; what is written and proven is always in full.  device_map: "auto", "balanced"... as
-    accelerate takes it, instead of ``device``: a base over all GPUs, and the CPU and disk.  shard: the base's linears
-    over the processes.  keep_modules: suffixes of modules in modules_to_save that each task keeps under heads/, and
-    that are not merged.
-
-    What is learned (each is defined in docs/options.md).  positions: the tokens that count: of the "prompt", the "last"
-    generated one, or the "full" generation of at most ``max_new_tokens``.  modality: of the tokens that count, where
-    rows hold images and text.  granularity: a coefficient for each "layer" and task, each "task", or each "rank" row of
-    an adapter.  link: from the parameter that is optimised to the coefficient.  preferences: task -> its weight in the
-    loss, 1 where it is not named.  objective: "null-space", "entropy" or "both" added.  reduction: of the entropies
-    of a sample's generated tokens, their "mean" or "sum".  quantile: of a sample's tokens, in place of their mean.
-    unseen: tasks whose adapters are merged without any data.
+    Attributes:
+        steps: of the optimizer.
+        lr: learning rate.
+        start: initial value of every coefficient.
+        batch_size: samples per task and step.
+        max_length: tokens per sample, at most.
+        tokens_per_pass: a step with more tokens is split into several passes; None for as many as free memory allows,
+            measured before the first step.
+        layers: how a layer applies its adapters: "factors", "weights", or "auto", the cheaper for each layer.
+        gradient_checkpointing: keep only the inputs of blocks for the backward, and run the blocks again in it.
+        graphs: on CUDA, record steps as graphs and replay them where their shapes recur.
+        max_drift: how far a coefficient may move from ``start``; None for no bound.
+        weight_decay: of the optimizer.
+        betas: of the optimizer.
+        eps: of the optimizer.
+        seed: of the order of samples.
+        target_modules: suffixes of the module names whose inputs are measured; by default the output projection of
+            attention where the base takes images, else its values, as in ``nsc.bases.roles.ROLES``.
+        target_blocks: numbers, or the last blocks by a word of BLOCKS; by default "quarter".
+        evaluation_samples: rows per task for the ratios reported before and after.
+        dtype: of the base; "auto" takes the checkpoint's.
+        device: of the base; "auto" takes CUDA if there is one.
+        weights: precision of the base's linear layers while learning: "full", "int8", "fp8" or "nf4". What is written and
+            proven is always in full precision.
+        device_map: "auto", "balanced"... as accelerate takes it: spread the base over all GPUs, the CPU and disk; replaces
+            ``device``.
+        shard: split the base's linear layers over the processes.
+        keep_modules: suffixes of modules in modules_to_save that each task keeps under heads/, and that are not merged.
+        positions: which tokens count: those of the "prompt", the "last" generated one, or the "full" generation.
+        max_new_tokens: length of a generation, at most.
+        modality: which tokens count where rows hold images and text: "both", "text" or "image".
+        granularity: one coefficient per "layer" and task, per "task", or per "rank" row of an adapter.
+        link: from the optimised parameter to the coefficient.
+        preferences: task -> its weight in the loss; 1 where it is not named.
+        optimizer: "adamw", "adam" or "sgd".
+        schedule: of ``lr`` over the steps: "constant", or "linear" or "cosine" to 0.
+        objective: "null-space", "entropy", or "both" added.
+        reduction: of the entropies of a sample's generated tokens: "mean" or "sum".
+        quantile: of the ratios of a sample's tokens, in place of their mean; from 0 to 1.
+        unseen: tasks whose adapters are merged without any data.
     """
 
     steps: int = 500
@@ -189,16 +215,41 @@ class MergeConfig:
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> MergeConfig:
-        """One of PRESETS, with ``settings`` that go before it. Raises NSCError for a name that is none of them."""
+        """Return the settings of a preset.
+
+        Args:
+            name: of PRESETS.
+            settings: fields that override the preset's.
+
+        Returns:
+            The settings.
+
+        Raises:
+            NSCError: if there is no such preset.
+        """
         return cls(**{**preset_settings(name), **settings})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for YAML."""
+        """Return plain values, ready for YAML.
+
+        Returns:
+            Field -> value, with lists for tuples.
+        """
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MergeConfig:
-        """The inverse of ``to_dict``. Raises NSCError naming a key that is no setting."""
+        """Return the settings that ``to_dict`` gave.
+
+        Args:
+            values: field -> value.
+
+        Returns:
+            The settings.
+
+        Raises:
+            NSCError: naming a key that is no setting.
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         _require(not unknown, f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(known))}")
@@ -206,7 +257,17 @@ class MergeConfig:
 
 
 def preset_settings(name: str | None) -> dict[str, Any]:
-    """What one of PRESETS sets; without a name, nothing. Raises NSCError for a name that is none of them."""
+    """Return what a preset sets.
+
+    Args:
+        name: of PRESETS; None for no preset.
+
+    Returns:
+        Field of MergeConfig -> value; empty without a name.
+
+    Raises:
+        NSCError: if there is no such preset.
+    """
     _require(name is None or name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return dict(PRESETS[name]) if name else {}
 
