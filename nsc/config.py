@@ -88,7 +88,7 @@ class MergeConfig:
         batch_size: samples per task and step.
         max_length: tokens per sample, at most.
         tokens_per_pass: a step with more tokens is split into several passes; None for as many as free memory allows,
-            measured before the first step.
+            measured first.
         layers: how a layer applies its adapters: "factors", "weights", or "auto", the cheaper for each layer.
         gradient_checkpointing: keep only the inputs of blocks for the backward, and run the blocks again in it.
         graphs: on CUDA, record steps as graphs and replay them where their shapes recur.
@@ -103,10 +103,10 @@ class MergeConfig:
         evaluation_samples: rows per task for the ratios reported before and after.
         dtype: of the base; "auto" takes the checkpoint's.
         device: of the base; "auto" takes CUDA if there is one.
-        weights: precision of the base's linear layers while learning: "full", "int8", "fp8" or "nf4". What is written and
-            proven is always in full precision.
-        device_map: "auto", "balanced"... as accelerate takes it: spread the base over all GPUs, the CPU and disk; replaces
-            ``device``.
+        weights: precision of the base's linear layers while learning: "full", "int8", "fp8" or "nf4". What is written
+            and proven is always in full precision.
+        device_map: "auto", "balanced"... as accelerate takes it: spread the base over all GPUs, the CPU and disk;
+            replaces ``device``.
         shard: split the base's linear layers over the processes.
         keep_modules: suffixes of modules in modules_to_save that each task keeps under heads/, and that are not merged.
         positions: which tokens count: those of the "prompt", the "last" generated one, or the "full" generation.
