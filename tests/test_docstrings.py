@@ -16,7 +16,7 @@ FILES = sorted(path for package in ("nsc", "nsc_kernels") for path in (ROOT / pa
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?:    .*\n|\n)+)", re.MULTILINE)
 ENTRY = re.compile(r"^    ([*\w, ]+):", re.MULTILINE)
 PENDING = {
-    "nsc/adapters", "nsc/bases", "nsc/data", "nsc/learning", 
+    "nsc/adapters", "nsc/bases", "nsc/data", 
     "nsc/methods", "nsc/performance", "nsc/recipes", "nsc/runtime", "nsc", "nsc_kernels",
 }  # fmt: skip  # folders whose docstrings still have the old form
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -108,9 +108,13 @@ def compare(
 
 
 def _refuse(
-    out: Path, planned: Mapping[str, Planned], data: Mapping[str, Source], validation: Mapping[str, Source],
-    search: str, settings: Mapping[str, Any],
-) -> None:  # fmt: skip
+    out: Path,
+    planned: Mapping[str, Planned],
+    data: Mapping[str, Source],
+    validation: Mapping[str, Source],
+    search: str,
+    settings: Mapping[str, Any],
+) -> None:
     """Raise NSCError for what need not be tried."""
     if out.exists():
         raise NSCError(f"{out} exists already; choose another folder, or move it away")

@@ -190,10 +190,13 @@ def _parts(base: Base, task: str, rows: Labelled, head: Head, carried: bool, max
         tokens, reads = [ids for ids, _ in pairs], [list(range(*at.indices(len(ids)))) for ids, at in pairs]
     pad_id = pad_id_of(tokenizer)
     return [
-        _part(collate([tokens[i] for i in alike], [0] * len(alike), pad_id, causal).inputs,
-              [reads[i] for i in alike], [truth[i] for i in alike])
+        _part(
+            collate([tokens[i] for i in alike], [0] * len(alike), pad_id, causal).inputs,
+            [reads[i] for i in alike],
+            [truth[i] for i in alike],
+        )
         for alike in _by_length([len(ids) for ids in tokens])
-    ]  # fmt: skip
+    ]
 
 
 def _image_parts(base: Base, rows: Labelled) -> list[Part]:

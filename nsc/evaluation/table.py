@@ -163,8 +163,9 @@ def scored(row: Row, scores: Mapping[str, float], alone: Mapping[str, float], me
     mean = sum(found[t][0] for t in counted) / len(counted) if counted else math.nan
     notes = tuple(
         f"{t} has no share of fine-tuned: {why}{'' if t in counted else '; it is in no mean'}"
-        for t, (_, why) in found.items() if why
-    )  # fmt: skip
+        for t, (_, why) in found.items()
+        if why
+    )
     shares = {t: share for t, (share, _) in found.items()}
     return replace(row, scores=dict(scores), shares=shares, mean=mean, notes=row.notes + notes)
 

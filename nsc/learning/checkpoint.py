@@ -13,9 +13,15 @@ from nsc.learning.state import State
 
 
 def save(state: State, path: Path, tokens: int | None) -> None:
-    """Atomic: the file is either the old state or the new one, and never one that holds NaN.
+    """Write the state to a file atomically: the file holds either the old state or the new one, and never NaN.
 
-    tokens: the most that a pass held; where a step is cut decides the last bits.
+    Args:
+        state: of the run.
+        path: of the file.
+        tokens: the most that one pass held, since where a step is split decides the last bits.
+
+    Raises:
+        NonFiniteError: if the state is not finite; the file stays as it was.
     """
     state.require_finite()
     stored = {
@@ -36,7 +42,19 @@ def save(state: State, path: Path, tokens: int | None) -> None:
 
 
 def read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
-    """What ``save`` stored. Raises ResumeError if it is missing, broken, of another merge or past ``steps``."""
+    """Read what ``save`` wrote.
+
+    Args:
+        path: of the file.
+        identity: that the checkpoint must have.
+        steps: that are asked for.
+
+    Returns:
+        The stored values by name.
+
+    Raises:
+        ResumeError: if the file is missing, damaged, of another merge, or past ``steps``.
+    """
     if path is None or not path.is_file():
         raise ResumeError(f"nothing to resume: there is no checkpoint at {path}")
     try:
@@ -57,7 +75,12 @@ def read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def restore(state: State, stored: dict[str, Any]) -> None:
-    """Put what ``read`` gave into ``state``, as it goes on."""
+    """Continue a run from a checkpoint.
+
+    Args:
+        state: changed in place.
+        stored: as ``read`` gives it.
+    """
     state.theta.copy_(stored["theta"])
     own = state.optimizer.state_dict()["param_groups"]  # of this device
     state.optimizer.load_state_dict({"state": stored["moments"], "param_groups": own})

@@ -37,10 +37,13 @@ LINKS: dict[str, tuple[Link, Link]] = {
 
 @dataclass(frozen=True)
 class Coefficients:
-    """theta -> lam (M, C).
+    """The mapping from the optimised parameter theta to the coefficients lam (M, C).
 
-    owned: (M, C) bool, which coefficients there are; those that there are not stay at ``start``.  shared: whether all
-    modules have the same ones, so that theta is (1, C).
+    Attributes:
+        owned: (M, C) bool, which coefficients exist; the others stay at ``start``.
+        start: initial value of every coefficient.
+        link: of LINKS, or "softmax".
+        shared: whether all modules have the same coefficients, so that theta is (1, C).
     """
 
     owned: Tensor
@@ -50,29 +53,72 @@ class Coefficients:
 
     @classmethod
     def of(cls, stack: Stack, config: MergeConfig) -> Coefficients:
-        """Those of a stack, which is ``by_rank`` where the granularity is."""
+        """Return the mapping for a stack.
+
+        Args:
+            stack: that is ``by_rank`` where the granularity is.
+            config: start, link and granularity.
+
+        Returns:
+            The mapping.
+        """
         return cls(stack.owned, config.start, config.link, config.granularity == "task")
 
     def to(self, device: torch.device) -> Coefficients:
-        """The same on a device."""
+        """Return the same mapping on a device.
+
+        Args:
+            device: where theta lies.
+
+        Returns:
+            The mapping.
+        """
         return replace(self, owned=self.owned.to(device))
 
     def first(self, dtype: torch.dtype) -> Tensor:
-        """theta at which every coefficient is ``start``."""
+        """Return the theta at which every coefficient is ``start``.
+
+        Args:
+            dtype: of theta.
+
+        Returns:
+            (M, C), or (1, C) where modules share their coefficients.
+        """
         rows, columns = self.owned.shape
         lam = torch.full((1 if self.shared else rows, columns), self.start, dtype=dtype, device=self.owned.device)
         return torch.zeros_like(lam) if self.link == "softmax" else LINKS[self.link][1](lam)
 
     def __call__(self, theta: Tensor) -> Tensor:
-        """(M, C) coefficients, differentiable in ``theta``."""
+        """Return the coefficients.
+
+        Args:
+            theta: as ``first`` gives it.
+
+        Returns:
+            (M, C), differentiable in ``theta``.
+        """
         return self._of_rows(theta).expand(self.owned.shape[0], -1)
 
     def by_row(self, each: Tensor) -> Tensor:
-        """(M, C) bool -> of theta's shape: where it holds for every coefficient that a value of theta stands for."""
+        """Bring a property of coefficients to the shape of theta.
+
+        Args:
+            each: (M, C) bool.
+
+        Returns:
+            Of theta's shape: whether it holds for every coefficient that an entry of theta stands for.
+        """
         return (each | ~self.owned).all(0, keepdim=True) if self.shared else each
 
     def box(self, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and greatest theta of coefficients within ``reach`` of the start, both of theta's shape."""
+        """Return the bounds of theta that keep coefficients within reach of ``start``.
+
+        Args:
+            reach: of theta's shape.
+
+        Returns:
+            Least and greatest theta, both of theta's shape; infinite under softmax.
+        """
         if self.link == "softmax":
             return torch.full_like(reach, float("-inf")), torch.full_like(reach, float("inf"))
         inverse = LINKS[self.link][1]
@@ -80,7 +126,12 @@ class Coefficients:
 
     @torch.no_grad()
     def draw_back(self, theta: Tensor, reach: Tensor) -> None:
-        """Under softmax, take back what of ``theta`` leads further than ``reach``; in place, nothing else is moved."""
+        """Under softmax, draw rows that went further than ``reach`` back towards their start.
+
+        Args:
+            theta: changed in place; nothing else is moved.
+            reach: of theta's shape.
+        """
         if self.link != "softmax":
             return
         lam = self._of_rows(theta)
@@ -91,7 +142,17 @@ class Coefficients:
 
     @torch.no_grad()
     def stopped(self, theta: Tensor, reach: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """(M, C) bool: the coefficients that a bound holds."""
+        """Return which coefficients a bound holds.
+
+        Args:
+            theta: at the end.
+            reach: of theta's shape.
+            lower: of theta's shape, as ``box`` gives it.
+            upper: of theta's shape, as ``box`` gives it.
+
+        Returns:
+            (M, C) bool.
+        """
         if self.link == "softmax":
             lam = self._of_rows(theta)
             held = (lam - self.start).abs() >= reach.amax(1, keepdim=True) * (1 - 1e-6)

@@ -28,9 +28,12 @@ from nsc.errors import NSCError, TargetError
 
 @dataclass(frozen=True)
 class Entropy:
-    """heads: of each task, None of one without rows.  rows: the "first" or "last" of a sample's, or all that count.
+    """The entropy of what the merged model says.
 
-    reduction: of all that count, the "mean" or "sum".
+    Attributes:
+        heads: of each task; None for a task without rows.
+        rows: which rows of a sample a head reads: the "first" or "last" that counts, or all that count ("counted").
+        reduction: of all that count, "mean" or "sum".
     """
 
     heads: Sequence[Head | None]
@@ -38,9 +41,18 @@ class Entropy:
     reduction: str = "mean"
 
     def __call__(self, states: Tensor, batch: Batch, preferences: Tensor) -> Tensor:
-        """() for ``states`` (b, L, d), with a weight (K,) for each task, in float32 at least.
+        """Return the weighted entropy of a batch.
 
-        Raises TargetError where the body does not return a row for every token of the batch.
+        Args:
+            states: (b, L, d) last hidden states.
+            batch: whose rows they are.
+            preferences: (K,) weight of each task.
+
+        Returns:
+            () in at least float32.
+
+        Raises:
+            TargetError: if the body does not return a row for every token of the batch.
         """
         if states.shape[:-1] != batch.task.shape:
             raise TargetError(
@@ -58,15 +70,28 @@ class Entropy:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """(n, C) logits -> (n,) entropy of their softmax in nats, in float32 at least."""
+    """Return the entropy of the softmax of logits.
+
+    Args:
+        logits: (n, C).
+
+    Returns:
+        (n,) in nats, in at least float32.
+    """
     logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return -(logs.exp() * logs).sum(-1)
 
 
 def row_weights(batch: Batch, rows: str, reduction: str = "mean") -> Tensor:
-    """(b L,): a whole sample's weight on the "first" or "last" of its tokens that count; or as the batch has it.
+    """Return how much each row counts in the entropy.
 
-    Under reduction "sum", the whole sample's weight on each that counts.
+    Args:
+        batch: whose rows are weighted.
+        rows: "first" or "last" puts a sample's weight on one of its rows that count; else all that count share it.
+        reduction: "sum" puts the whole sample's weight on each row that counts.
+
+    Returns:
+        (b L,).
     """
     weight = batch.weight.flatten()
     if rows not in ("first", "last") and reduction == "mean":
@@ -77,9 +102,7 @@ def row_weights(batch: Batch, rows: str, reduction: str = "mean") -> Tensor:
         return torch.where(weight > 0, whole, 0)
     last = rows == "last"
     counted = torch.where(weight > 0, place, -1 if last else len(place))
-    edge = torch.zeros_like(place).scatter_reduce(
-        0, sample, counted, "amax" if last else "amin", include_self=False
-    )  # fmt: skip
+    edge = torch.zeros_like(place).scatter_reduce(0, sample, counted, "amax" if last else "amin", include_self=False)
     return torch.where(place == edge[sample], whole, 0)
 
 
@@ -90,10 +113,24 @@ def entropy_of(
     unseen: Collection[str] = (),
     reduction: str = "mean",
 ) -> Entropy:
-    """By the heads that adapters carry, or by the base's own where none does, and on generated positions.
+    """Return the entropy by the heads that adapters carry, or by the base's own where there are none to use.
 
-    rows: of the prompt the last token of a causal body, the first of another; generated ones all. Raises NSCError where
-    there is no head, only some adapters carry one, one is more than a linear layer, or all have a single output.
+    Generated positions always take the base's own head, which reads all tokens of an answer. Of a prompt, a head reads the
+    last token of a causal body and the first of another.
+
+    Args:
+        base: with weights.
+        adapters: task -> adapter.
+        positions: "prompt", "last" or "full".
+        unseen: tasks without data.
+        reduction: over the generated tokens of a sample, "mean" or "sum".
+
+    Returns:
+        The entropy.
+
+    Raises:
+        NSCError: if there is no head, only some adapters carry one, one is more than a linear layer, or all have a
+            single output.
     """
     seen = {task: without_body(base.model, adapter) for task, adapter in adapters.items() if task not in unseen}
     carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]

@@ -31,9 +31,18 @@ TOKENS = 4096  # of prompts of one length that are continued together
 
 
 def generator(base: Base, stack: Stack, config: MergeConfig) -> Generate:
-    """Continues prompts by the merged model at the start coefficients.
+    """Return a function that continues prompts by the merged model at its initial coefficients.
 
-    Raises NSCError where the base has no head that generates.
+    Args:
+        base: causal, with weights.
+        stack: the adapters on it.
+        config: start and max_new_tokens.
+
+    Returns:
+        A function of prompts and image features, as ``nsc.data.modalities.Generate`` says.
+
+    Raises:
+        NSCError: if the base has no head that generates.
     """
     model, head = base.model, Head(*load_generating_head(base))
     start = torch.full(stack.owned.shape, config.start, device=input_device(model))
@@ -49,12 +58,25 @@ def generator(base: Base, stack: Stack, config: MergeConfig) -> Generate:
 
 @torch.no_grad()
 def continue_prompts(
-    model: nn.Module, head: Head, prompts: Sequence[Sequence[int]], most: int, ends: Collection[int] = (),
+    model: nn.Module,
+    head: Head,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    ends: Collection[int] = (),
     features: Features | None = None,
-) -> list[list[int]]:  # fmt: skip
-    """At most ``most`` greedy tokens behind each prompt, up to and with the first of ``ends``; a causal body's.
+) -> list[list[int]]:
+    """Continue prompts greedily.
 
-    features: of the image in each prompt, where ``model`` is an ImageTextBody.
+    Args:
+        model: body of a causal base.
+        head: over its last hidden states.
+        prompts: token ids.
+        most: tokens of an answer, at most.
+        ends: ids after which an answer ends; the end token is part of it.
+        features: number of a prompt -> (P, h) features of its image, where ``model`` is an ImageTextBody.
+
+    Returns:
+        The answer to each prompt, as token ids.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     for alike in _of_one_length(prompts):
@@ -96,6 +118,20 @@ def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: in
 def batches_of(
     base: Base, stack: Stack, targets: Sequence[str], samples: Mapping[str, Sequence[Any]], config: MergeConfig
 ) -> tuple[Batches, list[Batch]]:
-    """The batches to learn from, and the fixed ones; generated positions are those of each task's own adapter."""
+    """Return the batches to learn from, and the fixed ones for evaluation; generated positions follow the merged model.
+
+    Args:
+        base: with weights.
+        stack: the adapters on it.
+        targets: modules whose inputs are measured.
+        samples: task -> what its feed read.
+        config: settings of the rows.
+
+    Returns:
+        A function of the step, and fixed batches.
+
+    Raises:
+        NSCError: a subclass, for rows or positions that this base cannot have.
+    """
     continues = [] if config.positions == "prompt" else [generator(base, stack, config)]
     return feed_of(base).batches(base, targets, samples, config, *continues)

@@ -23,11 +23,11 @@ from nsc.adapters.surgery import choose_plans, merged_layers, set_coefficients, 
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.console import metric, printer
-from nsc.errors import NonFiniteError, NSCError, TargetError
+from nsc.errors import NonFiniteError, TargetError
 from nsc.learning.checkpoint import read, restore, save
 from nsc.learning.coefficients import Coefficients
 from nsc.learning.entropy import Entropy
-from nsc.learning.objective import Goal, NullSpaceObjective
+from nsc.learning.objective import NullSpaceObjective, goal_of
 from nsc.learning.passes import Passes, own_share, tokens_that_fit
 from nsc.learning.ratios import require_finite_ratios
 from nsc.learning.state import State, begin
@@ -46,8 +46,14 @@ REFRESH_SECONDS = 0.5
 class Learned:
     """What the optimisation found.
 
-    coefficients: (M, C) on the CPU.  frozen: (M, C) bool, no gradient reaches it (adapter absent, or module at or after
-    the last target's input).  bounded: (M, C) bool, stopped by ``max_drift``.  losses: one a step.  seconds: a step.
+    Attributes:
+        coefficients: (M, C) on the CPU.
+        frozen: (M, C) bool, which coefficients no gradient reaches: adapter absent, or module at or after the last
+            target's input.
+        bounded: (M, C) bool, which coefficients ``max_drift`` stopped.
+        losses: one per step.
+        seconds: per step.
+        peak_memory: bytes.
     """
 
     coefficients: Tensor
@@ -72,14 +78,29 @@ def learn(
     team: Team = ALONE,
     entropy: Entropy | None = None,
 ) -> Learned:
-    """Learn (M, C) coefficients by the optimiser and objective of ``config``; the model is left as it was.
+    """Learn coefficients by the optimizer and objective of ``config``; the model is left as it was.
 
-    C is K, or by rank the most rank rows of a module.  entropy: for the objectives that have one.  checkpoint: where
-    the state is kept while running, atomically.  identity: what a resumed checkpoint must match. team: the processes
-    that share each step; all of them find the same, and only the first one prints and writes. Raises NonFiniteError
-    naming the module where NaN or infinity appears, ResumeError when the checkpoint is missing or of another merge, and
-    KeyboardInterrupt after SIGINT or SIGTERM to any rank, once the state is on disk; RankError when a rank is lost,
-    then too with the state on disk.
+    Args:
+        model: body of the base.
+        stack: the adapters, whitened or not.
+        targets: names of the measured modules.
+        batches: step -> batches, whose losses add up.
+        config: all settings of learning.
+        checkpoint: file in which the state is kept, atomically, while running.
+        resume: continue from ``checkpoint``.
+        identity: digest that a resumed checkpoint must have.
+        progress: print lines and a bar.
+        team: the processes that share each step; all find the same, and only the first prints and writes.
+        entropy: for the objectives that have one.
+
+    Returns:
+        (M, C) coefficients, C being K, or by rank the most rank rows of a module; and what the optimisation did.
+
+    Raises:
+        NonFiniteError: naming the module where NaN or infinity appears.
+        ResumeError: if the checkpoint is missing or of another merge.
+        RankError: if a rank is lost, with the state on disk.
+        KeyboardInterrupt: after SIGINT or SIGTERM to any rank, with the state on disk.
     """
     say = printer(progress and team.first)
     with prepared(model, stack, targets, batches(0), config, identity, say, entropy) as (state, passes):
@@ -91,9 +112,13 @@ def learn(
         started, first = time.perf_counter(), state.step
         try:
             _optimise(
-                state, lambda step: passes.gradient(own_share(batches(step), team, passes.shards)), config.steps, keep,
-                progress and team.first, team,
-            )  # fmt: skip
+                state,
+                lambda step: passes.gradient(own_share(batches(step), team, passes.shards)),
+                config.steps,
+                keep,
+                progress and team.first,
+                team,
+            )
             team.require_same(state.lam.tolist(), "coefficients")
         except NonFiniteError as error:
             lam = state.lam
@@ -107,10 +132,33 @@ def learn(
 
 @contextmanager
 def prepared(
-    model: nn.Module, stack: Stack, targets: Sequence[str], first_step: Sequence[Batch], config: MergeConfig,
-    identity: str = "", say: Callable[[str], Any] = lambda text: None, entropy: Entropy | None = None,
-) -> Iterator[tuple[State, Passes]]:  # fmt: skip
-    """The state before the first step, and what finds the gradient of a step, with the adapters in the model."""
+    model: nn.Module,
+    stack: Stack,
+    targets: Sequence[str],
+    first_step: Sequence[Batch],
+    config: MergeConfig,
+    identity: str = "",
+    say: Callable[[str], Any] = lambda text: None,
+    entropy: Entropy | None = None,
+) -> Iterator[tuple[State, Passes]]:
+    """Put the adapters into the model, and give the state before the first step and what finds the gradient of a step.
+
+    Args:
+        model: body of the base.
+        stack: the adapters, whitened or not.
+        targets: names of the measured modules.
+        first_step: batches of the first step, whose shapes decide plans and memory.
+        config: all settings of learning.
+        identity: digest of everything that the path depends on.
+        say: prints a line.
+        entropy: for the objectives that have one.
+
+    Yields:
+        State and passes; the model is as it was afterwards.
+
+    Raises:
+        TargetError: if no coefficient changes what is measured.
+    """
     device, shards = input_device(model), shards_of(model)
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     coefficients = Coefficients.of(stack, config).to(device)
@@ -134,27 +182,21 @@ def prepared(
             graphs.clear()
 
 
-def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None = None) -> Goal:
-    """The loss that these settings ask for.
-
-    Raises NSCError for a preference for no task, where no task with data has one, or without the entropy asked for.
-    """
-    preferences = config.preferences or {}
-    if strange := sorted(set(preferences) - set(tasks)):
-        raise NSCError(f"preferences name {', '.join(strange)}; the tasks are {', '.join(tasks)}")
-    weights = [0.0 if task in config.unseen else float(preferences.get(task, 1)) for task in tasks]
-    if not sum(weights):
-        raise NSCError("no task with data has a preference above 0, so there is nothing to learn from")
-    if (config.objective != "null-space") != (entropy is not None):
-        raise NSCError(f"objective {config.objective} and the heads for an entropy go together: give both or neither")
-    shares = tuple(weight / sum(weights) for weight in weights)
-    return Goal(shares, config.unseen, config.quantile, entropy, config.objective != "entropy")
-
-
 def initial_gradient(
     model: nn.Module, stack: Stack, targets: Sequence[str], batch: Batch, lam: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss () and its gradient (M, K) at ``lam`` (M, K), as the first step sees them."""
+    """Return the loss and its gradient as the first step sees them.
+
+    Args:
+        model: body of the base.
+        stack: the adapters, whitened or not.
+        targets: names of the measured modules.
+        batch: rows of all tasks.
+        lam: (M, K) coefficients.
+
+    Returns:
+        () and (M, K).
+    """
     with merged_layers(model, stack, lam) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets)
         lam = lam.detach().requires_grad_()
@@ -193,9 +235,13 @@ def _keep(state: State, checkpoint: Path, passes: Passes) -> None:
 
 
 def _optimise(
-    state: State, gradient: Callable[[int], Tensor], steps: int, keep: Callable[[], None] | None, progress: bool,
+    state: State,
+    gradient: Callable[[int], Tensor],
+    steps: int,
+    keep: Callable[[], None] | None,
+    progress: bool,
     team: Team,
-) -> None:  # fmt: skip
+) -> None:
     bar = tqdm(total=steps, initial=state.step, desc="learning coefficients", unit="step", disable=not progress)
     saved = shown = time.perf_counter()
     with bar, deferred_interrupts() as noted:
@@ -222,7 +268,17 @@ def _optimise(
 
 
 def take_step(state: State, gradient: Callable[[int], Tensor], team: Team, noted: list[int]) -> bool:
-    """One step by the gradient of all ranks; whether one of them noted an interrupt."""
+    """Take one step by the gradient of all ranks.
+
+    Args:
+        state: of the run.
+        gradient: step -> loss (), with the gradient in ``state.theta.grad``.
+        team: the processes.
+        noted: signals that arrived, if any.
+
+    Returns:
+        Whether any rank noted an interrupt.
+    """
     loss = gradient(state.step)
     assert state.theta.grad is not None
     interrupted = team.add_up(state.theta.grad, loss, flag=bool(noted))

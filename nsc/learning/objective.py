@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nsc.adapters.stack import Stack
 from nsc.batch import Batch
-from nsc.errors import TargetError
+from nsc.config import MergeConfig
+from nsc.errors import NSCError, TargetError
 from nsc.learning.entropy import Entropy
 from nsc.learning.watch import Measure, Watch
 from nsc.runtime.placement import input_device
@@ -43,6 +44,33 @@ class Goal:
     quantile: float | None = None
     entropy: Entropy | None = None
     ratios: bool = True
+
+
+def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None = None) -> Goal:
+    """Return the loss that these settings ask for.
+
+    Args:
+        tasks: by name.
+        config: objective, preferences, quantile, unseen.
+        entropy: for the objectives that have one.
+
+    Returns:
+        The goal.
+
+    Raises:
+        NSCError: for a preference for a task that does not exist, if no task with data has one above 0, or without the
+            entropy that is asked for.
+    """
+    preferences = config.preferences or {}
+    if strange := sorted(set(preferences) - set(tasks)):
+        raise NSCError(f"preferences name {', '.join(strange)}; the tasks are {', '.join(tasks)}")
+    weights = [0.0 if task in config.unseen else float(preferences.get(task, 1)) for task in tasks]
+    if not sum(weights):
+        raise NSCError("no task with data has a preference above 0, so there is nothing to learn from")
+    if (config.objective != "null-space") != (entropy is not None):
+        raise NSCError(f"objective {config.objective} and the heads for an entropy go together: give both or neither")
+    shares = tuple(weight / sum(weights) for weight in weights)
+    return Goal(shares, config.unseen, config.quantile, entropy, config.objective != "entropy")
 
 
 class NullSpaceObjective:

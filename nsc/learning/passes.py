@@ -22,9 +22,14 @@ SHARE = 0.4  # of free memory; the rest is for what a pass holds only for a mome
 
 
 def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
-    """The rows of these batches, each once, as a share for each rank of about as many tokens.
+    """Divide the rows of a step among ranks, with about as many tokens for each; the same in every process.
 
-    The same in every process. Where there are fewer rows than ranks, some shares are empty.
+    Args:
+        batches: of the step.
+        ranks: how many processes there are.
+
+    Returns:
+        One share per rank, some of them empty where there are fewer rows than ranks.
     """
     parts = [part for batch in batches for part in batch.split(math.ceil(len(batch.task) / ranks))]
     shares: list[list[Batch]] = [[] for _ in range(ranks)]
@@ -34,7 +39,16 @@ def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
 
 
 def own_share(batches: Sequence[Batch], team: Team, shards: Shards | None = None) -> list[Batch]:
-    """This rank's share of these batches; of a sharded base never empty, but of weight 0 if need be."""
+    """Return this rank's share of a step.
+
+    Args:
+        batches: of the step.
+        team: the processes.
+        shards: of a sharded base, for which no share may be empty.
+
+    Returns:
+        Batches; of weight 0 where a sharded base has no row for this rank.
+    """
     share = share_out(batches, team.size)[team.rank]
     return share if share or shards is None else [weightless(batches[0])]
 
@@ -42,15 +56,24 @@ def own_share(batches: Sequence[Batch], team: Team, shards: Shards | None = None
 class Passes:
     """The gradient of a step in as few passes as memory allows; the same gradient whatever their number.
 
-    tokens: the most that one pass may hold, None for a whole batch. Where memory runs out it is halved, for good.
-    loss: () where the loss adds up, as the gradient does in ``theta.grad``; both stay where they are, since ``graphs``
-    write there.  coefficients: of ``theta``, which are (M, C); ``theta`` itself where none are given.
+    Args:
+        objective: whose gradient.
+        theta: what is optimised; its ``grad`` is where the gradient adds up.
+        tokens: the most that one pass may hold; None for a whole batch. Where memory runs out it is halved for good.
+        loss: () where the loss adds up; it stays where it is, since ``graphs`` write there.
+        graphs: that record passes; none by default.
+        coefficients: from theta to (M, C); theta itself by default.
     """
 
     def __init__(
-        self, objective: NullSpaceObjective, theta: Tensor, tokens: int | None = None, loss: Tensor | None = None,
-        graphs: Graphs | None = None, coefficients: Callable[[Tensor], Tensor] = lambda theta: theta,
-    ) -> None:  # fmt: skip
+        self,
+        objective: NullSpaceObjective,
+        theta: Tensor,
+        tokens: int | None = None,
+        loss: Tensor | None = None,
+        graphs: Graphs | None = None,
+        coefficients: Callable[[Tensor], Tensor] = lambda theta: theta,
+    ) -> None:
         self.objective = objective
         self.theta = theta
         self.coefficients = coefficients
@@ -62,11 +85,18 @@ class Passes:
         self.shards = shards_of(objective.model)
 
     def gradient(self, batches: Sequence[Batch]) -> Tensor:
-        """() the loss of these batches, added to ``loss``; its gradient goes to ``theta.grad``. Both are zero before.
+        """Add the gradient of these batches to ``theta.grad`` and their loss to ``loss``, which are zero before.
 
-        With a sharded base all ranks run as many passes, so each must give a batch, of weight 0 if need be.
+        With a sharded base all ranks run equally many passes, so each must give a batch, of weight 0 if need be.
 
-        Raises NSCError where not even one row of tokens fits.
+        Args:
+            batches: this rank's share of the step.
+
+        Returns:
+            () the loss.
+
+        Raises:
+            NSCError: if not even one row of tokens fits into memory.
         """
         while True:
             try:
@@ -102,9 +132,19 @@ class Passes:
 
 
 def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, free: int) -> int:
-    """The most tokens that a pass may hold within ``SHARE`` of ``free`` bytes, at least one row of ``batch``.
+    """Measure how many tokens one pass may hold within ``SHARE`` of the free memory.
 
-    One row and two are run forward: what both keep alike, such as folded weights, is of a pass, the rest of its tokens.
+    One row and two are run forward: what both keep alike, such as folded weights, belongs to a pass, the rest to its
+    tokens.
+
+    Args:
+        objective: that is run.
+        lam: (M, C) coefficients.
+        batch: of the first step.
+        free: bytes.
+
+    Returns:
+        Tokens, at least one row of ``batch``.
     """
     width = batch.task.shape[1]
     try:

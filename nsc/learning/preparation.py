@@ -21,7 +21,8 @@ from nsc.data.modalities import Batches
 from nsc.errors import NSCError
 from nsc.learning.entropy import Entropy, entropy_of
 from nsc.learning.generation import batches_of
-from nsc.learning.loop import Learned, goal_of, learn
+from nsc.learning.loop import Learned, learn
+from nsc.learning.objective import goal_of
 from nsc.learning.ratios import NullSpaceRatio, mean_ratios
 from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device

@@ -20,7 +20,15 @@ from nsc_kernels import null_space_ratio
 
 
 def require_finite_ratios(objective: NullSpaceObjective, table: Tensor) -> None:
-    """Raise NonFiniteError naming the targets and tasks at which ``table`` (T, K) of ratios is not finite."""
+    """Refuse ratios that are not finite where an adapter with data has a target.
+
+    Args:
+        objective: that measured them.
+        table: (T, K) ratios.
+
+    Raises:
+        NonFiniteError: naming targets and tasks.
+    """
     broken = ~torch.isfinite(table) & (objective.share > 0)
     places = [f"{objective.targets[t]} (task {objective.tasks[k]})" for t, k in broken.nonzero().tolist()[:3]]
     if places:
@@ -31,10 +39,31 @@ def require_finite_ratios(objective: NullSpaceObjective, table: Tensor) -> None:
 
 
 def mean_ratios(
-    model: nn.Module, stack: Stack, targets: list[str], batches: Sequence[Batch], lam: Tensor, team: Team,
+    model: nn.Module,
+    stack: Stack,
+    targets: list[str],
+    batches: Sequence[Batch],
+    lam: Tensor,
+    team: Team,
     goal: Goal,
-) -> Tensor:  # fmt: skip
-    """(T, K) over the batches of all ranks."""
+) -> Tensor:
+    """Return the mean null-space ratios over the batches of all ranks.
+
+    Args:
+        model: body of the base.
+        stack: the adapters, whitened or not.
+        targets: names of the measured modules.
+        batches: this rank's share of the rows.
+        lam: (M, C) coefficients.
+        team: the processes.
+        goal: which tasks have data.
+
+    Returns:
+        (T, K) on the CPU; NaN where an adapter is absent or has no data.
+
+    Raises:
+        NonFiniteError: naming targets and tasks where a ratio is not finite.
+    """
     device = input_device(model)
     with merged_layers(model, stack, lam.to(device)) as layers:
         objective = NullSpaceObjective(model, layers, stack, targets, goal=goal)
@@ -47,10 +76,16 @@ def mean_ratios(
 
 
 class NullSpaceRatio:
-    """Mean over tasks with rows, and each one's targets, of the null-space ratios of unlabeled rows in a merged model.
+    """The mean null-space ratio of unlabeled rows in a merged model, over tasks with rows and each task's targets.
 
-    stack: of the adapters themselves.  batches: of all tasks' rows, weighted as by ``nsc.data.packing.pack``. Raises
-    TargetError where an adapter with rows has none of the targets.
+    Args:
+        stack: the adapters themselves.
+        targets: names of the measured modules.
+        batches: rows of all tasks, weighted as by ``nsc.data.packing.pack``.
+        device: of the model.
+
+    Raises:
+        TargetError: naming adapters with rows that have none of the targets.
     """
 
     def __init__(self, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], device: torch.device) -> None:
@@ -67,6 +102,14 @@ class NullSpaceRatio:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> float:
+        """Return the mean ratio in a model.
+
+        Args:
+            model: body of the base, carrying a merge.
+
+        Returns:
+            From 0 to 1.
+        """
         return sum(self._of_batch(model, batch) for batch in self.batches)
 
     def _of_batch(self, model: nn.Module, batch: Batch) -> float:

@@ -15,12 +15,23 @@ from nsc.runtime.cuda_graphs import Graphs
 
 @dataclass
 class State:
-    """Everything that a step changes lies in tensors that stay where they are, so that graphs may record it.
+    """The state of a run, whose tensors stay where they are, so that graphs may record what changes them.
 
-    theta: what is optimised; ``lam`` the (M, C) coefficients of it.  reach: of theta's shape, how far a coefficient may
-    be from the start; ``lower`` and ``upper``: theta there.  frozen: (M, C) bool.  factors: (steps,) the share of each
-    step that the schedule takes, None for all of it.  loss: () of the step under way.  losses: (steps,) of those taken.
-    done: (1,) how many that are, on the device; ``step`` is the host's own count.
+    Attributes:
+        theta: what is optimised.
+        coefficients: from theta to lam.
+        optimizer: of torch.
+        reach: of theta's shape, how far a coefficient may be from its start.
+        lower: theta at the lower bound.
+        upper: theta at the upper bound.
+        frozen: (M, C) bool, which coefficients keep their value.
+        factors: (steps,) the share of lr in each step; None for all of it.
+        identity: digest of everything that the path depends on.
+        loss: () of the step under way.
+        losses: (steps,) of the steps taken.
+        done: (1,) int64, how many steps are taken, on the device.
+        graphs: that record the update.
+        step: how many steps are taken, on the host.
     """
 
     theta: nn.Parameter
@@ -40,11 +51,11 @@ class State:
 
     @property
     def lam(self) -> Tensor:
-        """(M, C) coefficients."""
+        """The coefficients (M, C)."""
         return self.coefficients(self.theta.detach())
 
     def update(self) -> None:
-        """One step by ``theta.grad``, within the bounds; the loss is noted, and both are zero for the next."""
+        """Take one step by ``theta.grad`` within the bounds, note the loss, and zero both for the next step."""
         self.graphs(self._update)
         self.step += 1
 
@@ -63,7 +74,11 @@ class State:
         self.loss.zero_()
 
     def require_finite(self) -> None:
-        """Raise NonFiniteError if the last loss or a coefficient is NaN or infinite. Waits for the device."""
+        """Refuse a loss or coefficient that is NaN or infinite. Waits for the device.
+
+        Raises:
+            NonFiniteError: naming the step.
+        """
         if self.step and not torch.isfinite(self.losses[self.step - 1]):
             raise NonFiniteError(f"the objective became {self.losses[self.step - 1].item()} by step {self.step}")
         if not torch.isfinite(self.theta).all():
@@ -71,10 +86,26 @@ class State:
 
 
 def begin(
-    theta: nn.Parameter, frozen: Tensor, config: MergeConfig, identity: str, graphs: Graphs | None = None,
+    theta: nn.Parameter,
+    frozen: Tensor,
+    config: MergeConfig,
+    identity: str,
+    graphs: Graphs | None = None,
     coefficients: Coefficients | None = None,
-) -> State:  # fmt: skip
-    """The state before the first step; frozen: (M, C) bool, what is to keep its value."""
+) -> State:
+    """Return the state before the first step.
+
+    Args:
+        theta: what is optimised.
+        frozen: (M, C) bool, which coefficients keep their value.
+        config: optimizer, schedule, bound.
+        identity: digest of everything that the path depends on.
+        graphs: that record the update; none by default.
+        coefficients: from theta to lam; the identity by default.
+
+    Returns:
+        The state.
+    """
     coefficients = coefficients or Coefficients(torch.ones_like(frozen), config.start)
     reach = torch.full_like(theta, float("inf") if config.max_drift is None else config.max_drift)
     reach = torch.where(coefficients.by_row(frozen), 0.0, reach.detach())
@@ -84,25 +115,55 @@ def begin(
     done = torch.zeros(1, dtype=torch.int64, device=theta.device)
     factors = schedule(config)
     return State(
-        theta, coefficients, make_optimizer(theta, config), reach, lower, upper, frozen,
-        None if factors is None else factors.to(losses), identity, losses.new_zeros(()), losses, done,
+        theta,
+        coefficients,
+        make_optimizer(theta, config),
+        reach,
+        lower,
+        upper,
+        frozen,
+        None if factors is None else factors.to(losses),
+        identity,
+        losses.new_zeros(()),
+        losses,
+        done,
         graphs or Graphs(),
-    )  # fmt: skip
+    )
 
 
 def make_optimizer(theta: nn.Parameter, config: MergeConfig) -> torch.optim.Optimizer:
-    """AdamW, Adam or plain gradient descent, as torch has them."""
+    """Return AdamW, Adam or plain gradient descent, as torch has them.
+
+    Args:
+        theta: what is optimised.
+        config: names the optimizer and its settings.
+
+    Returns:
+        The optimizer.
+    """
     if config.optimizer == "sgd":
         return torch.optim.SGD([theta], lr=config.lr, weight_decay=config.weight_decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(
-        [theta], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        fused=True, capturable=theta.is_cuda,
-    )  # fmt: skip
+        [theta],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+        capturable=theta.is_cuda,
+    )
 
 
 def schedule(config: MergeConfig) -> Tensor | None:
-    """(steps,) float64: the share of ``lr`` in each step; None where it is constant."""
+    """Return the share of ``lr`` that each step takes.
+
+    Args:
+        config: steps and schedule.
+
+    Returns:
+        (steps,) float64; None where it is constant.
+    """
     done = torch.arange(config.steps, dtype=torch.float64) / max(1, config.steps)
     shares = {"constant": None, "linear": 1 - done, "cosine": (1 + (torch.pi * done).cos()) / 2}
     return shares[config.schedule]

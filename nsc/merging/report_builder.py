@@ -68,9 +68,15 @@ def describe_recipe(report: Report, recipe: Recipe) -> Report:
 
 
 def describe_merge(
-    base: str, stack: Stack, targets: list[str], learned: Learned, before: Tensor, after: Tensor, config: MergeConfig,
+    base: str,
+    stack: Stack,
+    targets: list[str],
+    learned: Learned,
+    before: Tensor,
+    after: Tensor,
+    config: MergeConfig,
     method: str = "nsc",
-) -> Report:  # fmt: skip
+) -> Report:
     """Report a learned merge.
 
     Args:

@@ -65,9 +65,18 @@ def whole(tmp_path_factory, base, heads, rows):
     """One comparison of METHODS, searched by labels, and the folder it wrote."""
     out = tmp_path_factory.mktemp("compare") / "out"
     found = compare(
-        base, heads, rows["data"], rows["test"], METHODS, out, validation=rows["validation"], search="labels",
-        grid=GRID, config=CONFIG, progress=False,
-    )  # fmt: skip
+        base,
+        heads,
+        rows["data"],
+        rows["test"],
+        METHODS,
+        out,
+        validation=rows["validation"],
+        search="labels",
+        grid=GRID,
+        config=CONFIG,
+        progress=False,
+    )
     return found, out
 
 
@@ -160,9 +169,15 @@ def test_what_cannot_be_merged_is_a_row_with_its_reason(base, heads, rows, tmp_p
 
     monkeypatch.setattr(Combination, "update", broken)
     found = compare(
-        base, heads, {}, rows["test"], ["ties", "dare", "task-arithmetic"], tmp_path / "out", progress=False,
+        base,
+        heads,
+        {},
+        rows["test"],
+        ["ties", "dare", "task-arithmetic"],
+        tmp_path / "out",
+        progress=False,
         settings={"task-arithmetic": {"scale": 0.3}},
-    )  # fmt: skip
+    )
     ties, dare, plain = found.rows[2:]
     assert ties.refused == "its core is singular" and "layers.0.self_attn.q_proj is not finite" in dare.refused
     assert plain.scale == 0.3 and not plain.search and not plain.refused
@@ -198,9 +213,16 @@ def test_an_interrupted_comparison_goes_on_where_it_was(base, heads, rows, tmp_p
 
 def test_a_null_space_search_needs_no_label(base, heads, rows, tmp_path):
     found = compare(
-        base, heads, rows["data"], rows["test"], ["task-arithmetic"], tmp_path / "out", search="null-space", grid=GRID,
+        base,
+        heads,
+        rows["data"],
+        rows["test"],
+        ["task-arithmetic"],
+        tmp_path / "out",
+        search="null-space",
+        grid=GRID,
         progress=False,
-    )  # fmt: skip
+    )
     row = found.rows[2]
     assert row.curve[row.scale] == min(row.curve.values()) < 1 and len(set(row.curve.values())) == len(row.curve)
 
@@ -208,13 +230,16 @@ def test_a_null_space_search_needs_no_label(base, heads, rows, tmp_path):
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"methods": ["tie"]}, "did you mean ties"), ({"search": "guess"}, "search must be one of"),
-        ({"search": "labels"}, "--validation"), ({"methods": ["nsc"]}, "nsc needs unlabeled rows"),
-        ({"search": "null-space"}, "the search needs unlabeled rows"), ({"settings": {"dare": {}}}, "for dare"),
+        ({"methods": ["tie"]}, "did you mean ties"),
+        ({"search": "guess"}, "search must be one of"),
+        ({"search": "labels"}, "--validation"),
+        ({"methods": ["nsc"]}, "nsc needs unlabeled rows"),
+        ({"search": "null-space"}, "the search needs unlabeled rows"),
+        ({"settings": {"dare": {}}}, "for dare"),
         ({"settings": {"ties": {"densety": 1}}}, "no setting densety"),
         ({"config": {"step": 1}}, "unknown setting step"),
     ],
-)  # fmt: skip
+)
 def test_what_is_asked_wrongly_is_refused_before_anything_runs(base, heads, rows, tmp_path, change, why):
     asked = {"methods": ["ties"], "progress": False} | change
     with pytest.raises(NSCError, match=why):
@@ -225,9 +250,16 @@ def test_what_is_asked_wrongly_is_refused_before_anything_runs(base, heads, rows
 def test_validation_rows_are_not_test_rows(base, heads, rows, tmp_path):
     with pytest.raises(DataError, match="task colour: 6 validation rows are test rows too"):
         compare(
-            base, heads, {}, rows["test"], ["ties"], tmp_path / "out", validation=rows["test"], search="labels",
+            base,
+            heads,
+            {},
+            rows["test"],
+            ["ties"],
+            tmp_path / "out",
+            validation=rows["test"],
+            search="labels",
             progress=False,
-        )  # fmt: skip
+        )
 
 
 def test_a_task_without_a_share_is_in_nobodys_mean():

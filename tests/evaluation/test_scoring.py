@@ -139,11 +139,14 @@ def test_shares_of_fine_tuned_by_hand():
 @pytest.mark.parametrize(
     "score, alone, higher, why",
     [
-        (0.5, 0.0, True, "alone reaches 0"), (0.5, -0.3, True, "alone reaches -0.3"), (0.0, 0.5, False, "is 0"),
-        (math.nan, 0.5, True, "not defined"), (0.5, math.nan, True, "not defined"),
+        (0.5, 0.0, True, "alone reaches 0"),
+        (0.5, -0.3, True, "alone reaches -0.3"),
+        (0.0, 0.5, False, "is 0"),
+        (math.nan, 0.5, True, "not defined"),
+        (0.5, math.nan, True, "not defined"),
         (math.inf, 0.5, False, "not defined"),
     ],
-)  # fmt: skip
+)
 def test_where_there_is_no_share_there_is_a_reason(score, alone, higher, why):
     share, reason = normalised(score, alone, higher)
     assert math.isnan(share) and why in reason
@@ -157,10 +160,15 @@ def test_a_constant_has_no_correlation(base, model, adapter):
 
 def test_labels_are_read_by_their_usual_names_or_by_those_given(base, tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in (
-        {"text": "word1", "a": "word2", "label": 1, "mark": 0.5},
-        {"text": "word3", "a": "word4", "label": 0, "mark": 1.5},
-    )))  # fmt: skip
+    file.write_text(
+        "".join(
+            json.dumps(r) + "\n"
+            for r in (
+                {"text": "word1", "a": "word2", "label": 1, "mark": 0.5},
+                {"text": "word3", "a": "word4", "label": 0, "mark": 1.5},
+            )
+        )
+    )
     assert read_labelled(Base(str(base)), file) == (["word1", "word3"], [1, 0])
     assert read_labelled(Base(str(base)), f"{file}#text+a:mark") == (["word1\nword2", "word3\nword4"], [0.5, 1.5])
     assert read_labelled(Base(str(base)), f"{file}#:mark").labels == [0.5, 1.5]
@@ -178,14 +186,17 @@ def test_labels_are_read_by_their_usual_names_or_by_those_given(base, tmp_path):
 @pytest.mark.parametrize(
     "outputs, labels, metric, why",
     [
-        (3, [0, 1, 3, 0, 0], None, "row 3: class 3 of a head of 3"), (3, [0, 1, 0.5, 0, 0], None, "row 3: class 0.5"),
-        (3, ["yes"] * 5, None, "'yes' is no number"), (None, [1] * 5, None, "answer 1 is no text"),
+        (3, [0, 1, 3, 0, 0], None, "row 3: class 3 of a head of 3"),
+        (3, [0, 1, 0.5, 0, 0], None, "row 3: class 0.5"),
+        (3, ["yes"] * 5, None, "'yes' is no number"),
+        (None, [1] * 5, None, "answer 1 is no text"),
         (3, [0] * 5, "pearson", "pearson does not go with a head of 3"),
         (1, [0.0] * 5, "accuracy", "head of 1 outputs"),
-        (None, ["word1"] * 5, "accuracy", "needs an adapter with a head"), (3, [0] * 5, "f2", "no metric f2"),
+        (None, ["word1"] * 5, "accuracy", "needs an adapter with a head"),
+        (3, [0] * 5, "f2", "no metric f2"),
         (None, ["word1", "  "] + ["word1"] * 3, None, "row 2: the answer has no token"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_go_together_is_refused(base, model, adapter, outputs, labels, metric, why):
     with pytest.raises(NSCError, match=why):
         exam(base, model, adapter(outputs), labels, metric)

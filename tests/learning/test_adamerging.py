@@ -171,7 +171,7 @@ def test_entropies_of_tokens_are_summed_as_a_backward_at_each_sums_them(generati
         entropy = Entropy([Head(head)] * K, "counted", reduction)
         found[reduction] = learn(
             model, whitened(stack), stack.names[-1:], lambda step: batches, config, progress=False, entropy=entropy
-        )  # fmt: skip
+        )
     torch.testing.assert_close(START - found["sum"].coefficients, expected, **SINGLE)
     assert found["sum"].losses == pytest.approx([loss], rel=0, abs=1e-10)
     apart = (found["sum"].coefficients - found["mean"].coefficients).abs().max()

@@ -38,10 +38,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(setting, tmp_path, stop, n
 
 # Where SIGKILL strikes: at which call of what, and whether before it, in the middle or after.
 KILLS = [
-    ("step", 3, "before"), ("save", 1, "middle"), ("replace", 1, "before"), ("replace", 1, "after"),
-    ("save", 2, "before"), ("fsync", 1, "before"), ("step", 1, "after"), ("save", 1, "after"), ("fsync", 2, "after"),
+    ("step", 3, "before"),
+    ("save", 1, "middle"),
+    ("replace", 1, "before"),
+    ("replace", 1, "after"),
+    ("save", 2, "before"),
+    ("fsync", 1, "before"),
+    ("step", 1, "after"),
+    ("save", 1, "after"),
+    ("fsync", 2, "after"),
     ("replace", 2, "before"),
-]  # fmt: skip
+]
 PLACES = {"save": (torch, "save"), "fsync": (os, "fsync"), "replace": (os, "replace"), "step": (State, "update")}
 
 

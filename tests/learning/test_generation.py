@@ -51,9 +51,15 @@ def test_a_merge_on_generated_positions_is_the_plain_computation(base, adapters,
     some = {task: adapters[task] for task in ("plain", "pattern")}
     settings = dict(positions=positions, max_new_tokens=4, steps=3, lr=1e-2, batch_size=3, evaluation_samples=2)
     result = nsc.merge(
-        base, some, {t: texts[t] for t in some}, objective=objective, dtype="float64", max_drift=None, progress=False,
+        base,
+        some,
+        {t: texts[t] for t in some},
+        objective=objective,
+        dtype="float64",
+        max_drift=None,
+        progress=False,
         **settings,
-    )  # fmt: skip
+    )
     model, config = result.model, MergeConfig(**settings, dtype="float64")
     targets = result.record.targets
     tokens = {t: feed_tokens(base, texts[t]) for t in some}
@@ -92,7 +98,7 @@ def merged_answer(whole: nn.Module, stack, start, prompt) -> list[int]:
     with merged_layers(whole.model, stack, start):
         said = whole.generate(
             torch.tensor([prompt]), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
-        )  # fmt: skip
+        )
     return said[0, len(prompt) :].tolist()
 
 

@@ -25,9 +25,11 @@ from tests.plain_options import Plain, plain_learning, plain_loss
 from tests.tiny import rewrite, save_llava_base
 
 LAYOUTS = {  # of a checkpoint's keys, before and after 4.52
-    "language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
-    "vision_tower.": "model.vision_tower.", "multi_modal_": "model.multi_modal_",
-}  # fmt: skip
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_": "model.multi_modal_",
+}
 ALL = {"target_modules": ("v_proj",), "target_blocks": "half"}
 
 
@@ -68,10 +70,15 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path):
 
 
 SHARED = [
-    ("prompt", "null-space", "text"), ("prompt", "null-space", "image"), ("prompt", "null-space", "both"),
-    ("last", "null-space", "both"), ("full", "null-space", "text"), ("prompt", "both", "both"),
-    ("full", "both", "both"), ("last", "entropy", "both"),
-]  # fmt: skip
+    ("prompt", "null-space", "text"),
+    ("prompt", "null-space", "image"),
+    ("prompt", "null-space", "both"),
+    ("last", "null-space", "both"),
+    ("full", "null-space", "text"),
+    ("prompt", "both", "both"),
+    ("full", "both", "both"),
+    ("last", "entropy", "both"),
+]
 BUCKETS = [("prompt", "null-space", "text"), ("prompt", "null-space", "image"), ("full", "null-space", "both")]
 CASES = [(*case, True) for case in SHARED] + [(*case, False) for case in BUCKETS]
 
@@ -84,9 +91,17 @@ def test_a_merge_is_the_plain_computation(
     if not shares_rows:
         monkeypatch.setattr("nsc.data.modalities.can_share_rows", lambda model: False)
     settings = dict(
-        positions=positions, max_new_tokens=4, modality=modality, steps=3, lr=1e-2, batch_size=3, evaluation_samples=2,
-        dtype="float64", objective=objective, **ALL,
-    )  # fmt: skip
+        positions=positions,
+        max_new_tokens=4,
+        modality=modality,
+        steps=3,
+        lr=1e-2,
+        batch_size=3,
+        evaluation_samples=2,
+        dtype="float64",
+        objective=objective,
+        **ALL,
+    )
     result = nsc.merge(llava, llava_adapters, questions, max_drift=None, progress=False, **settings)
     model, base, config = result.model, str(llava), MergeConfig(**settings)
     prompts = {task: read_prompts(file) for task, file in questions.items()}
@@ -145,7 +160,7 @@ def test_a_merge_is_the_plain_computation(
 def test_from_answers_to_proof(llava, llava_adapters, questions, tmp_path, settings):
     result = nsc.merge(
         llava, llava_adapters, questions, steps=5, lr=1e-3, batch_size=4, max_new_tokens=4, progress=False, **settings
-    )  # fmt: skip
+    )
     assert result.report.losses[-1] < result.report.losses[0]
     proof = result.save(tmp_path / "out")
     assert proof.outputs < 1e-5 < 1e-3 < proof.effect
@@ -155,9 +170,15 @@ def test_from_answers_to_proof(llava, llava_adapters, questions, tmp_path, setti
 def test_a_projector_that_a_task_keeps_is_no_head(llava, llava_adapters, questions):
     some = {task: llava_adapters[task] for task in ("count", "color")}
     kept = nsc.merge(
-        llava, some, {task: questions[task] for task in some}, objective="entropy", steps=0, batch_size=4,
-        keep_modules=["linear_1"], progress=False,
-    )  # fmt: skip
+        llava,
+        some,
+        {task: questions[task] for task in some},
+        objective="entropy",
+        steps=0,
+        batch_size=4,
+        keep_modules=["linear_1"],
+        progress=False,
+    )
     assert all(adapter.saved for adapter in kept.adapters.values())
     body = loading.load_body(Base(str(llava)))
     own = load_generating_head(Base(str(llava), body))[0]

@@ -18,7 +18,7 @@ from nsc.data.images import collate_images, pixels_by, read_images
 from nsc.data.packing import pack
 from nsc.errors import DataError, NSCError, ResumeError
 from nsc.learning.entropy import Entropy, entropy, row_weights
-from nsc.learning.loop import goal_of
+from nsc.learning.objective import goal_of
 from nsc.merging.from_data import _identity
 from tests.conftest import ADAPTERS
 from tests.tiny import linears, random_factors, save_image_base, write_adapter
@@ -127,9 +127,19 @@ def test_a_schedule_is_resumed_with_its_own_steps_only(base, adapters, texts, tm
 
 
 OTHERS = dict(
-    positions="full", max_new_tokens=3, modality="text", granularity="task", link="exp", preferences={"a": 2.0},
-    optimizer="adam", schedule="linear", objective="both", quantile=0.5, unseen=("a",), weight_decay=0.1,
-)  # fmt: skip
+    positions="full",
+    max_new_tokens=3,
+    modality="text",
+    granularity="task",
+    link="exp",
+    preferences={"a": 2.0},
+    optimizer="adam",
+    schedule="linear",
+    objective="both",
+    quantile=0.5,
+    unseen=("a",),
+    weight_decay=0.1,
+)
 
 
 def test_every_option_is_part_of_what_a_checkpoint_must_match():

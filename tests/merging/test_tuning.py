@@ -219,9 +219,10 @@ REFUSED = {
     "a config of learning": ({"config": nsc.MergeConfig(lr=1)}, "has no lr; of MergeConfig it takes.* max_length"),
     "a base in parts": ({"method": "nsc+ties", "weights": "int8"}, "whole base on one device: leave out weights"),
     "own layers by labels": (
-        {"search": "labels", "validation": {"plain": "x"}, "keep_modules": ("norm",)}, "keep_modules.*by null-space",
+        {"search": "labels", "validation": {"plain": "x"}, "keep_modules": ("norm",)},
+        "keep_modules.*by null-space",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

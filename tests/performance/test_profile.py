@@ -229,11 +229,17 @@ def test_a_body_without_a_plan_is_measured_all_the_same(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-80"),
-        ("AMD Instinct MI300X", "MI300X"), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None),
-        ("NVIDIA A100-SXM4-40GB", None), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GH200 480GB", None),
     ],
-)  # fmt: skip
+)
 def test_gpus_are_known_by_their_own_name_only(name, known, monkeypatch):
     assert known_gpu(name) == known
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
@@ -254,9 +260,10 @@ def test_memory_beyond_the_weights_on_a_gpu(monkeypatch):
     cuda = SimpleNamespace(type="cuda")
     log = []
     fakes = dict(
-        reset_peak_memory_stats=lambda _: log.append("reset"), synchronize=lambda _: None,
+        reset_peak_memory_stats=lambda _: log.append("reset"),
+        synchronize=lambda _: None,
         get_device_name=lambda _: "NVIDIA H100 80GB HBM3",
-    )  # fmt: skip
+    )
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(profile_module, "input_device", lambda _model: cuda)

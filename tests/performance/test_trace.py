@@ -34,9 +34,13 @@ def test_a_trace_of_the_host_is_split_by_its_ranges():
 
 def test_a_trace_of_a_gpu_counts_kernels_where_they_were_launched():
     launches = [  # a kernel runs long after its launch, on a line of its own
-        (2, 1, "base", 100.0), (22, 1, "lora", 40.0), (31, 1, "lora", 2.0), (52, 1, "ratio", 5.0),
-        (63, 2, "base", 70.0), (92, 1, "optimizer", 3.0),
-    ]  # fmt: skip
+        (2, 1, "base", 100.0),
+        (22, 1, "lora", 40.0),
+        (31, 1, "lora", 2.0),
+        (52, 1, "ratio", 5.0),
+        (63, 2, "base", 70.0),
+        (92, 1, "optimizer", 3.0),
+    ]
     events = list(HOST)
     for number, (ts, tid, _, dur) in enumerate(launches):
         cat = "cuda_driver" if number % 2 else "cuda_runtime"
