@@ -115,8 +115,8 @@ def entropy_of(
 ) -> Entropy:
     """Return the entropy by the heads that adapters carry, or by the base's own where there are none to use.
 
-    Generated positions always take the base's own head, which reads all tokens of an answer. Of a prompt, a head reads the
-    last token of a causal body and the first of another.
+    Generated positions always take the base's own head, which reads all tokens of an answer. Of a prompt, a head reads
+    the last token of a causal body and the first of another.
 
     Args:
         base: with weights.
