@@ -18,7 +18,8 @@ from predict import BF16, Gpu
 from shapes import Shape
 
 from nsc.bases.roles import choose_targets
-from nsc.performance.costs import Memory, Step, Work, linears_in_order
+from nsc.performance.costs import Memory, Step, Work
+from nsc.performance.linears import linears_in_order
 from nsc.performance.plan import meta_body
 
 LARGEST = Case("LLaMA-3-70B", LLAMA3_70B, 6, 2, 96)

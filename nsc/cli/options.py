@@ -14,7 +14,7 @@ import typer
 
 ADAPTER = typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat for each task.")
 BASE = typer.Option(help="Base model: folder or Hub id.")
-BATCH_SIZE = typer.Option(help="Samples per task and step; overrides the preset.")
+BATCH_SIZE = typer.Option(help="Samples per task and step.")
 DATA = typer.Option(metavar="TASK=FILE", help="Unlabeled rows or images of a task; repeat for each task.")
 DTYPE = typer.Option(help="Of the base model: auto, bfloat16, float32...")
 DEVICE = typer.Option(help="auto, cpu, cuda...")

@@ -3,92 +3,137 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import typer
 
+from nsc.cli.options import (
+    ADAPTER,
+    BASE,
+    BATCH_SIZE,
+    DATA,
+    DEVICE,
+    DTYPE,
+    JSON,
+    LAYERS,
+    MAX_LENGTH,
+    TARGET_BLOCK,
+    TARGET_MODULE,
+    grouped,
+)
 from nsc.cli.terminal import pairs, plain_errors
 
+FLOPS = typer.Option(help="FLOP/s in this dtype; overrides the datasheet's.")
 
+
+@dataclass
+class Sizes:
+    """The merge whose cost is predicted."""
+
+    panel: ClassVar[str] = "The merge"
+    adapter: Annotated[list[str] | None, ADAPTER] = None
+    rank: Annotated[int, typer.Option(help="Rank of each adapter, without --adapter.")] = 16
+    tasks: Annotated[int, typer.Option(help="Number of adapters, without --adapter.")] = 2
+    lora_module: Annotated[
+        list[str] | None, typer.Option(help="Module that carries LoRA, without --adapter; repeat for more.")
+    ] = None
+    batch_size: Annotated[int, BATCH_SIZE] = 2
+    max_length: Annotated[int, typer.Option(help="Tokens of every sample.")] = 512
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500
+    dtype: Annotated[str, DTYPE] = "auto"
+    target_module: Annotated[list[str] | None, TARGET_MODULE] = None
+    target_block: Annotated[list[int] | None, TARGET_BLOCK] = None
+    layers: Annotated[str, LAYERS] = "auto"
+
+
+@dataclass
+class Devices:
+    """The devices that it may run on."""
+
+    panel: ClassVar[str] = "Devices"
+    hardware: Annotated[str, typer.Option(help="A100-80, H100, H200, B200, MI300X or cpu.")] = "H100"
+    flops: Annotated[float | None, FLOPS] = None
+    bandwidth: Annotated[float | None, typer.Option(help="Memory bytes/s; overrides the datasheet's.")] = None
+    memory: Annotated[float | None, typer.Option(help="Bytes of one device; overrides the datasheet's.")] = None
+    gpus: Annotated[int, typer.Option(help="Devices per node.")] = 1
+    nodes: Annotated[int, typer.Option(help="Number of nodes.")] = 1
+
+
+@grouped
 def plan(
     base: Annotated[str, typer.Option(help="Base model: folder or Hub id; only its config is read.")],
-    adapter: Annotated[list[str] | None, typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id.")] = None,
-    rank: Annotated[int, typer.Option(help="Without --adapter: of each adapter.")] = 16,
-    tasks: Annotated[int, typer.Option(help="Without --adapter: how many.")] = 2,
-    lora_module: Annotated[list[str] | None, typer.Option(help="Without --adapter: carries LoRA; repeat.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
-    max_length: Annotated[int, typer.Option(help="Tokens of every sample.")] = 512,
-    steps: Annotated[int, typer.Option(help="AdamW steps.")] = 500,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
-    target_module: Annotated[list[str] | None, typer.Option(help="Measure these modules; repeat.")] = None,
-    target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
-    hardware: Annotated[str, typer.Option(help="A100-80, H100, H200, B200, MI300X, cpu.")] = "H100",
-    flops: Annotated[float | None, typer.Option(help="FLOP/s in this dtype, instead of the hardware's.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(help="Bytes/s, instead of the hardware's.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Bytes of one device, instead of the hardware's.")] = None,
-    gpus: Annotated[int, typer.Option(help="Devices of a node.")] = 1,
-    nodes: Annotated[int, typer.Option(help="How many such nodes.")] = 1,
-    layers: Annotated[str, typer.Option(help="How adapters are carried: auto, factors, weights.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    sizes: Sizes,
+    devices: Devices,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Predict time, memory and launch of a merge from shapes alone, before anything is downloaded or run."""
+    """Predict time, memory and launch command of a merge from shapes alone; nothing is run and no weight is read."""
     with plain_errors():
         from nsc.performance.hardware import get_hardware
-        from nsc.performance.plan import format_plan, plan_merge
+        from nsc.performance.plan import Cluster, Workload, format_plan, plan_merge
 
-        predicted = plan_merge(
-            base,
-            pairs(adapter or [], "--adapter"),
-            rank=rank,
-            tasks=tasks,
-            lora_modules=tuple(lora_module or ("q_proj", "v_proj")),
-            batch_size=batch_size,
-            max_length=max_length,
-            steps=steps,
-            dtype=dtype,
-            target_modules=tuple(target_module) if target_module else None,
-            target_blocks=tuple(target_block) if target_block else None,
-            hardware=get_hardware(hardware, flops, bandwidth, memory),
-            gpus=gpus,
-            nodes=nodes,
-            layers=layers,
+        workload = Workload(
+            rank=sizes.rank,
+            tasks=sizes.tasks,
+            lora_modules=tuple(sizes.lora_module or Workload.lora_modules),
+            batch_size=sizes.batch_size,
+            max_length=sizes.max_length,
+            steps=sizes.steps,
+            dtype=sizes.dtype,
+            target_modules=tuple(sizes.target_module) if sizes.target_module else None,
+            target_blocks=tuple(sizes.target_block) if sizes.target_block else None,
+            layers=sizes.layers,
         )
+        hardware = get_hardware(devices.hardware, devices.flops, devices.bandwidth, devices.memory)
+        cluster = Cluster(hardware, devices.gpus, devices.nodes)
+        predicted = plan_merge(base, pairs(sizes.adapter or [], "--adapter"), workload, cluster)
         typer.echo(json.dumps(predicted.to_dict(), indent=1) if as_json else format_plan(predicted))
 
 
+@dataclass
+class Profiled:
+    """The merge of which a few steps are run."""
+
+    panel: ClassVar[str] = "The merge"
+    base: Annotated[str, BASE]
+    adapter: Annotated[list[str], ADAPTER]
+    data: Annotated[list[str], DATA]
+    batch_size: Annotated[int, BATCH_SIZE] = 2
+    max_length: Annotated[int, MAX_LENGTH] = 512
+    layers: Annotated[str, LAYERS] = "auto"
+    target_module: Annotated[list[str] | None, TARGET_MODULE] = None
+    target_block: Annotated[list[int] | None, TARGET_BLOCK] = None
+    dtype: Annotated[str, DTYPE] = "auto"
+    device: Annotated[str, DEVICE] = "auto"
+
+
+@grouped
 def profile(
-    base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
-    adapter: Annotated[list[str], typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat per task.")],
-    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="JSONL, text or hub:NAME; repeat per task.")],
-    steps_timed: Annotated[int, typer.Option(help="Steps, each with a run of its floor beside it.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Samples a task and step.")] = 2,
-    max_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
-    layers: Annotated[str, typer.Option(help="How they carry adapters: auto, factors or weights.")] = "auto",
-    target_module: Annotated[list[str] | None, typer.Option(help="Measure these modules; repeat.")] = None,
-    target_block: Annotated[list[int] | None, typer.Option(help="Measure in these blocks; repeat.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float32...")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda...")] = "auto",
-    hardware: Annotated[str | None, typer.Option(help="Whose datasheet to predict with; default: this GPU's.")] = None,
-    flops: Annotated[float | None, typer.Option(help="FLOP/s in this dtype, instead of the datasheet's.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    merge: Profiled,
+    steps_timed: Annotated[int, typer.Option(help="Steps that are timed, by turns with their floor.")] = 5,
+    hardware: Annotated[
+        str | None, typer.Option(help="Device whose datasheet predicts; by default this GPU's, if it is known.")
+    ] = None,
+    flops: Annotated[float | None, FLOPS] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Run a few real steps and say where their time goes, and how near they come to the frozen base alone."""
+    """Run a few real steps, and show where their time goes and how close they come to the frozen base alone."""
     with plain_errors():
         from nsc.performance.profile import format_profile, profile_merge
 
-        found = profile_merge(
-            base,
-            pairs(adapter, "--adapter"),
-            pairs(data, "--data"),
+        measured = profile_merge(
+            merge.base,
+            pairs(merge.adapter, "--adapter"),
+            pairs(merge.data, "--data"),
             steps=steps_timed,
             hardware=hardware,
             flops=flops,
-            batch_size=batch_size,
-            max_length=max_length,
-            layers=layers,
-            target_modules=tuple(target_module) if target_module else None,
-            target_blocks=tuple(target_block) if target_block else None,
-            dtype=dtype,
-            device=device,
+            batch_size=merge.batch_size,
+            max_length=merge.max_length,
+            layers=merge.layers,
+            target_modules=tuple(merge.target_module) if merge.target_module else None,
+            target_blocks=tuple(merge.target_block) if merge.target_block else None,
+            dtype=merge.dtype,
+            device=merge.device,
         )
-        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else format_profile(found))
+        typer.echo(json.dumps(measured.to_dict(), indent=1) if as_json else format_profile(measured))

@@ -53,6 +53,19 @@ def own_share(batches: Sequence[Batch], team: Team, shards: Shards | None = None
     return share if share or shards is None else [weightless(batches[0])]
 
 
+def in_passes(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
+    """Split batches into passes.
+
+    Args:
+        batches: of a step.
+        tokens: the most that one pass may hold; None for a whole batch.
+
+    Returns:
+        The passes, in the order of the batches.
+    """
+    return [part for batch in batches for part in (batch.within(tokens) if tokens else [batch])]
+
+
 class Passes:
     """The gradient of a step in as few passes as memory allows; the same gradient whatever their number.
 
@@ -100,7 +113,7 @@ class Passes:
         """
         while True:
             try:
-                passes = [p for b in batches for p in (b.within(self.tokens) if self.tokens else [b])]
+                passes = in_passes(batches, self.tokens)
                 return self._gradient(self.shards.even(passes) if self.shards else passes)
             except torch.OutOfMemoryError as error:
                 largest = max(min(b.tokens, self.tokens or b.tokens) for b in batches)

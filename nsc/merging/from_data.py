@@ -25,7 +25,7 @@ from nsc.data.sources import Source, place_of, read_data
 from nsc.export.record import Record
 from nsc.export.result import MergeResult
 from nsc.learning.loop import Learned
-from nsc.learning.passes import own_share
+from nsc.learning.passes import in_passes, own_share
 from nsc.learning.preparation import Problem, prepare, stack_on
 from nsc.merging.report_builder import describe_merge
 from nsc.runtime.distributed import Team, join
@@ -133,7 +133,7 @@ def _own_evaluation(problem: Problem, first_step: list[Batch], identity: str, te
     Raises NSCError where the ranks do not all see the same adapters, rows and settings.
     """
     limit = problem.config.tokens_per_pass or sum(batch.tokens for batch in first_step)
-    evaluation = [part for batch in problem.evaluation for part in batch.within(limit)]
+    evaluation = in_passes(problem.evaluation, limit)
     shapes = [tuple(batch.task.shape) for batch in (*first_step, *evaluation)]
     team.require_same((identity, problem.config.to_dict(), shapes), "base, adapters, data or settings")
     shards = shards_of(problem.base.model)

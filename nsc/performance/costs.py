@@ -12,7 +12,6 @@ Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged model).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,42 +19,48 @@ from itertools import groupby
 from torch import nn
 
 from nsc.adapters.surgery import PLANS, extra_flops, layer_plan
-from nsc.bases.roles import STAGES
 from nsc.bases.structure import block_of, is_causal, linear_shapes
-from nsc.errors import NSCError
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer (m, d) of the base. place: block and stage (see STAGES)."""
-
-    name: str
-    m: int
-    d: int
-    place: tuple[int, int]
-
-    @property
-    def parameters(self) -> int:
-        """Of its matrix."""
-        return self.m * self.d
+from nsc.performance.linears import Linear
 
 
 @dataclass(frozen=True)
 class Work:
-    """A part of a step."""
+    """One part of a step.
+
+    Attributes:
+        part: by name.
+        flops: of it.
+        bytes: that it moves.
+    """
 
     part: str
     flops: float
     bytes: float
 
     def seconds(self, rate: float, bandwidth: float) -> float:
-        """What its FLOPs or its bytes take at so many a second, whichever is longer."""
+        """Return the time that its FLOPs or its bytes take, whichever is longer.
+
+        Args:
+            rate: FLOP/s.
+            bandwidth: bytes/s.
+
+        Returns:
+            Seconds.
+        """
         return max(self.flops / rate, self.bytes / bandwidth)
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """All modules of one name and shape that carry LoRA.  shape: (m, d).  R: of one module.  plan: factors, weights."""
+    """All modules of one name and shape that carry LoRA.
+
+    Attributes:
+        kind: last part of their name.
+        modules: how many there are.
+        shape: (m, d).
+        R: ranks of all adapters on one of them.
+        plan: "factors" or "weights".
+    """
 
     kind: str
     modules: int
@@ -68,10 +73,16 @@ class LayerKind:
 class Memory:
     """Bytes on one device for a step in one pass.
 
-    weights: the body as it is loaded.  factors: A and B.  coefficients: with gradient and AdamW's moments.
-    activations: kept for the backward.  checkpointed: kept instead with activation checkpointing.  workspace: live
-    within a layer.  The last three grow with ``samples``, those of a step.  linears: the share of weights that 8 bits
-    would hold.  block: weights of the largest block.
+    Attributes:
+        weights: the body as it is loaded.
+        factors: A and B of all adapters.
+        coefficients: with gradient and AdamW's moments.
+        activations: kept for the backward; grows with ``samples``.
+        checkpointed: kept instead with activation checkpointing; grows with ``samples``.
+        workspace: live within a layer; grows with ``samples``.
+        samples: of a step.
+        linears: share of the weights that 8 bits would hold.
+        block: weights of the largest block.
     """
 
     weights: float
@@ -90,58 +101,67 @@ class Memory:
         return self.weights + self.factors + self.coefficients + self.activations + self.workspace
 
     def samples_within(self, room: float) -> int:
-        """How many samples of one pass fit into ``room`` bytes beside everything else; 0 where not one does."""
+        """Return how many samples of one pass fit beside everything else.
+
+        Args:
+            room: bytes.
+
+        Returns:
+            From 0 to ``samples``.
+        """
         left = room - (self.weights + self.factors + self.coefficients)
         return min(max(int(left * self.samples / (self.activations + self.workspace)), 0), self.samples)
 
     def in_8_bits(self, itemsize: int) -> Memory:
-        """Linears of one byte a weight, where they had ``itemsize``."""
+        """Return the memory with one byte per weight of linear layers.
+
+        Args:
+            itemsize: bytes per weight now.
+
+        Returns:
+            The memory.
+        """
         return replace(self, weights=self.weights - self.linears * (1 - 1 / itemsize))
 
     def sharded(self, devices: int) -> Memory:
-        """Linears split over ``devices``, all else on each of them, and room for a block of gathered weights."""
+        """Return the memory with split linear layers, the rest replicated, and room for a block of gathered weights.
+
+        Args:
+            devices: that share the linear layers.
+
+        Returns:
+            The memory of each device.
+        """
         return replace(self, weights=self.weights - self.linears * (1 - 1 / devices) + self.block)
 
     def fewest_shards(self, room: float) -> int | None:
-        """The fewest devices of ``room`` bytes each that hold it ``sharded``, a sample a pass; None where none do."""
+        """Return how many devices it takes to hold the sharded base with one sample per pass.
+
+        Args:
+            room: bytes of each device.
+
+        Returns:
+            The fewest devices, or None if none are enough.
+        """
         sample = (self.activations + self.workspace) / self.samples
         left = room - (self.weights - self.linears) - self.block - self.factors - self.coefficients - sample
         return math.ceil(self.linears / left) if left > 0 else None
 
 
-def linears_in_order(model: nn.Module) -> list[Linear]:
-    """The linears of all blocks, in the order in which they run.
-
-    Raises NSCError for a body whose linears are not attention and MLP projections by their names, or whose other
-    matrices are more than embeddings and patch convolutions: experts, recurrences, Conv1D.
-    """
-    _refuse_other_matrices(model)
-    found = []
-    for name, (m, d) in linear_shapes(model).items():
-        if place := block_of(model, name):
-            stage = next((s for s, pattern in enumerate(STAGES) if re.search(pattern, name)), None)
-            if stage is None:
-                raise NSCError(f"no plan for {name}: it is no attention or MLP projection that nsc plan knows by name")
-            found.append(Linear(name, m, d, (place[0], stage)))
-    if {linear.place[1] for linear in found} != set(range(len(STAGES))):
-        raise NSCError("no plan for this base: it has no numbered blocks of attention and MLP projections")
-    return sorted(found, key=lambda linear: linear.place)
-
-
-def _refuse_other_matrices(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        vectors = parameter.ndim < 2 or parameter.shape[0] == 1  # such as learned positions
-        if "expert" in name or not (vectors or isinstance(owner, (nn.Linear, nn.Embedding, nn.Conv2d))):
-            raise NSCError(
-                f"no plan for {name}: nsc plan counts dense transformers, whose matrices are nn.Linear; experts,"
-                " recurrences and GPT-2's Conv1D are not"
-            )
-
-
 @dataclass(frozen=True)
 class Step:
-    """One step: a body, the ranks R on its linears, the target layers, and ``samples`` of ``tokens`` tokens each."""
+    """One step, by its shapes.
+
+    Attributes:
+        model: body of the base; shapes are enough.
+        linears: in the order in which they run.
+        ranks: linear layer -> R, the ranks of all adapters on it.
+        targets: names of the measured layers.
+        tasks: K.
+        samples: of a step, all tasks together.
+        tokens: of each sample.
+        itemsize: bytes per weight.
+    """
 
     model: nn.Module
     linears: Sequence[Linear]  # in the order in which they run
@@ -154,7 +174,7 @@ class Step:
 
     @property
     def rows(self) -> int:
-        """n: tokens of all samples."""
+        """The tokens of all samples, n."""
         return self.samples * self.tokens
 
     @property
@@ -178,7 +198,14 @@ class Step:
         return [x for x in self.forward if self.first.place < x.place < self.last.place]
 
     def work(self, plan: str = "auto") -> list[Work]:
-        """Forward and backward of the base, attention, adapters and ratios."""
+        """Return the work of a step: forward and backward of the base, attention, adapters and ratios.
+
+        Args:
+            plan: "factors", "weights", or "auto", the cheaper for each layer.
+
+        Returns:
+            The parts; the first two are the base alone.
+        """
         e, n = self.itemsize, self.rows
         ahead, patches = self._ahead()
         before = 2 * (n * ahead + self.samples * (self.tokens - 1) * patches)
@@ -193,7 +220,14 @@ class Step:
         ]
 
     def kinds(self, plan: str = "auto") -> list[LayerKind]:
-        """The modules with LoRA by name, shape and ranks, and how each is carried."""
+        """Group the modules with LoRA by name, shape and ranks.
+
+        Args:
+            plan: "factors", "weights" or "auto".
+
+        Returns:
+            One entry per group, with how it applies its adapters.
+        """
 
         def key(x: Linear) -> tuple[str, int, int, int]:
             return x.name.rsplit(".", 1)[-1], x.m, x.d, self.ranks[x.name]
@@ -202,10 +236,15 @@ class Step:
         return [LayerKind(k, len(list(g)), (m, d), R, self._plan(plan, d, m, R)) for (k, m, d, R), g in groups]
 
     def memory(self) -> Memory:
-        """What is counted: the weights of the whole body; A and B in its dtype; for each block that a gradient passes,
-        the inputs of its norms, q, k, v (for every head) and the output of fused attention, what the MLP's activation
-        reads and writes, u of every module with LoRA; z of every target; three times the widest output, and a norm's
+        """Count the memory of a step in one pass.
+
+        Counted are the weights of the whole body; A and B in its dtype; for each block that a gradient passes, the
+        inputs of its norms, q, k, v (for every head) and the output of fused attention, what the MLP's activation reads
+        and writes, and u of every module with LoRA; z of every target; three times the widest output, and a norm's
         float32.
+
+        Returns:
+            Bytes by part.
         """
         e, linears = self.itemsize, sum(x.parameters for x in self.linears)
         carried = [x for x in self.linears if x.name in self.ranks]

@@ -9,7 +9,14 @@ from nsc.checks import choice, require_positive
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device: dense FLOPs a second in 16 bits and in float32, bytes a second and bytes of its memory."""
+    """One device, by its datasheet.
+
+    Attributes:
+        flops: dense FLOP/s in 16 bits.
+        flops_float32: FLOP/s in float32.
+        bandwidth: bytes/s of its memory.
+        memory: bytes.
+    """
 
     flops: float
     flops_float32: float
@@ -30,9 +37,19 @@ HARDWARE = {  # datasheets
 def get_hardware(
     name: str, flops: float | None = None, bandwidth: float | None = None, memory: float | None = None
 ) -> Hardware:
-    """A device of the table by name, with these figures instead of its own (``flops`` in every dtype).
+    """Return a device of the table, with some figures replaced.
 
-    Raises NSCError for an unknown name or a figure that is not positive.
+    Args:
+        name: of HARDWARE.
+        flops: FLOP/s in every dtype.
+        bandwidth: bytes/s.
+        memory: bytes.
+
+    Returns:
+        The device.
+
+    Raises:
+        NSCError: for an unknown name, or a figure that is not positive.
     """
     given = {"flops": flops, "flops_float32": flops, "bandwidth": bandwidth, "memory": memory}
     changes = {key: value for key, value in given.items() if value is not None}

@@ -13,9 +13,14 @@ USABLE = 0.9  # of a device's memory: the rest is for its context and for what a
 
 @dataclass(frozen=True)
 class Launch:
-    """way: single, replicas, 8-bit, sharded or none.  devices: that it takes.  passes: of a step, on each of them.
+    """One way to start a merge.
 
-    command: None where there is no way.
+    Attributes:
+        way: "single", "replicas", "8-bit", "sharded" or "none".
+        devices: that it takes.
+        passes: of a step, on each device.
+        command: to type; None where there is no way.
+        why: in words.
     """
 
     way: str
@@ -26,8 +31,20 @@ class Launch:
 
 
 def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: int) -> Launch:
-    """The simplest way that ``room`` bytes a device allow: one device, a replica on each, sharded over those there are,
-    8-bit weights on one, sharded over more than there are. Passes are as many as memory asks for.
+    """Choose the simplest way to start a merge that memory allows.
+
+    In this order: one device, a replica on each, sharded over the devices there are, 8-bit weights on one device,
+    sharded over more devices than there are. Passes are as many as memory requires.
+
+    Args:
+        memory: of a step in one pass.
+        room: bytes that are usable on each device.
+        gpus: devices per node.
+        nodes: how many there are.
+        itemsize: bytes per weight.
+
+    Returns:
+        The way, which may be "none".
     """
     there, shards = gpus * nodes, memory.fewest_shards(room)
     too_large = f"{metric(memory.weights, 'B')} of weights and one sample do not fit a device"

@@ -29,17 +29,38 @@ from nsc.bases.roles import choose_targets
 from nsc.checks import choice, require_positive
 from nsc.console import metric
 from nsc.errors import NSCError
-from nsc.performance.costs import LayerKind, Linear, Memory, Step, Work, linears_in_order
-from nsc.performance.hardware import Hardware, get_hardware
+from nsc.performance.costs import LayerKind, Memory, Step, Work
+from nsc.performance.hardware import HARDWARE, Hardware
 from nsc.performance.launch import USABLE, Launch, choose_launch
+from nsc.performance.linears import Linear, linears_in_order
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A prediction.  work: of a step on all devices.  floor: seconds of a step that no merge can beat.  step: seconds
-    of the same with attention, adapters and ratios at the same rates.  fits: one device, a whole step in one pass.
+    """A prediction of what a merge will cost.
+
+    Attributes:
+        base: by name.
+        parameters: of the body.
+        dtype: of the base.
+        tasks: K.
+        samples: of a step, all tasks together.
+        tokens: of a sample.
+        steps: of the optimizer.
+        targets: names of the measured layers.
+        hardware: one device.
+        gpus: devices per node.
+        nodes: how many there are.
+        work: of a step, on all devices.
+        floor: seconds of a step that no merge can beat.
+        step: seconds of a step with attention, adapters and ratios at the same rates.
+        layers: the modules with LoRA, by kind.
+        memory: of one device, for a step in one pass.
+        fits: whether one device holds a whole step in one pass.
+        launch: how to start the merge.
+        notes: what a reader must know.
     """
 
     base: str
@@ -63,66 +84,134 @@ class Plan:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON: FLOPs, bytes, seconds."""
+        """Return plain values, ready for JSON.
+
+        Returns:
+            FLOPs, bytes and seconds by name.
+        """
         of_run = {"run_floor": self.floor * self.steps, "run": self.step * self.steps}
         return asdict(self) | of_run | {"memory_total": self.memory.total}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step carries and how many steps there are.
+
+    Attributes:
+        rank: of each adapter, where none are given.
+        tasks: how many adapters, where none are given.
+        lora_modules: suffixes of the modules that carry LoRA, where no adapters are given.
+        batch_size: samples per task and step.
+        max_length: tokens of every sample; of an image, the config says.
+        steps: of the optimizer.
+        dtype: of the base; "auto" takes the config's.
+        target_modules: as in MergeConfig.
+        target_blocks: as in MergeConfig.
+        layers: "auto", "factors" or "weights", as in MergeConfig.
+    """
+
+    rank: int = 16
+    tasks: int = 2
+    lora_modules: Sequence[str] = ("q_proj", "v_proj")
+    batch_size: int = 2
+    max_length: int = 512
+    steps: int = 500
+    dtype: str = "auto"
+    target_modules: Sequence[str] | None = None
+    target_blocks: Sequence[int] | None = None
+    layers: str = "auto"
+
+    def __post_init__(self) -> None:
+        sizes = ("rank", "tasks", "batch_size", "max_length", "steps")
+        require_positive({name: getattr(self, name) for name in sizes})
+        choice("layers", self.layers, dict.fromkeys(("auto", *PLANS)))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices that a merge may use.
+
+    Attributes:
+        hardware: one device.
+        gpus: devices of a node.
+        nodes: how many such nodes.
+    """
+
+    hardware: Hardware = HARDWARE["H100"]
+    gpus: int = 1
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive({"gpus": self.gpus, "nodes": self.nodes})
 
 
 def plan_merge(
     base: Any,
     adapters: Mapping[str, str | Path] | None = None,
-    *,
-    rank: int = 16,
-    tasks: int = 2,
-    lora_modules: Sequence[str] = ("q_proj", "v_proj"),
-    batch_size: int = 2,
-    max_length: int = 512,
-    steps: int = 500,
-    dtype: str = "auto",
-    target_modules: Sequence[str] | None = None,
-    target_blocks: Sequence[int] | None = None,
-    hardware: str | Hardware = "H100",
-    gpus: int = 1,
-    nodes: int = 1,
-    layers: str = "auto",
+    workload: Workload = Workload(),
+    cluster: Cluster = Cluster(),
 ) -> Plan:
-    """Predict FLOPs, bytes, seconds, memory and launch of a merge. No weight of the base is read.
+    """Predict FLOPs, bytes, seconds, memory and launch of a merge, without reading a weight of the base.
 
-    base: folder, Hub id or a transformers config.  adapters: task -> folder or Hub id; without them, ``tasks``
-    hypothetical ones of ``rank`` on ``lora_modules``.  max_length: tokens of every sample (of an image, the config
-    says).  gpus: of each of ``nodes``.  layers: auto, factors or weights.  The others as in MergeConfig. Raises
-    NSCError for a base that is no dense transformer and for an argument that cannot be.
+    Args:
+        base: folder, Hub id or a transformers config.
+        adapters: task -> PEFT folder or Hub id; None for the hypothetical ones of ``workload``.
+        workload: what a step carries.
+        cluster: the devices.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        NSCError: a subclass, for a base that is no dense transformer, or adapters that do not fit it.
     """
-    sizes = dict(rank=rank, tasks=tasks, batch_size=batch_size, max_length=max_length, gpus=gpus, nodes=nodes)
-    require_positive(sizes | {"steps": steps})
-    device = get_hardware(hardware) if isinstance(hardware, str) else hardware
-    choice("layers", layers, dict.fromkeys(("auto", *PLANS)))
+    device, w = cluster.hardware, workload
     model, config, notes = meta_body(base)
-    dtype = _dtype(config, dtype)
+    dtype = _dtype(config, w.dtype)
     linears = linears_in_order(model)
-    count = len(adapters) if adapters else tasks
-    ranks = _read_ranks(adapters, linears) if adapters else _same_rank(linears, lora_modules, rank * tasks)
-    targets = choose_targets(model, list(ranks), target_modules, target_blocks)
-    tokens = _tokens(config, max_length)
-    step = Step(model, linears, ranks, targets, count, count * batch_size, tokens, BYTES[dtype])
-    work, memory = step.work(layers), step.memory()
-    launch = choose_launch(memory, device.memory * USABLE, gpus, nodes, BYTES[dtype])
+    tasks = len(adapters) if adapters else w.tasks
+    ranks = _read_ranks(adapters, linears) if adapters else _same_rank(linears, w.lora_modules, w.rank * tasks)
+    targets = choose_targets(model, list(ranks), w.target_modules, w.target_blocks)
+    tokens = _tokens(config, w.max_length)
+    step = Step(model, linears, ranks, targets, tasks, tasks * w.batch_size, tokens, BYTES[dtype])
+    work, memory = step.work(w.layers), step.memory()
+    launch = choose_launch(memory, device.memory * USABLE, cluster.gpus, cluster.nodes, BYTES[dtype])
     share = math.ceil(step.samples / launch.devices) / step.samples
     floor, whole = _seconds(work, device.flops if BYTES[dtype] == 2 else device.flops_float32, device, share)
     return Plan(
         base=str(base) if isinstance(base, (str, Path)) else config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()), dtype=dtype, tasks=count, samples=step.samples,
-        tokens=tokens, steps=steps, targets=tuple(targets), hardware=device, gpus=gpus, nodes=nodes, work=tuple(work),
-        floor=floor, step=whole, layers=tuple(step.kinds(layers)), memory=memory,
-        fits=memory.total <= device.memory * USABLE, launch=launch, notes=tuple(notes),
-    )  # fmt: skip
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=dtype,
+        tasks=tasks,
+        samples=step.samples,
+        tokens=tokens,
+        steps=w.steps,
+        targets=tuple(targets),
+        hardware=device,
+        gpus=cluster.gpus,
+        nodes=cluster.nodes,
+        work=tuple(work),
+        floor=floor,
+        step=whole,
+        layers=tuple(step.kinds(w.layers)),
+        memory=memory,
+        fits=memory.total <= device.memory * USABLE,
+        launch=launch,
+        notes=tuple(notes),
+    )
 
 
 def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
-    """The body of a base without its weights, its config, and what should be known about both.
+    """Build the body of a base without its weights; of a model that takes images and text, the language model.
 
-    base: folder, Hub id or a transformers config. Of a model that takes images and text, the body is the language
-    model. Raises NSCError where transformers has no such model, or its shapes are not those of one body.
+    Args:
+        base: folder, Hub id or a transformers config.
+
+    Returns:
+        The body, its config, and notes on both.
+
+    Raises:
+        NSCError: if transformers has no such model, or its shapes are not those of one body.
     """
     try:
         config = Base(str(base)).body_config if isinstance(base, (str, Path)) else base
@@ -142,7 +231,14 @@ def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
 
 
 def format_plan(plan: Plan) -> str:
-    """The plan for people."""
+    """Format a plan for people.
+
+    Args:
+        plan: the prediction.
+
+    Returns:
+        Plain text.
+    """
     device, memory, launch = plan.hardware, plan.memory, plan.launch
     kept = ("weights", "factors", "coefficients", "activations", "workspace")
     parts = [(part, metric(getattr(memory, part), "B")) for part in kept]

@@ -30,10 +30,12 @@ from nsc.console import metric
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, read_data
 from nsc.errors import NSCError
+from nsc.learning.passes import in_passes
 from nsc.learning.preparation import prepare, stack_on
 from nsc.paths import absolute
-from nsc.performance.costs import Step, Work, linears_in_order
+from nsc.performance.costs import Step, Work
 from nsc.performance.hardware import HARDWARE, Hardware, get_hardware
+from nsc.performance.linears import linears_in_order
 from nsc.performance.timing import Floor, count_flops, nsc_step, sharing_weights, time_by_turns
 from nsc.performance.trace import profile_step
 from nsc.runtime.memory import kept_bytes, peak_memory
@@ -42,19 +44,41 @@ from nsc.runtime.placement import input_device
 WARMUP = 2
 PROFILED = 2  # steps under the profiler
 NAMES = {
-    "base": "base, and what surrounds it", "lora": "LoRA", "ratio": "ratios", "optimizer": "optimiser",
+    "base": "base, and what surrounds it",
+    "lora": "LoRA",
+    "ratio": "ratios",
+    "optimizer": "optimizer",
     "host": "host",
-}  # fmt: skip
+}
 OTHER_RATES = r"\b(PCIe|NVL|MIG)\b"  # variants of a device whose datasheet is another
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured, all seconds and FLOPs of one step; None for what this device or base cannot tell, see notes.
+    """What was measured of one step; None for what this device or base cannot tell (see notes).
 
-    step, floor: medians on the clock.  parts: of ``split_of`` seconds, in which ``host`` is the time that the device,
-    or on a CPU every operator, was idle.  kept: bytes that autograd holds for the backward.  peak: bytes of the GPU's
-    allocator, or of the process.  beyond: of the GPU's, without the base's weights.  rate: FLOP/s of the datasheet.
+    Attributes:
+        base: by name.
+        device: by name.
+        dtype: of the base.
+        tasks: K.
+        tokens: of a step.
+        steps: that were timed.
+        step: median seconds on the clock.
+        floor: median seconds of the frozen base alone.
+        floor_predicted: seconds at the datasheet's rates.
+        parts: of ``split_of`` seconds; "host" is the time in which the device, or on a CPU every operator, was idle.
+        split_of: seconds.
+        flops: of matrix products, counted.
+        flops_predicted: as ``nsc plan`` counts them.
+        rate: FLOP/s of the datasheet.
+        mfu: share of ``rate`` that the step reaches.
+        kept: bytes that autograd holds for the backward.
+        kept_predicted: the same, predicted.
+        weights: bytes of the base.
+        peak: bytes of the GPU's allocator, or of the process.
+        beyond: bytes on the GPU beside the base's weights.
+        notes: what a reader must know.
     """
 
     base: str
@@ -85,7 +109,11 @@ class Profile:
         return self.step / self.floor
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON.
+
+        Returns:
+            The fields, and the ratio of step to floor.
+        """
         return asdict(self) | {"over_floor": self.over_floor}
 
 
@@ -100,11 +128,25 @@ def profile_merge(
     flops: float | None = None,
     **settings: Any,
 ) -> Profile:
-    """Time ``steps`` steps of this merge on the rows of its first one, by turns with its floor, and take one apart.
+    """Time a few steps of this merge on the rows of its first one, by turns with the floor, and take one apart.
 
-    base, adapters, data, config, settings: as of ``nsc.merge``; nothing is written and no coefficient kept.  hardware:
-    a device of ``nsc plan``, to predict with; by default the GPU that is there, if it is known.  flops: the datasheet's
-    FLOP/s in the base's dtype, instead. Raises a subclass of NSCError as ``nsc.merge`` does.
+    Nothing is written and no coefficient is kept.
+
+    Args:
+        base: folder or Hub id.
+        adapters: task -> PEFT folder or Hub id.
+        data: task -> unlabeled rows, as ``nsc.merge`` takes them.
+        config: settings of learning; fields given in ``settings`` override it.
+        steps: that are timed.
+        hardware: device of ``nsc plan`` to predict with; by default the GPU that is there, if it is known.
+        flops: FLOP/s in the base's dtype; overrides the datasheet's.
+        settings: fields of MergeConfig.
+
+    Returns:
+        The profile.
+
+    Raises:
+        NSCError: a subclass, as ``nsc.merge`` raises it.
     """
     if steps < 1:
         raise NSCError(f"steps must be 1 or more, not {steps}")
@@ -127,13 +169,26 @@ def measure(
     steps: int,
     datasheet: Hardware | str,
 ) -> Profile:
-    """The profile of a step on ``batches``, which are on the model's device. datasheet: of it, or why there is none."""
+    """Profile a step on given batches.
+
+    Args:
+        base: with weights.
+        stack: the adapters, whitened or not.
+        targets: names of the measured modules.
+        batches: on the base's device.
+        config: settings of learning.
+        steps: that are timed.
+        datasheet: of the device, or why there is none.
+
+    Returns:
+        The profile.
+    """
     model = base.model
     weight = next(model.parameters())
     device = input_device(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     floor = Floor(sharing_weights(model), stack.names[0], targets[-1])
-    parts = [part for b in batches for part in (b.within(config.tokens_per_pass) if config.tokens_per_pass else [b])]
+    parts = in_passes(batches, config.tokens_per_pass)
     on_gpu = device.type == "cuda"
     with nsc_step(model, stack, targets, batches, config) as step:
         if on_gpu:
@@ -153,19 +208,41 @@ def measure(
     predicted = sum(part.flops for of_batch in work for part in of_batch) if work else None
     rate = _rate(datasheet, weight.element_size())
     return Profile(
-        base=base.id, device=torch.cuda.get_device_name(device) if on_gpu else device.type,
-        dtype=str(weight.dtype).removeprefix("torch."), tasks=len(stack.tasks), tokens=sum(b.tokens for b in batches),
-        steps=steps, step=seconds["step"], floor=seconds["floor"], floor_predicted=_floor(work, datasheet, rate),
-        parts=busy | {"host": split_of - sum(busy.values())}, split_of=split_of, flops=counted,
-        flops_predicted=predicted, rate=rate, mfu=(predicted or counted) / seconds["step"] / rate if rate else None,
-        kept=kept, kept_predicted=kept_predicted,
-        weights=weights, peak=peak, beyond=peak - weights if on_gpu else None,
+        base=base.id,
+        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        tasks=len(stack.tasks),
+        tokens=sum(b.tokens for b in batches),
+        steps=steps,
+        step=seconds["step"],
+        floor=seconds["floor"],
+        floor_predicted=_floor(work, datasheet, rate),
+        parts=busy | {"host": split_of - sum(busy.values())},
+        split_of=split_of,
+        flops=counted,
+        flops_predicted=predicted,
+        rate=rate,
+        mfu=(predicted or counted) / seconds["step"] / rate if rate else None,
+        kept=kept,
+        kept_predicted=kept_predicted,
+        weights=weights,
+        peak=peak,
+        beyond=peak - weights if on_gpu else None,
         notes=(*notes, *([datasheet] if isinstance(datasheet, str) else [])),
-    )  # fmt: skip
+    )
 
 
 def find_hardware(device: torch.device, name: str | None = None, flops: float | None = None) -> Hardware | str:
-    """The datasheet by this name, or of this GPU; or why there is none."""
+    """Return the datasheet of a device.
+
+    Args:
+        device: that is measured.
+        name: of HARDWARE; by default what this GPU is.
+        flops: FLOP/s that override the datasheet's.
+
+    Returns:
+        The datasheet, or why there is none.
+    """
     if name:
         return get_hardware(name, flops)
     found = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -177,7 +254,14 @@ def find_hardware(device: torch.device, name: str | None = None, flops: float | 
 
 
 def known_gpu(name: str) -> str | None:
-    """The device of ``nsc plan`` that a GPU calling itself ``name`` is; None for a variant with other rates."""
+    """Return which device of ``nsc plan`` a GPU is.
+
+    Args:
+        name: as the GPU calls itself.
+
+    Returns:
+        Name in HARDWARE; None for an unknown device, or a variant with other rates.
+    """
     if re.search(OTHER_RATES, name):
         return None
     words = re.split(r"\W+", name.replace("GB", " "))
@@ -215,7 +299,14 @@ def _predicted(
 
 
 def format_profile(profile: Profile) -> str:
-    """The profile for people."""
+    """Format a profile for people.
+
+    Args:
+        profile: what was measured.
+
+    Returns:
+        Plain text.
+    """
     p = profile
     predicted = "not predicted" if p.floor_predicted is None else f"predicted {metric(p.floor_predicted, 's')}"
     planned = "not predicted" if p.flops_predicted is None else f"predicted {metric(p.flops_predicted)}"

@@ -33,7 +33,19 @@ def nsc_step(
     config: MergeConfig,
     team: Team = ALONE,
 ) -> Iterator[Callable[[], Tensor]]:
-    """The very step of ``nsc.learning.loop``, again and again on this rank's same batches; it returns its loss ()."""
+    """Give the very step of ``nsc.learning.loop``, to run again and again on the same batches.
+
+    Args:
+        model: body of the base.
+        stack: the adapters, whitened or not.
+        targets: names of the measured modules.
+        batches: this rank's share of a step.
+        config: settings of learning.
+        team: the processes that share the step.
+
+    Yields:
+        A function that takes one step and returns its loss ().
+    """
     with prepared(model, stack, targets, batches, replace(config, steps=MOST_STEPS)) as (state, passes):
 
         def step() -> Tensor:
@@ -48,7 +60,13 @@ class _Reached(Exception):
 
 
 class Floor:
-    """Runs a bare body, as far as every step must. first: the first module with LoRA.  last: the last target."""
+    """The frozen body alone, run as far as every step must run it.
+
+    Args:
+        body: without adapters.
+        first: name of the first module with LoRA.
+        last: name of the last target.
+    """
 
     def __init__(self, body: nn.Module, first: str, last: str) -> None:
         self.body = body
@@ -57,9 +75,16 @@ class Floor:
         body.get_submodule(last).register_forward_pre_hook(self._end)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The gradient of the sum of the last target's input to the first module's output; that input if there is none.
+        """Run forward to the last target's input and backward to the first module's output.
 
-        Raises NSCError if the last target never runs.
+        Args:
+            batch: rows on the body's device.
+
+        Returns:
+            The gradient of the sum of the last target's input to the first module's output, or that input.
+
+        Raises:
+            NSCError: if the last target never runs.
         """
         try:
             self.body(**batch.arguments(next(self.body.parameters()).dtype))
@@ -82,14 +107,31 @@ class Floor:
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
-    """A second model on the same parameters and buffers."""
+    """Return a second model on the same parameters and buffers.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A copy of its structure.
+    """
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def time_by_turns(
     calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int, device: torch.device
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds on the clock and CPU seconds of every call in each round, one after the other, once warm."""
+    """Time several functions in the same rounds, one after the other.
+
+    Args:
+        calls: name -> function.
+        rounds: how often each is timed.
+        warmup: rounds before, which are not timed.
+        device: that is waited for after every call.
+
+    Returns:
+        Name -> seconds on the clock and CPU seconds of each round.
+    """
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(warmup + rounds):
         for name, call in calls.items():
@@ -103,7 +145,14 @@ def time_by_turns(
 
 
 def count_flops(step: Callable[[], Any]) -> int:
-    """FLOPs of every matrix product of one eager step, those of all pairs of tokens in fused attention included."""
+    """Count the FLOPs of every matrix product of one eager step, including all pairs of tokens in fused attention.
+
+    Args:
+        step: that is run once.
+
+    Returns:
+        FLOPs.
+    """
     with FlopCounterMode(display=False, custom_mapping=dict(_formulas())) as counter:
         step()
     return counter.get_total_flops()

@@ -27,10 +27,18 @@ Event = dict[str, Any]  # of a Chrome trace: cat, name, tid, ts and dur in micro
 
 
 def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 1) -> tuple[dict[str, float], float]:
-    """Busy seconds of each of PARTS in one step, and seconds of a step on the clock, under the profiler; the means.
+    """Split the time of a step by what was issued, under torch's profiler.
 
-    On a GPU busy is its kernels and copies, which the profiler does not slow; on a CPU the outermost operators. A step
-    replayed as a CUDA graph cannot be split: all of it is one launch, and counts as base.
+    On a GPU, busy is the time of kernels and copies, which the profiler does not slow; on a CPU, of the outermost
+    operators. A step replayed as a CUDA graph cannot be split: all of it is one launch, and counts as base.
+
+    Args:
+        step: that is run.
+        device: that it runs on.
+        steps: over which means are taken.
+
+    Returns:
+        Each of PARTS -> busy seconds per step; and seconds per step on the clock.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as traced:
@@ -48,7 +56,14 @@ def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 1) 
 
 
 def split(events: Iterable[Event]) -> dict[str, float]:
-    """Busy seconds of each of PARTS in the events of a Chrome trace."""
+    """Return the busy time in the events of a Chrome trace.
+
+    Args:
+        events: as the profiler exports them.
+
+    Returns:
+        Each of PARTS -> seconds.
+    """
     timed = [event for event in events if event.get("ph") == "X"]
     on_device: dict[int, float] = defaultdict(float)  # microseconds by the launch that they belong to
     for event in timed:

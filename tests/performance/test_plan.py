@@ -18,7 +18,7 @@ from nsc.learning.objective import NullSpaceObjective
 from nsc.performance.costs import Memory
 from nsc.performance.hardware import get_hardware
 from nsc.performance.launch import choose_launch
-from nsc.performance.plan import format_plan, plan_merge
+from nsc.performance.plan import Cluster, Plan, Workload, format_plan, plan_merge
 from tests.cli.test_cli import refused, run
 from tests.tiny import VISION, linears, random_factors, tiny_llama, tiny_llava, tiny_vit, write_adapter
 
@@ -27,6 +27,14 @@ QV = ("q_proj", "v_proj", "query", "value")  # as transformers 5 and 4 name them
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
 LLAMA_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
 LLAMA_405B = dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128)
+
+
+def plan_of(base, adapters=None, **settings) -> Plan:
+    """``plan_merge`` with the fields of Workload and Cluster as arguments."""
+    if "hardware" in settings and isinstance(settings["hardware"], str):
+        settings["hardware"] = get_hardware(settings["hardware"])
+    cluster = {key: settings.pop(key) for key in ("hardware", "gpus", "nodes") if key in settings}
+    return plan_merge(base, adapters, Workload(**settings), Cluster(**cluster))
 
 
 def llama(**sizes) -> transformers.LlamaConfig:
@@ -111,7 +119,7 @@ def case(request, tmp_path):
         if make is tiny_vit:
             inputs = {"pixel_values": torch.randn(rows, 3, VISION["image_size"], VISION["image_size"])}
         chosen = dict(tasks=len(TASKS), rank=RANK, lora_modules=kinds, batch_size=SAMPLES, max_length=tokens)
-        plan = plan_merge(model.config, **chosen, target_modules=targets, dtype="float32")
+        plan = plan_of(model.config, **chosen, target_modules=targets, dtype="float32")
         assert plan.tokens == tokens
         return Counted(model, kinds, plan.targets, inputs, tokens, tmp_path), plan
 
@@ -157,21 +165,21 @@ def test_what_is_kept_for_the_backward_is_that_of_a_real_step(case):
     ids=["LLaMA-3-8B", "LLaMA-3-405B", "ViT-B/16"],
 )
 def test_parameters_of_known_models(config, head, whole, linear):
-    plan = plan_merge(config, dtype="bfloat16", lora_modules=QV)
+    plan = plan_of(config, dtype="bfloat16", lora_modules=QV)
     assert plan.parameters + head == whole
     assert plan.memory.weights == 2 * plan.parameters and plan.memory.linears == 2 * linear
 
 
 def test_the_floor_is_four_flops_a_parameter_and_token_or_the_weights_read_twice():
-    large = plan_merge(llama(**LLAMA_8B), tasks=6, dtype="bfloat16", hardware="H100")
+    large = plan_of(llama(**LLAMA_8B), tasks=6, dtype="bfloat16", hardware="H100")
     assert large.floor == pytest.approx(4 * 6.98e9 * 6 * 2 * 512 / 989e12, rel=0.04)
-    small = plan_merge(llama(**LLAMA_8B), tasks=1, batch_size=1, max_length=1, dtype="bfloat16", hardware="H100")
+    small = plan_of(llama(**LLAMA_8B), tasks=1, batch_size=1, max_length=1, dtype="bfloat16", hardware="H100")
     assert small.floor == pytest.approx(2 * 2 * 6.98e9 / 3.35e12, rel=0.04)
     assert large.floor < large.step < 1.1 * large.floor and large.to_dict()["run"] == 500 * large.step
 
 
 def test_a_step_ends_at_the_last_target_and_turns_back_at_the_first_lora():
-    first, last = (plan_merge(llama(**LLAMA_8B), target_blocks=[block], target_modules=["q_proj"]) for block in (8, 16))
+    first, last = (plan_of(llama(**LLAMA_8B), target_blocks=[block], target_modules=["q_proj"]) for block in (8, 16))
     block = 2 * first.samples * first.tokens * (2 * 4096 * 5120 + 3 * 4096 * 14336)
     assert work(first)["base, forward"] == 8 * block and work(last)["base, forward"] == 16 * block
     qkv = 2 * first.samples * first.tokens * 4096 * (4096 + 2 * 1024)
@@ -189,8 +197,8 @@ def test_factors_below_a_quarter_of_the_width_weights_above(d):
 def test_plans_of_the_issue_and_their_override():
     wide, narrow = llama(**LLAMA_8B), transformers.ViTConfig()
     kinds = dict(lora_modules=QV, batch_size=16)
-    assert {kind.plan for kind in plan_merge(wide, tasks=6, **kinds).layers} == {"factors"}
-    plans = {way: plan_merge(narrow, tasks=20, layers=way, **kinds) for way in ("auto", "factors", "weights")}
+    assert {kind.plan for kind in plan_of(wide, tasks=6, **kinds).layers} == {"factors"}
+    plans = {way: plan_of(narrow, tasks=20, layers=way, **kinds) for way in ("auto", "factors", "weights")}
     assert {kind.plan for kind in plans["auto"].layers} == {"weights"}
     assert {kind.plan for kind in plans["factors"].layers} == {"factors"}
     assert plans["auto"].step == plans["weights"].step < plans["factors"].step
@@ -233,16 +241,16 @@ def test_the_launch_at_its_edges(room, gpus, nodes, way, devices, passes):
 
 
 def test_the_largest_model_on_many_nodes():
-    plan = plan_merge(llama(**LLAMA_405B), tasks=6, dtype="bfloat16", gpus=8, nodes=8)
+    plan = plan_of(llama(**LLAMA_405B), tasks=6, dtype="bfloat16", gpus=8, nodes=8)
     assert not plan.fits and (plan.launch.way, plan.launch.devices) == ("sharded", 64)
-    fewer = plan_merge(llama(**LLAMA_405B), tasks=6, dtype="bfloat16", gpus=8, nodes=4)
+    fewer = plan_of(llama(**LLAMA_405B), tasks=6, dtype="bfloat16", gpus=8, nodes=4)
     assert fewer.launch.devices > 32 and f"takes {fewer.launch.devices} devices at least" in fewer.launch.why
 
 
 @pytest.mark.parametrize("length", [96, 512])
 def test_a_70b_model_fits_one_gpu_of_141_gb_in_8_bits_only(length):
     sizes = dict(tasks=6, rank=16, batch_size=2, max_length=length, dtype="bfloat16", hardware="H200")
-    plan = plan_merge(llama(**LLAMA_70B), **sizes)
+    plan = plan_of(llama(**LLAMA_70B), **sizes)
     assert plan.parameters == 70_553_706_496 - 128256 * 8192 and not plan.fits
     assert (plan.launch.way, plan.launch.devices) == ("8-bit", 1) and plan.launch.passes == (1 if length == 96 else 3)
     assert plan.launch.command == "nsc merge ... --weights int8"
@@ -251,29 +259,29 @@ def test_a_70b_model_fits_one_gpu_of_141_gb_in_8_bits_only(length):
 
 
 def test_devices_share_rows_but_each_reads_the_weights():
-    one, four = (plan_merge(llama(**LLAMA_8B), tasks=4, dtype="bfloat16", gpus=gpus) for gpus in (1, 4))
+    one, four = (plan_of(llama(**LLAMA_8B), tasks=4, dtype="bfloat16", gpus=gpus) for gpus in (1, 4))
     assert four.floor == pytest.approx(one.floor / 4) and work(four) == work(one)
     slow = replace(get_hardware("H100"), bandwidth=1e9)
-    bound = [plan_merge(llama(**LLAMA_8B), dtype="bfloat16", gpus=gpus, hardware=slow).floor for gpus in (1, 4)]
+    bound = [plan_of(llama(**LLAMA_8B), dtype="bfloat16", gpus=gpus, hardware=slow).floor for gpus in (1, 4)]
     assert bound[0] == bound[1]
 
 
 def test_an_image_is_patches_and_a_class_token_and_llava_adds_them_to_the_text():
-    assert plan_merge(transformers.ViTConfig(), lora_modules=QV).tokens == 14 * 14 + 1
+    assert plan_of(transformers.ViTConfig(), lora_modules=QV).tokens == 14 * 14 + 1
     config = tiny_llava().config
-    plan = plan_merge(config, max_length=100)
+    plan = plan_of(config, max_length=100)
     assert plan.tokens == 100 + 576 and "no image tower" in plan.notes[0]
     assert plan.targets[-1] == "layers.3.self_attn.v_proj"
 
 
 def test_adapters_are_read_as_nsc_merge_reads_them(base, adapters):
-    plan = plan_merge(base, {task: adapters[task] for task in ("plain", "rslora", "pattern")})
+    plan = plan_of(base, {task: adapters[task] for task in ("plain", "rslora", "pattern")})
     ranks = {kind.kind: {(k.R, k.modules) for k in plan.layers if k.kind == kind.kind} for kind in plan.layers}
     # plain and rslora have rank 4; pattern 4, but 2 on q_proj and 6 on the v_proj of block 1
     assert ranks == {"q_proj": {(6, 4)}, "v_proj": {(12, 3), (14, 1)}, "k_proj": {(4, 4)}, "down_proj": {(4, 4)}}
     assert plan.dtype == "float32" and plan.tasks == 3
     with pytest.raises(NSCError, match="Wrong base"):
-        plan_merge(llama(**LLAMA_8B, num_key_value_heads=4), {"plain": adapters["plain"]})
+        plan_of(llama(**LLAMA_8B, num_key_value_heads=4), {"plain": adapters["plain"]})
 
 
 @pytest.mark.parametrize(
@@ -288,7 +296,7 @@ def test_adapters_are_read_as_nsc_merge_reads_them(base, adapters):
 )
 def test_other_architectures_are_refused_by_name(config, said):
     with pytest.raises(NSCError, match=re.escape(said)):
-        plan_merge(config)
+        plan_of(config)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +315,7 @@ def test_other_architectures_are_refused_by_name(config, said):
 def test_refusals_name_argument_and_remedy(wrong, said):
     arguments = {"base": tiny_llama().config} | wrong
     with pytest.raises((NSCError, TargetError), match=re.escape(said)):
-        plan_merge(**arguments)
+        plan_of(**arguments)
 
 
 def test_the_command(base, adapters):
@@ -324,6 +332,6 @@ def test_the_command(base, adapters):
 
 
 def test_figures_for_people_carry_their_prefix():
-    text = format_plan(plan_merge(llama(**LLAMA_8B), tasks=6, dtype="bfloat16"))
+    text = format_plan(plan_of(llama(**LLAMA_8B), tasks=6, dtype="bfloat16"))
     assert "7.5 G parameters, bfloat16" in text and re.search(r"^floor +168 ms +84 s$", text, re.MULTILINE)
     assert re.search(r"^weights +15 GB$", text, re.MULTILINE)

@@ -18,8 +18,9 @@ from nsc.errors import NSCError
 from nsc.learning.loop import learn
 from nsc.performance import profile as profile_module
 from nsc.performance import timing
-from nsc.performance.costs import Step, linears_in_order
+from nsc.performance.costs import Step
 from nsc.performance.hardware import HARDWARE
+from nsc.performance.linears import linears_in_order
 from nsc.performance.profile import Profile, find_hardware, format_profile, known_gpu, measure, profile_merge
 from nsc.performance.timing import Floor, count_flops, nsc_step, sharing_weights
 from nsc.performance.trace import PARTS, profile_step
