@@ -172,7 +172,9 @@ class MergeConfig:
             value = getattr(self, name)
             _require(value in allowed, f"{name} must be one of {', '.join(allowed)}, not {value}")
         ways = [self.weights != "full", self.device_map is not None, self.shard]
-        _require(not self.shard or sum(ways) == 1, "shard goes with full weights and without device_map: give one")
+        _require(
+            not self.shard or sum(ways) == 1, "shard needs full weights and no device_map; give only one of the three"
+        )
         for name in ("batch_size", "max_length", "evaluation_samples", "max_new_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
         self._check_options()
@@ -187,23 +189,24 @@ class MergeConfig:
         _require(inside, f"link {self.link} cannot give a coefficient of {start}; choose another start or link")
         _require(
             self.link != "softmax" or self.granularity != "rank",
-            "softmax is over tasks, and granularity rank has no one coefficient a task; give layer or task",
+            "softmax runs over tasks, but granularity rank has several coefficients per task; give layer or task",
         )
-        _require(self.quantile is None or 0 <= self.quantile <= 1, f"quantile is from 0 to 1, not {self.quantile}")
+        _require(self.quantile is None or 0 <= self.quantile <= 1, f"quantile must be from 0 to 1, not {self.quantile}")
         _require(
-            self.quantile is None or self.objective != "entropy", "quantile is of null-space ratios, not of the entropy"
+            self.quantile is None or self.objective != "entropy",
+            "quantile applies to null-space ratios, not to the entropy",
         )
         _require(
             self.reduction == "mean" or self.objective != "null-space",
-            "reduction sum is of the entropies of generated tokens; leave it at mean, or take the objective entropy",
+            "reduction sum applies to entropies of generated tokens; leave it at mean, or choose the objective entropy",
         )
         _require(
             self.modality == "both" or self.objective == "null-space",
-            "the entropy is of what the model says, not of the tokens of one modality; leave modality at both",
+            "the entropy measures the model's output, not one modality's tokens; leave modality at both",
         )
         _require(
             self.modality != "image" or self.positions == "prompt",
-            f"answers are text, so with positions {self.positions} no token of an image counts; leave modality at both",
+            f"answers are text, so with positions {self.positions} no image token counts; leave modality at both",
         )
         for task, value in (self.preferences or {}).items():
             _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
@@ -268,7 +271,7 @@ def preset_settings(name: str | None) -> dict[str, Any]:
     Raises:
         NSCError: if there is no such preset.
     """
-    _require(name is None or name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    _require(name is None or name in PRESETS, f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return dict(PRESETS[name]) if name else {}
 
 

@@ -115,5 +115,5 @@ def read_settings(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str,
         try:
             of_methods.setdefault(method, {})[key] = yaml.safe_load(text.partition("=")[2])
         except yaml.YAMLError as error:
-            raise NSCError(f"--set {method}.{key}: {text.partition('=')[2]!r} is no YAML: {error}") from error
+            raise NSCError(f"--set {method}.{key}: {text.partition('=')[2]!r} is not valid YAML: {error}") from error
     return common, of_methods

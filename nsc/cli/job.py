@@ -110,7 +110,7 @@ def gather(
     given = {key: value for key, value in flags.items() if key not in kinds}
     presets = [source.get("preset") if "preset" in kinds else None for source in (told.job, flags)]
     if any(presets) and not learned:
-        raise NSCError(f"method {method} learns nothing, so that it has no preset; leave it out")
+        raise NSCError(f"method {method} learns nothing, so it takes no preset; leave it out")
     said = preset_settings(presets[0]) | told.settings | preset_settings(presets[1]) | assigned | given
     search = job.get("search", "none")
     recipe, settings = read_settings(method, said, search != "none")
@@ -120,7 +120,7 @@ def gather(
         if not job.get(key) and (learned or search == "null-space" or key != "data")
     ]
     if missing:
-        raise NSCError(f"a merge lacks {'; '.join(missing)}")
+        raise NSCError(f"missing for a merge: {'; '.join(missing)}")
     config = MergeConfig(**{**(LEARNED[learned].settings if learned else {}), **settings})
     refuse_search(search, method, "scale" in said, config, job["data"], job["validation"], job.get("scales"))
     return Job(**job, recipe=recipe), config
@@ -192,7 +192,9 @@ def _of_record(told: Mapping[str, Any], file: Path, method: str | None) -> dict[
         of_any = {key: value for key, value in kept["settings"].items() if key in OF_BASE}
         return {key: kept[key] for key in ("base", "adapters", "data")} | {"settings": of_any}
     if told.get("masks"):
-        raise NSCError(f"{file} is of a merge with masks given in Python; replay it with nsc apply {file.parent}")
+        raise NSCError(
+            f"{file} records a merge whose masks were given in Python; repeat it with nsc apply {file.parent}"
+        )
     if not learned and (file.parent / COEFFICIENTS).exists():
         kept["coefficients"] = str(file.parent)
     return kept
@@ -218,7 +220,7 @@ def read_assignment(text: str, method: str = "nsc") -> tuple[str, Any]:
     try:
         return key, _checked(key, yaml.safe_load(value), settings_of(method), where)
     except yaml.YAMLError as error:
-        raise NSCError(f"--set {key}: {value!r} is no YAML: {error}") from error
+        raise NSCError(f"--set {key}: {value!r} is not valid YAML: {error}") from error
 
 
 def _checked(key: str, value: Any, schema: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None) -> Any:
@@ -226,7 +228,7 @@ def _checked(key: str, value: Any, schema: Mapping[str, Any], where: str, more: 
     if key not in schema:
         there = sorted({*schema, *(more or {})})
         close = difflib.get_close_matches(str(key), there, n=1, cutoff=0.0)
-        raise NSCError(f"{where}there is no key {key}; did you mean {close[0]}? There are {', '.join(there)}")
+        raise NSCError(f"{where}unknown key {key}; did you mean {close[0]}? Known keys: {', '.join(there)}")
     try:
         return typed(value, schema[key])
     except TypeError:

@@ -32,7 +32,7 @@ def merge(
         refuse_output(out, Base(job.base), job.rank, job.full, job.recipe)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not output.resume:
-            raise NSCError(f"an interrupted merge lies in {checkpoint.parent}: add --resume, or remove that folder")
+            raise NSCError(f"there is an interrupted merge in {checkpoint.parent}: add --resume, or remove that folder")
         result = run(
             job.base,
             job.adapters,
@@ -69,7 +69,7 @@ def apply(
         from nsc.merging.from_record import apply as run
 
         if (rank is not None) + exact + full > 1:
-            raise NSCError("--rank, --exact and --full exclude one another: give one of them")
+            raise NSCError("--rank, --exact and --full exclude one another; give only one of them")
         result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
         kept = result.record.rank if rank is None and not (exact or full) else rank
         _finish(result.save(out, rank=kept, full=full), out)

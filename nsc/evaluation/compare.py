@@ -121,7 +121,7 @@ def _refuse(
     if search not in SEARCHES:
         raise NSCError(f"search must be one of {', '.join(SEARCHES)}, not {search}")
     if search == "labels" and not validation:
-        raise NSCError("a search by labels needs rows that are not the test's: give --validation TASK=FILE")
+        raise NSCError("a search by labels needs rows that are not test rows: give --validation TASK=FILE")
     learning = [name for name, chosen in planned.items() if chosen.config]
     if not data and (learning or search == "null-space"):
         raise NSCError(f"{learning[0] if learning else 'the search'} needs unlabeled rows: give --data TASK=FILE")
@@ -141,7 +141,7 @@ def _prepare(
     """data: empty where nothing needs any."""
     read, common = read_adapters(adapters), MergeConfig.from_dict(config)
     if common.keep_modules:
-        raise NSCError("layers that tasks keep to themselves (keep_modules) cannot be scored in one model")
+        raise NSCError("layers that each task keeps (keep_modules) cannot be scored in one model")
     samples = read_data(data, read, feed_of(base).read, common.unseen) if data else {}
     rows = read_all_labelled(base, test, read)
     base, matched = stack_on(base, read, common)
@@ -161,7 +161,7 @@ def _held_out(
     rows, tested = (read_all_labelled(stage.base, found, stage.matched.adapters) for found in (validation, test))
     for task in rows:
         if shared := sum(sample in set(tested[task].samples) for sample in rows[task].samples):
-            raise DataError(f"task {task}: {shared} validation rows are test rows too; take others")
+            raise DataError(f"task {task}: {shared} validation rows are also test rows; choose others")
     return exams_of(stage.base, stage.matched.adapters, rows, stage.config.max_length, metrics)
 
 
@@ -173,7 +173,9 @@ def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[s
         mine = settings.get(learner, {}) if recipe else own
         learning = MergeConfig.from_dict({**LEARNED[learner].settings, **config, **mine})
         if recipe and learning.granularity == "rank":
-            raise NSCError(f"{name}: weights of a method are of layers or tasks, not of rank rows; leave granularity")
+            raise NSCError(
+                f"{name}: the weights of a method belong to layers or tasks, not to rank rows; leave granularity unset"
+            )
     chosen = read_recipe(recipe, **own) if recipe else None
     return Planned(learning, chosen, chosen is not None and search != "none" and "scale" not in own)
 
@@ -191,10 +193,12 @@ def _begin(out: Path, identity: str, methods: Mapping[str, Any], resume: bool) -
     if not (folder / JSON).exists():
         return {}
     if not resume:
-        raise NSCError(f"an interrupted comparison lies in {folder}: add --resume, or remove that folder")
+        raise NSCError(f"there is an interrupted comparison in {folder}: add --resume, or remove that folder")
     found = Comparison.read(folder / JSON)
     if found.identity != identity:
-        raise NSCError(f"{folder} is of other adapters, rows or settings; remove it, or compare with the same ones")
+        raise NSCError(
+            f"{folder} belongs to other adapters, rows or settings; remove it, or compare with the same ones"
+        )
     return {row.method: row for row in found.rows if not row.refused and row.settings == methods.get(row.method, {})}
 
 

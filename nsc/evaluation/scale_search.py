@@ -50,7 +50,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high:
-            raise NSCError(f"the scales searched must be above 0 and in order, not from {self.low} to {self.high}")
+            raise NSCError(f"the range of scales must be above 0 and ascending, not from {self.low} to {self.high}")
         if not self.steps or min(self.steps) <= 0 or list(self.steps) != sorted(set(self.steps), reverse=True):
             raise NSCError(f"the steps of a search must be above 0, each finer than the one before, not {self.steps}")
 

@@ -157,21 +157,21 @@ def _losses(logits: Tensor, truth: Tensor) -> Tensor:
 
 def _require_fit(task: str, metric: str, head: Head, labels: Sequence[Any], carried: bool) -> None:
     if metric not in METRICS:
-        raise NSCError(f"there is no metric {metric} (task {task}); there are {', '.join(METRICS)}")
+        raise NSCError(f"unknown metric {metric} (task {task}); known metrics: {', '.join(METRICS)}")
     outputs = len(head.weight)
     if METRICS[metric].of and not carried:
-        raise NSCError(f"task {task}: {metric} needs an adapter with a head; of answers there are loss and perplexity")
+        raise NSCError(f"task {task}: {metric} needs an adapter with a head; answers are scored by loss or perplexity")
     if (metric in OF_NUMBERS and outputs != 1) or (metric == "accuracy" and outputs == 1):
-        raise NSCError(f"task {task}: {metric} does not go with a head of {outputs} outputs; choose another metric")
+        raise NSCError(f"task {task}: {metric} does not fit a head with {outputs} outputs; choose another metric")
     if METRICS[metric].of:
         torchmetrics_function("accuracy")  # before anything is run
     for number, label in enumerate(labels, start=1):
         if not carried and not isinstance(label, str):
-            raise DataError(f"task {task}, labelled row {number}: the answer {label!r} is no text")
+            raise DataError(f"task {task}, labelled row {number}: the answer {label!r} is not a text")
         if carried and (isinstance(label, (str, bool)) or not isinstance(label, (int, float))):
-            raise DataError(f"task {task}, labelled row {number}: the label {label!r} is no number")
+            raise DataError(f"task {task}, labelled row {number}: the label {label!r} is not a number")
         if carried and outputs > 1 and not (label == int(label) and 0 <= label < outputs):
-            raise DataError(f"task {task}, labelled row {number}: class {label!r} of a head of {outputs} outputs")
+            raise DataError(f"task {task}, labelled row {number}: class {label!r}, but the head has {outputs} outputs")
 
 
 def _parts(base: Base, task: str, rows: Labelled, head: Head, carried: bool, max_length: int) -> list[Part]:

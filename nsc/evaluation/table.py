@@ -132,7 +132,7 @@ class Comparison:
             rows = tuple(_row(row) for row in told["rows"])
             return cls(told["metrics"], rows, told["identity"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise NSCError(f"{file} is no comparison that could be gone on with ({error}); remove it") from error
+            raise NSCError(f"{file} is not a comparison that can be resumed ({error}); remove it") from error
 
     def _cells(self, row: Row) -> list[str]:
         if row.refused:

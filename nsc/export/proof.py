@@ -281,7 +281,7 @@ def _proof(
     effect = ((bare - in_memory).norm() / in_memory.norm()).item()
     if not error <= max(OUTPUT_TOLERANCE.get(dtype, 5e-2) for dtype in dtypes):
         raise ProofError(
-            f"the {what} read back from disk computes something else than the merge in memory: hidden states differ by"
+            f"the {what} read back from disk does not compute what the merge in memory does: hidden states differ by"
             f" {error:.1e} of their norm (the whole merge moves them by {effect:.1e})"
         )
     return Proof(what, modules, weights, error, effect)

@@ -66,7 +66,9 @@ def read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
             f"checkpoint {path} was made with other adapters, data or settings; resume with the same ones, or remove it"
         )
     if "theta" not in stored:
-        raise ResumeError(f"checkpoint {path} is of another version of nsc; finish it with that one, or remove it")
+        raise ResumeError(
+            f"checkpoint {path} was written by another version of nsc; finish it with that version, or remove it"
+        )
     if stored["step"] > steps:
         past = f"is at step {stored['step']}, past the {steps} that were asked for"
         raise ResumeError(f"checkpoint {path} {past}; ask for at least as many, or remove it")

@@ -141,13 +141,13 @@ def entropy_of(
     if len(carrying) < len(seen):
         without = sorted(set(seen) - set(carrying))
         raise NSCError(
-            f"{', '.join(carrying)} carry a head and {', '.join(without)} none: their entropies are of different kinds;"
+            f"{', '.join(carrying)} carry a head and {', '.join(without)} do not: their entropies cannot be added;"
             " merge them by the null-space objective, or name those without a head as unseen"
         )
     heads = [carried_head(seen[task]) if task in seen else None for task in adapters]
     if all(head is None or len(head.weight) == 1 for head in heads):
         raise NSCError(
-            f"the heads of {', '.join(carrying)} have one output each, which is no class: their entropy is always 0;"
+            f"the heads of {', '.join(carrying)} have one output each, so their entropy is always 0;"
             " use the null-space objective"
         )
     return Entropy(heads, rows, reduction)

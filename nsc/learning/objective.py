@@ -68,7 +68,9 @@ def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None =
     if not sum(weights):
         raise NSCError("no task with data has a preference above 0, so there is nothing to learn from")
     if (config.objective != "null-space") != (entropy is not None):
-        raise NSCError(f"objective {config.objective} and the heads for an entropy go together: give both or neither")
+        raise NSCError(
+            f"objective {config.objective} and the heads of an entropy belong together: give both or neither"
+        )
     shares = tuple(weight / sum(weights) for weight in weights)
     return Goal(shares, config.unseen, config.quantile, entropy, config.objective != "entropy")
 

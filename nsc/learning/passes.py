@@ -120,7 +120,7 @@ class Passes:
                 narrowest = max(b.task.shape[1] for b in batches)
                 if largest <= narrowest and not isinstance(error, LostPass):
                     raise NSCError(
-                        f"memory does not even hold one pass of {narrowest} tokens; give a smaller max_length or dtype"
+                        f"memory does not hold even one pass of {narrowest} tokens; give a smaller max_length or dtype"
                     ) from error
             self.tokens = max(largest // 2, narrowest)
             self.graphs.clear()

@@ -129,7 +129,7 @@ class NullSpaceRatio:
         finally:
             for hook in hooks:
                 hook.remove()
-        raise TargetError(f"target {', '.join(set(self.targets) - set(seen))} never ran in the forward of this model")
+        raise TargetError(f"target {', '.join(set(self.targets) - set(seen))} never ran in this model's forward")
 
     def _ratio(self, name: str, z: Tensor, batch: Batch) -> Tensor:
         """() this target's part of the mean."""

@@ -113,7 +113,7 @@ class Watch:
                 for siblings in self._siblings:
                     siblings.ends = False
         if missing := [name for name in targets if name not in seen]:
-            raise TargetError(f"target {', '.join(missing)} never ran in the forward of this model")
+            raise TargetError(f"target {', '.join(missing)} never ran in this model's forward")
         return states, [seen[name] for name in targets]
 
     def _look_ahead(self, seen: Collection[str]) -> None:

@@ -85,7 +85,9 @@ def merge(
         return result
     if coefficients is not None or (masks and not recipe):
         what = "coefficients" if coefficients is not None else "masks"
-        raise NSCError(f"{what} are for other methods, such as task-arithmetic or dare; {name} learns its coefficients")
+        raise NSCError(
+            f"{what} belong to other methods, such as task-arithmetic or dare; {name} learns its coefficients"
+        )
     if recipe:
         require_weights_of_tasks(recipe, config)
     place = Path(checkpoint) if checkpoint else None
@@ -104,7 +106,9 @@ def _chosen(
         recipe: Recipe | None = method
         ours = read_settings(method.label, settings, searches)[1]
         if others := sorted(set(settings) - {f.name for f in fields(MergeConfig)}):
-            raise NSCError(f"{others[0]} is given beside a recipe, which says all of it; say it there")
+            raise NSCError(
+                f"{others[0]} is given beside a recipe, which already holds all settings; set it in the recipe"
+            )
     else:
         recipe, ours = read_settings(method, settings, searches)
     name = (recipe.learned or "") if recipe else str(method)
@@ -112,5 +116,7 @@ def _chosen(
         return recipe, name, MergeConfig(**{**(LEARNED[name].settings if name else {}), **ours})
     meant = LEARNED[name].settings.get("objective") if name else None
     if meant and config.objective != meant:
-        raise NSCError(f"method {name} learns by the objective {meant}, but config says {config.objective}; change one")
+        raise NSCError(
+            f"method {name} needs the objective {meant}, but config has {config.objective}; change one of them"
+        )
     return recipe, name, replace(config, **ours)

@@ -107,8 +107,8 @@ def require_weights_of_tasks(recipe: Recipe, config: MergeConfig) -> None:
     """
     if config.granularity == "rank":
         raise NSCError(
-            f"{recipe.label} takes one weight a layer and task, and granularity rank learns one a rank row; learn by"
-            " layer or task"
+            f"{recipe.label} takes one weight per layer and task, but granularity rank learns one per rank row; learn"
+            " by layer or task"
         )
 
 
@@ -123,14 +123,16 @@ def _weights(
     record = Record.read(Path(coefficients))
     where = f"the coefficients of {coefficients}"
     if record.coefficients is None:
-        raise NSCError(f"{where} do not exist: that merge, by {record.method}, learned none; give one by nsc")
+        raise NSCError(
+            f"{where} do not exist: that merge, by {record.method}, learned none; give the folder of a merge by nsc"
+        )
     if record.settings.get("granularity") == "rank":
-        raise NSCError(f"{where} are of rank rows, no weights of layers and tasks; learn by layer or task")
+        raise NSCError(f"{where} belong to rank rows, not to layers and tasks; learn by layer or task")
     columns = {task: _column(task, fingerprint(adapter), record, where) for task, adapter in adapters.items()}
     if lost := sorted(set(record.adapters) - set(columns.values())):
-        raise NSCError(f"{where} are of {lost[0]} too, which is not merged here; learn them for these adapters")
+        raise NSCError(f"{where} also belong to {lost[0]}, which is not merged here; learn them for these adapters")
     if strange := sorted(set(stack.names) ^ set(record.modules)):
-        raise NSCError(f"{where} are of other layers: {strange[0]} is not in both; learn them for these adapters")
+        raise NSCError(f"{where} belong to other layers: {strange[0]} is not in both; learn them for these adapters")
     rows, tasks = list(record.modules), list(record.adapters)
     taken = record.coefficients[[rows.index(name) for name in stack.names]]
     taken = taken[:, [tasks.index(task) for task in columns.values()]]
@@ -145,7 +147,7 @@ def _column(task: str, mark: str, record: Record, where: str) -> str:
     if task in same or (not same and task in record.adapters):
         return task
     if not same:
-        raise NSCError(f"{where} have none for adapter {task}; they are of {', '.join(record.adapters)}")
+        raise NSCError(f"{where} have none for adapter {task}, only for {', '.join(record.adapters)}")
     return same[0]
 
 
@@ -154,6 +156,6 @@ def _require_no_learning(recipe: Recipe, config: MergeConfig, allowed: Sequence[
     set_there = [key for key, value in config.to_dict().items() if value != plain[key] and key not in allowed]
     if set_there:
         raise NSCError(
-            f"method {recipe.label} learns nothing, so that it has no {set_there[0]}; of MergeConfig it takes"
+            f"method {recipe.label} learns nothing, so it takes no {set_there[0]}; of MergeConfig it takes only"
             f" {', '.join(allowed)} alone"
         )

@@ -66,7 +66,7 @@ def apply(
         if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
             raise NSCError(
                 f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
-                " since; find the original, or merge anew"
+                " since; find the original, or merge again"
             )
     matches = match_adapters(read, record.modules)
     body = Body(record.modules, record.dense)
@@ -77,7 +77,7 @@ def apply(
     if lam is not None and lam.shape != stack.owned.shape:
         raise NSCError(
             f"{folder} records coefficients {tuple(lam.shape)}, but these adapters take"
-            f" {tuple(stack.owned.shape)}; it is damaged, so merge anew"
+            f" {tuple(stack.owned.shape)}; it is damaged; merge again"
         )
     report = describe_stack(record.base, stack, lam, record.start, record.method)
     return replay(MergeResult(lam, report, record, read, stack))

@@ -78,16 +78,18 @@ def refuse_search(
     if search not in SEARCHES:
         raise NSCError(f"search must be one of {', '.join(SEARCHES)}, not {search}")
     if validation and search != "labels":
-        raise NSCError("validation rows are for a search by labels: give --search labels, or leave them out")
+        raise NSCError("validation rows are only read by a search by labels: give --search labels, or leave them out")
     if search == "none":
         if scales:
-            raise NSCError("scales are the range of a search: give --search null-space or labels, or leave them out")
+            raise NSCError(
+                "scales are the range of a search: give --search null-space or labels, or leave the range out"
+            )
         return
     learned, recipe = split_learned(method)
     if recipe is None:
         raise NSCError(
-            f"method {method} has no scale to search, since it learns its coefficients; search that of another one, as"
-            f" ties or {learned}+ties"
+            f"method {method} has no scale to search, since it learns its coefficients; search the scale of"
+            f" another method, such as ties or {learned}+ties"
         )
     if scaled:
         raise NSCError("a scale is given, so there is none to search: leave out the scale or the search")
@@ -99,7 +101,7 @@ def refuse_search(
         raise NSCError("a search needs the whole base on one device: leave out weights, device_map and shard")
     if search == "labels" and config.keep_modules:
         raise NSCError(
-            "layers that tasks keep to themselves (keep_modules) are in no one model that labelled rows could be tried"
+            "layers that each task keeps (keep_modules) are in no single model on which labelled rows could be tried"
             " on: search by null-space ratios, or give a scale"
         )
 
@@ -157,7 +159,7 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
     combination = result.combination.at_scale(1.0)
     merged = as_one(combination)
     require_finite(merged)
-    say(f"its scale is searched from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
+    say(f"searching the scale from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
     found = search_scale(base.model, merged, value, search.grid)
     combination = combination.at_scale(found.scale)
     return _described(replace(result, model=base.model, combination=combination), found, search, targets, config)

@@ -53,10 +53,10 @@ def linears_in_order(model: nn.Module) -> list[Linear]:
         if place := block_of(model, name):
             stage = next((s for s, pattern in enumerate(STAGES) if re.search(pattern, name)), None)
             if stage is None:
-                raise NSCError(f"no plan for {name}: it is no attention or MLP projection that nsc plan knows by name")
+                raise NSCError(f"no plan for {name}: nsc plan does not know it as an attention or MLP projection")
             found.append(Linear(name, m, d, (place[0], stage)))
     if {linear.place[1] for linear in found} != set(range(len(STAGES))):
-        raise NSCError("no plan for this base: it has no numbered blocks of attention and MLP projections")
+        raise NSCError("no plan for this base: it has no numbered blocks with attention and MLP projections")
     return sorted(found, key=lambda linear: linear.place)
 
 

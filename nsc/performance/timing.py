@@ -95,7 +95,7 @@ class Floor:
                 return z
             z.backward(torch.ones_like(z))
             return leaf.grad  # type: ignore[return-value]
-        raise NSCError("the last target never ran in the forward of this model")
+        raise NSCError("the last target never ran in this model's forward")
 
     def _begin(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         self._leaf = output.detach().requires_grad_()

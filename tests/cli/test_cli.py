@@ -113,7 +113,7 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(uninterrupted,
     if number != signal.SIGKILL:
         assert told.endswith("nsc: interrupted; the coefficients so far are saved, go on with --resume\n")
 
-    assert "an interrupted merge lies in" in refused(run(*command))
+    assert "there is an interrupted merge in" in refused(run(*command))
     assert "made with other adapters, data or settings" in refused(run(*command, "--resume", "--seed", 1))
     assert "past the 1 that were asked for" in refused(run(*arguments(out, "--steps", 1, "--resume")))
     resumed = run(*command, "--resume")
@@ -216,7 +216,7 @@ def test_options_that_cannot_be(arguments, tmp_path, options, said):
 
 
 def test_a_preset_gives_what_is_not_given(arguments, tmp_path):
-    """The presets travel equally far; an option goes before its preset."""
+    """The presets travel equally far; an option overrides its preset."""
     paper, fast = (MergeConfig.preset(name) for name in ("paper", "fast"))
     assert paper == MergeConfig() and paper.steps * paper.lr == pytest.approx(fast.steps * fast.lr)
     assert run(*arguments(tmp_path / "out", "--preset", "fast", "--steps", 1)).exit_code == 0

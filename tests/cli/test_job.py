@@ -93,13 +93,13 @@ def test_every_field_can_be_said(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(step=5), "there is no key step; did you mean steps? There are adapters, base, batch_size"),
-        (dict(adapter={"a": "x"}), "there is no key adapter; did you mean adapters?"),
-        (dict(settings={"learning_rate": 1}), "there is no key learning_rate; did you mean "),
+        (dict(step=5), "unknown key step; did you mean steps? Known keys: adapters, base, batch_size"),
+        (dict(adapter={"a": "x"}), "unknown key adapter; did you mean adapters?"),
+        (dict(settings={"learning_rate": 1}), "unknown key learning_rate; did you mean "),
         (dict(settings=[1]), "settings must be a mapping of settings to values, not [1]"),
-        (dict(methods="nsc"), "there is no key methods; did you mean method?"),
+        (dict(methods="nsc"), "unknown key methods; did you mean method?"),
         (dict(method="tie"), "there is no method tie; did you mean "),
-        (dict(method="task-arithmetic", steps=5), "of method task-arithmetic, there is no key steps; did you mean "),
+        (dict(method="task-arithmetic", steps=5), "of method task-arithmetic, unknown key steps; did you mean "),
         (dict(steps="many"), "steps must be a whole number, not 'many'"),
         (dict(steps=1.5), "steps must be a whole number, not 1.5"),
         (dict(steps=True), "steps must be a whole number, not True"),
@@ -129,10 +129,10 @@ def test_what_is_wrong_in_an_assignment_is_named():
     assert read_assignment("lr=1e-3") == ("lr", 1e-3) and read_assignment("max_drift=") == ("max_drift", None)
     for text, message in {
         "steps": "--set 'steps' must read KEY=VALUE",
-        "stepz=1": "--set there is no key stepz; did you mean steps?",
-        "base=x": "--set there is no key base",
+        "stepz=1": "--set unknown key stepz; did you mean steps?",
+        "base=x": "--set unknown key base",
         "steps=x": "--set steps must be a whole number, not 'x'",
-        "steps=[": "--set steps: '[' is no YAML",
+        "steps=[": "--set steps: '[' is not valid YAML",
     }.items():
         with pytest.raises(NSCError) as error:
             read_assignment(text)

@@ -59,8 +59,8 @@ REFUSED = {
     "density of another": (("--method", "svd", "--density", 0.2), "method svd has no setting density; it has"),
     "density of nsc": (("--density", 0.2), "method nsc has no setting density"),
     "steps": (("--method", "core-ties", "--steps", 5), "method core-ties has no setting steps"),
-    "set": (("--method", "core-ties", "--set", "lr=1"), "--set of method core-ties, there is no key lr; did you mean"),
-    "preset": (("--method", "svd", "--preset", "vit"), "method svd learns nothing, so that it has no preset"),
+    "set": (("--method", "core-ties", "--set", "lr=1"), "--set of method core-ties, unknown key lr; did you mean"),
+    "preset": (("--method", "svd", "--preset", "vit"), "method svd learns nothing, so it takes no preset"),
     "percent": (("--method", "core-ties", "--density", 20), "density"),
     "name": (("--method", "core-tie"), "there is no method core-tie; did you mean core-ties"),
     "resume": (("--method", "core-ties", "--resume"), "nothing to resume"),
@@ -81,7 +81,7 @@ def test_what_does_not_go_together(base, two, tmp_path, case):
 def test_settings_of_learning_are_refused_in_python(base, two):
     with pytest.raises(NSCError, match="method core-ties has no setting steps"):
         merge(base, two, "core-ties", steps=5)
-    with pytest.raises(NSCError, match="learns nothing, so that it has no steps"):
+    with pytest.raises(NSCError, match="learns nothing, so it takes no steps"):
         nsc.merge(base, two, config=nsc.MergeConfig(steps=5), method="core-ties", progress=False)
     with pytest.raises(NSCError, match="method nsc has no setting density"):
         merge(base, two, "nsc", density=0.5)

@@ -278,7 +278,7 @@ def test_settings_of_the_command_line():
     common, own = read_settings(["steps=5", "ties.scale=0.4", "nsc+ties.density=0.1", "nsc.lr=1e-2"])
     assert common == {"steps": 5}
     assert own == {"ties": {"scale": 0.4}, "nsc+ties": {"density": 0.1}, "nsc": {"lr": "1e-2"}}
-    with pytest.raises(NSCError, match="there is no key stepz"):
+    with pytest.raises(NSCError, match="unknown key stepz"):
         read_settings(["stepz=5"])
 
 

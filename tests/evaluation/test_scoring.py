@@ -186,10 +186,10 @@ def test_labels_are_read_by_their_usual_names_or_by_those_given(base, tmp_path):
 @pytest.mark.parametrize(
     "outputs, labels, metric, why",
     [
-        (3, [0, 1, 3, 0, 0], None, "row 3: class 3 of a head of 3"),
+        (3, [0, 1, 3, 0, 0], None, "row 3: class 3, but the head has 3"),
         (3, [0, 1, 0.5, 0, 0], None, "row 3: class 0.5"),
-        (3, ["yes"] * 5, None, "'yes' is no number"),
-        (None, [1] * 5, None, "answer 1 is no text"),
+        (3, ["yes"] * 5, None, "'yes' is not a number"),
+        (None, [1] * 5, None, "answer 1 is not a text"),
         (3, [0] * 5, "pearson", "pearson does not go with a head of 3"),
         (1, [0.0] * 5, "accuracy", "head of 1 outputs"),
         (None, ["word1"] * 5, "accuracy", "needs an adapter with a head"),

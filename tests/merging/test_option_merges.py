@@ -185,7 +185,7 @@ def test_preferences_and_heads_must_fit():
         goal_of(["a", "b"], MergeConfig(preferences={"c": 1}))
     with pytest.raises(NSCError, match="no task with data has a preference above 0"):
         goal_of(["a", "b"], MergeConfig(preferences={"a": 0}, unseen=("b",)))
-    with pytest.raises(NSCError, match="go together"):
+    with pytest.raises(NSCError, match="belong together"):
         goal_of(["a"], MergeConfig(objective="entropy"))
 
 

@@ -155,7 +155,7 @@ def test_labels_are_of_heads_where_adapters_carry_them_and_need_no_metrics(base,
     result = nsc.merge(base, pair, method="ties", search="labels", validation=told, scales=RANGE, progress=False)
     assert len(set(result.report.searched["curve"].values())) > 10
     assert result.record.searched["rows"] == {task: "5 samples given in Python" for task in told}
-    with pytest.raises(DataError, match="task double, labelled row 1: class 2 of a head of 2 outputs"):
+    with pytest.raises(DataError, match="task double, labelled row 1: class 2, but the head has 2 outputs"):
         nsc.merge(base, pair, method="ties", search="labels", validation=told | {"double": [("x", 2)]}, progress=False)
 
 
@@ -196,7 +196,7 @@ def test_by_flags_and_by_a_file(base, two, rows, tmp_path):
         tmp_path / "record"
     )
     again = ("--config", record, "--search", "labels", "--scales", *RANGE, "--set", "max_length=32", *told)
-    assert run("merge", *again, "--out", tmp_path / "again").exit_code == 0  # a search of the flags goes before it
+    assert run("merge", *again, "--out", tmp_path / "again").exit_code == 0  # a search of the flags overrides it
     assert weights(tmp_path / "again") == weights(tmp_path / "file")
     fixed = ("--config", file, "--set", "scale=0.3", "--set", "max_length=32")
     assert "no setting max_length" in refused(run("merge", *fixed, "--out", tmp_path / "fixed"))
