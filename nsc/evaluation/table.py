@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nsc.console import json_ready
 from nsc.errors import NSCError
 from nsc.evaluation.metrics import METRICS, normalised
 
@@ -87,7 +88,7 @@ class Comparison:
         Returns:
             The fields, with None where a number is not finite.
         """
-        return _plain(asdict(self))
+        return json_ready(asdict(self))
 
     def to_markdown(self) -> str:
         """Return the table, and below it what was refused or must be known.
@@ -203,14 +204,6 @@ def _row(told: Mapping[str, Any]) -> Row:
     tables = {key: {t: math.nan if x is None else x for t, x in told[key].items()} for key in ("scores", "shares")}
     curve = {float(scale): math.nan if x is None else x for scale, x in told["curve"].items()}
     return Row(**{**told, **numbers, **tables, "curve": curve, "notes": tuple(told["notes"])})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(share: float) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nsc.console import json_ready
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
 
@@ -103,7 +104,7 @@ class Report:
         Returns:
             The fields, with None where a number is not finite.
         """
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: json_ready(value) for key, value in asdict(self).items()}
 
     def to_markdown(self) -> str:
         """Return the report as Markdown: facts, then tables of tasks, of the search, of coefficients and of ranks.
@@ -297,14 +298,6 @@ def _absent(report: Report, module: str) -> list[bool]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def model_card(report: Report) -> str:
