@@ -120,7 +120,7 @@ def gather(
         if not job.get(key) and (learned or search == "null-space" or key != "data")
     ]
     if missing:
-        raise NSCError(f"missing for a merge: {'; '.join(missing)}")
+        raise NSCError(f"a merge needs {'; '.join(missing)}")
     config = MergeConfig(**{**(LEARNED[learned].settings if learned else {}), **settings})
     refuse_search(search, method, "scale" in said, config, job["data"], job["validation"], job.get("scales"))
     return Job(**job, recipe=recipe), config

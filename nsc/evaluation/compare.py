@@ -145,7 +145,7 @@ def _prepare(
     samples = read_data(data, read, feed_of(base).read, common.unseen) if data else {}
     rows = read_all_labelled(base, test, read)
     base, matched = stack_on(base, read, common)
-    measured = targets_of(base, matched.stack, common)
+    measured = targets_of(base, matched.stack, common.target_modules, common.target_blocks)
     say(f"base {base.id}: {len(matched.stack.names)} layers merged, {len(measured)} measured")
     exams = exams_of(base, matched.adapters, rows, common.max_length, metrics)
     say("test rows: " + ", ".join(f"{task} {len(rows[task].labels)} ({exams[task].metric})" for task in exams))
@@ -158,7 +158,7 @@ def _held_out(
     """The exams of the validation rows. Raises DataError where a row is in the test too."""
     if not validation:
         return {}
-    rows, tested = (read_all_labelled(stage.base, found, stage.matched.adapters) for found in (validation, test))
+    rows, tested = (read_all_labelled(stage.base, sources, stage.matched.adapters) for sources in (validation, test))
     for task in rows:
         if shared := sum(sample in set(tested[task].samples) for sample in rows[task].samples):
             raise DataError(f"task {task}: {shared} validation rows are also test rows; choose others")
@@ -194,12 +194,12 @@ def _begin(out: Path, identity: str, methods: Mapping[str, Any], resume: bool) -
         return {}
     if not resume:
         raise NSCError(f"there is an interrupted comparison in {folder}: add --resume, or remove that folder")
-    found = Comparison.read(folder / JSON)
-    if found.identity != identity:
+    left = Comparison.read(folder / JSON)
+    if left.identity != identity:
         raise NSCError(
             f"{folder} belongs to other adapters, rows or settings; remove it, or compare with the same ones"
         )
-    return {row.method: row for row in found.rows if not row.refused and row.settings == methods.get(row.method, {})}
+    return {row.method: row for row in left.rows if not row.refused and row.settings == methods.get(row.method, {})}
 
 
 def _finish(comparison: Comparison, out: Path, record: Mapping[str, Any]) -> Comparison:

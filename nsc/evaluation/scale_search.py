@@ -61,7 +61,7 @@ SEARCHES = ("none", *MEASURES)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -99,7 +99,7 @@ def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple
     return Grid(steps=steps, most=MOST if search == "labels" else None)
 
 
-def search(value: Callable[[float], float], grid: Grid = Grid()) -> Found:
+def search(value: Callable[[float], float], grid: Grid = Grid()) -> SearchResult:
     """Find the scale with the least value on the grids.
 
     Args:
@@ -125,7 +125,7 @@ def search(value: Callable[[float], float], grid: Grid = Grid()) -> Found:
     if not math.isfinite(curve[best]):
         raise NSCError(f"no scale from {grid.low:g} to {grid.high:g} gives a finite loss; the merge overflows")
     curve = dict(sorted(curve.items()))
-    return Found(best, curve, time.perf_counter() - started, len(curve) > 1 and best in (min(curve), max(curve)))
+    return SearchResult(best, curve, time.perf_counter() - started, len(curve) > 1 and best in (min(curve), max(curve)))
 
 
 def _scales(low: float, high: float, step: float) -> list[float]:
@@ -137,7 +137,7 @@ def _best(curve: Mapping[float, float]) -> float:
     return min(sorted(curve), key=lambda scale: curve[scale] if math.isfinite(curve[scale]) else math.inf)
 
 
-def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = Grid()) -> Found:
+def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = Grid()) -> SearchResult:
     """Find the scale at which a merge has the least value in ``model``, which is left as it was.
 
     Args:

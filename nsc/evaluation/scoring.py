@@ -94,7 +94,7 @@ class Exam:
         if of is None:
             loss = self.loss(model)
             return math.exp(loss) if self.metric == "perplexity" else loss
-        logits, truth = (torch.cat(found) for found in zip(*self._answers(model), strict=True))
+        logits, truth = (torch.cat(part) for part in zip(*self._answers(model), strict=True))
         return of(logits, truth)
 
     @torch.no_grad()
@@ -211,8 +211,8 @@ def _image_parts(base: Base, rows: Labelled) -> list[Part]:
 
 def _part(inputs: dict[str, Tensor], reads: list[list[int]], truth: list[list[Any]]) -> Part:
     rows = torch.tensor([r for r, places in enumerate(reads) for _ in places])
-    places = torch.tensor([place for found in reads for place in found])
-    return Part(inputs, rows, places, torch.tensor([float(value) for found in truth for value in found]))
+    places = torch.tensor([place for row in reads for place in row])
+    return Part(inputs, rows, places, torch.tensor([float(value) for row in truth for value in row]))
 
 
 def _by_length(lengths: Sequence[int]) -> list[list[int]]:

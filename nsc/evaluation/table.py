@@ -159,15 +159,15 @@ def scored(row: Row, scores: Mapping[str, float], alone: Mapping[str, float], me
     Returns:
         The complete row.
     """
-    found = {t: normalised(scores[t], alone[t], METRICS[m].higher) for t, m in metrics.items()}
+    percents = {t: normalised(scores[t], alone[t], METRICS[m].higher) for t, m in metrics.items()}
     counted = [t for t, m in metrics.items() if not math.isnan(normalised(alone[t], alone[t], METRICS[m].higher)[0])]
-    mean = sum(found[t][0] for t in counted) / len(counted) if counted else math.nan
+    mean = sum(percents[t][0] for t in counted) / len(counted) if counted else math.nan
     notes = tuple(
         f"{t} has no share of fine-tuned: {why}{'' if t in counted else '; it is in no mean'}"
-        for t, (_, why) in found.items()
+        for t, (_, why) in percents.items()
         if why
     )
-    shares = {t: share for t, (share, _) in found.items()}
+    shares = {t: share for t, (share, _) in percents.items()}
     return replace(row, scores=dict(scores), shares=shares, mean=mean, notes=row.notes + notes)
 
 

@@ -182,8 +182,8 @@ def _merge(name: str, stage: Stage, planned: Planned, search: ScaleSearch | None
     row, scale = replace(row, preparation=time.perf_counter() - started), planned.recipe.scale
     if planned.searched:
         assert search is not None
-        found = search_scale(stage.model, merged, search.value, search.grid)
-        row, scale = replace(row, search=found.seconds, curve=found.curve, notes=tuple(found.warnings)), found.scale
+        best = search_scale(stage.model, merged, search.value, search.grid)
+        row, scale = replace(row, search=best.seconds, curve=best.curve, notes=tuple(best.warnings)), best.scale
     grown = peak.growth()
     row = replace(row, scale=scale, memory=None if grown is None else max(grown, memory))
     return row, merged, torch.full((len(merged.names), 1), scale)

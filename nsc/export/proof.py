@@ -323,7 +323,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _same_names(found: set[str], expected: set[str], where: str) -> None:
-    if found != expected:
-        lost, extra = sorted(expected - found)[:3], sorted(found - expected)[:3]
+def _same_names(written: set[str], expected: set[str], where: str) -> None:
+    if written != expected:
+        lost, extra = sorted(expected - written)[:3], sorted(written - expected)[:3]
         raise ProofError(f"{where} lacks {lost or 'nothing'} and has {extra or 'nothing'} beyond what was merged")

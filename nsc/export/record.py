@@ -200,10 +200,10 @@ def _rows(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
 
 
 def _versions() -> dict[str, str]:
-    found = {"nsc": __version__, "python": platform.python_version()}
+    versions = {"nsc": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "safetensors"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions

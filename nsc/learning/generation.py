@@ -30,13 +30,14 @@ from nsc.runtime.placement import input_device
 TOKENS = 4096  # of prompts of one length that are continued together
 
 
-def generator(base: Base, stack: Stack, config: MergeConfig) -> Generate:
+def generator(base: Base, stack: Stack, start: float, max_new_tokens: int) -> Generate:
     """Return a function that continues prompts by the merged model at its initial coefficients.
 
     Args:
         base: causal, with weights.
         stack: the adapters on it.
-        config: start and max_new_tokens.
+        start: initial value of every coefficient.
+        max_new_tokens: length of an answer, at most.
 
     Returns:
         A function of prompts and image features, as ``nsc.data.modalities.Generate`` says.
@@ -45,13 +46,13 @@ def generator(base: Base, stack: Stack, config: MergeConfig) -> Generate:
         NSCError: if the base has no head that generates.
     """
     model, head = base.model, Head(*load_generating_head(base))
-    start = torch.full(stack.owned.shape, config.start, device=input_device(model))
+    initial = torch.full(stack.owned.shape, start, device=input_device(model))
     stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
     ends = {stated} if isinstance(stated, int) else set(stated or ())
 
     def generate(prompts: Sequence[Sequence[int]], features: Features | None = None) -> list[list[int]]:
-        with merged_layers(model, stack, start):
-            return continue_prompts(model, head, prompts, config.max_new_tokens, ends, features)
+        with merged_layers(model, stack, initial):
+            return continue_prompts(model, head, prompts, max_new_tokens, ends, features)
 
     return generate
 
@@ -97,11 +98,11 @@ def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
-    found = []
+    groups = []
     for length, alike in by_length.items():
         rows = max(TOKENS // length, 1)
-        found += [alike[at : at + rows] for at in range(0, len(alike), rows)]
-    return found
+        groups += [alike[at : at + rows] for at in range(0, len(alike), rows)]
+    return groups
 
 
 def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: int) -> Tensor:
@@ -133,5 +134,6 @@ def batches_of(
     Raises:
         NSCError: a subclass, for rows or positions that this base cannot have.
     """
-    continues = [] if config.positions == "prompt" else [generator(base, stack, config)]
+    of_answers = (config.start, config.max_new_tokens)
+    continues = [] if config.positions == "prompt" else [generator(base, stack, *of_answers)]
     return feed_of(base).batches(base, targets, samples, config, *continues)

@@ -133,7 +133,7 @@ def prepare(base: Base, matched: Matched, samples: Mapping[str, Sequence[Any]], 
         NSCError: a subclass, for targets, rows or heads that do not go together.
     """
     stack = by_rank(matched.stack) if config.granularity == "rank" else matched.stack
-    targets = targets_of(base, stack, config)
+    targets = targets_of(base, stack, config.target_modules, config.target_blocks)
     batches, evaluation = batches_of(base, stack, targets, samples, config)
     entropy = None
     if config.objective != "null-space":
@@ -141,13 +141,16 @@ def prepare(base: Base, matched: Matched, samples: Mapping[str, Sequence[Any]], 
     return Problem(base, stack, targets, batches, evaluation, entropy, config)
 
 
-def targets_of(base: Base, stack: Stack, config: MergeConfig) -> list[str]:
+def targets_of(
+    base: Base, stack: Stack, modules: Sequence[str] | None = None, blocks: Sequence[int] | str | None = None
+) -> list[str]:
     """Choose the modules whose inputs are measured.
 
     Args:
         base: whose blocks are counted.
         stack: the adapters on it.
-        config: target_modules and target_blocks, if they are given.
+        modules: suffixes of their names; None for the default of this kind of base.
+        blocks: numbers, or the last blocks by a word; None for the default.
 
     Returns:
         Names of modules that carry LoRA, in the order in which they run.
@@ -155,7 +158,7 @@ def targets_of(base: Base, stack: Stack, config: MergeConfig) -> list[str]:
     Raises:
         TargetError: where nothing that carries LoRA is left to measure.
     """
-    return choose_targets(base.model, list(stack.modules), config.target_modules, config.target_blocks)
+    return choose_targets(base.model, list(stack.modules), modules, blocks)
 
 
 def evaluation_ratio(
@@ -175,6 +178,6 @@ def evaluation_ratio(
     Raises:
         NSCError: a subclass, for targets and rows that do not go together.
     """
-    targets = targets_of(base, stack, config)
+    targets = targets_of(base, stack, config.target_modules, config.target_blocks)
     rows = batches_of(base, stack, targets, samples, replace(config, steps=0))[1]  # answers to evaluated rows alone
     return NullSpaceRatio(stack, targets, rows, input_device(base.model))

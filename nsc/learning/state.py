@@ -113,7 +113,7 @@ def begin(
     theta.grad = torch.zeros_like(theta)
     losses = theta.detach().new_zeros(config.steps)
     done = torch.zeros(1, dtype=torch.int64, device=theta.device)
-    factors = schedule(config)
+    factors = schedule(config.schedule, config.steps)
     return State(
         theta,
         coefficients,
@@ -155,15 +155,16 @@ def make_optimizer(theta: nn.Parameter, config: MergeConfig) -> torch.optim.Opti
     )
 
 
-def schedule(config: MergeConfig) -> Tensor | None:
+def schedule(kind: str, steps: int) -> Tensor | None:
     """Return the share of ``lr`` that each step takes.
 
     Args:
-        config: steps and schedule.
+        kind: "constant", "linear" or "cosine".
+        steps: of the run.
 
     Returns:
         (steps,) float64; None where it is constant.
     """
-    done = torch.arange(config.steps, dtype=torch.float64) / max(1, config.steps)
+    done = torch.arange(steps, dtype=torch.float64) / max(1, steps)
     shares = {"constant": None, "linear": 1 - done, "cosine": (1 + (torch.pi * done).cos()) / 2}
-    return shares[config.schedule]
+    return shares[kind]

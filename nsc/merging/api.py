@@ -14,7 +14,7 @@ from nsc.data.sources import Source
 from nsc.errors import NSCError
 from nsc.export.result import MergeResult
 from nsc.merging.from_data import merge_by_learning
-from nsc.merging.from_recipe import Coefficients, Masks, combine, combine_learned, require_weights_of_tasks
+from nsc.merging.from_recipe import Masks, Weights, combine, combine_learned, require_weights_of_tasks
 from nsc.merging.tuning import find_scale, read_search, refuse_search
 from nsc.paths import absolute
 from nsc.recipes.spec import Recipe, read_settings
@@ -31,7 +31,7 @@ def merge(
     search: str = "none",
     validation: Mapping[str, Source] | None = None,
     scales: tuple[float, float] | None = None,
-    coefficients: Coefficients = None,
+    coefficients: Weights = None,
     masks: Masks = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -89,7 +89,7 @@ def merge(
             f"{what} belong to other methods, such as task-arithmetic or dare; {name} learns its coefficients"
         )
     if recipe:
-        require_weights_of_tasks(recipe, config)
+        require_weights_of_tasks(recipe, config.granularity)
     place = Path(checkpoint) if checkpoint else None
     result = merge_by_learning(home, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result

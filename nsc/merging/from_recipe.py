@@ -25,7 +25,7 @@ from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import OF_BASE, OF_SEARCH, Recipe, write_settings
 
-Coefficients = str | Path | Tensor | None
+Weights = str | Path | Tensor | None  # of a method: (M, K), or the folder of an earlier merge
 Masks = Mapping[str, Tensor] | None
 
 
@@ -34,7 +34,7 @@ def combine(
     adapters: Mapping[str, str | Path],
     recipe: Recipe,
     config: MergeConfig,
-    coefficients: Coefficients,
+    coefficients: Weights,
     masks: Masks,
     searches: bool,
     say: Callable[[str], None],
@@ -95,17 +95,17 @@ def combine_learned(result: MergeResult, recipe: Recipe, config: MergeConfig, ma
     )
 
 
-def require_weights_of_tasks(recipe: Recipe, config: MergeConfig) -> None:
+def require_weights_of_tasks(recipe: Recipe, granularity: str) -> None:
     """Refuse to learn coefficients that could not be the weights of a layer and task.
 
     Args:
         recipe: that takes the weights.
-        config: the settings of learning.
+        granularity: of what is learned.
 
     Raises:
         NSCError: for granularity "rank".
     """
-    if config.granularity == "rank":
+    if granularity == "rank":
         raise NSCError(
             f"{recipe.label} takes one weight per layer and task, but granularity rank learns one per rank row; learn"
             " by layer or task"
@@ -113,7 +113,7 @@ def require_weights_of_tasks(recipe: Recipe, config: MergeConfig) -> None:
 
 
 def _weights(
-    coefficients: Coefficients, stack: Stack, adapters: Mapping[str, Adapter]
+    coefficients: Weights, stack: Stack, adapters: Mapping[str, Adapter]
 ) -> tuple[Tensor | None, float, list[str]]:
     """(M, K) of this stack, where they started, and what should be known about them."""
     if coefficients is None:
@@ -157,5 +157,5 @@ def _require_no_learning(recipe: Recipe, config: MergeConfig, allowed: Sequence[
     if set_there:
         raise NSCError(
             f"method {recipe.label} learns nothing, so it takes no {set_there[0]}; of MergeConfig it takes only"
-            f" {', '.join(allowed)} alone"
+            f" {', '.join(allowed)}"
         )

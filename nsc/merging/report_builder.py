@@ -112,7 +112,7 @@ def describe_merge(
             "losses": learned.losses,
             "seconds_per_step": learned.seconds,
             "peak_memory_gib": learned.peak_memory / 2**30,
-            "warnings": known.warnings + _drift_warnings(learned, drift, config),
+            "warnings": known.warnings + _drift_warnings(learned, drift, config.max_drift),
         }
     )
 
@@ -124,11 +124,11 @@ def _about(method: str) -> dict[str, Any]:
     return {"line": entry.line, "source": entry.source}
 
 
-def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list[str]:
+def _drift_warnings(learned: Learned, drift: float, max_drift: float | None) -> list[str]:
     warnings = []
     if learned.bounded.any():
         warnings.append(
-            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={config.max_drift:g}; going further"
+            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={max_drift:g}; going further"
             " lowers the objective, but need not make a better merge"
         )
     if drift > PAPER_REACH + 1e-6:

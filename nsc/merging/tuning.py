@@ -20,9 +20,9 @@ from nsc.errors import NSCError
 from nsc.evaluation.scale_search import (
     MEASURES,
     SEARCHES,
-    Found,
     Grid,
     LabelledLoss,
+    SearchResult,
     Value,
     grid_of,
     require_finite,
@@ -78,7 +78,7 @@ def refuse_search(
     if search not in SEARCHES:
         raise NSCError(f"search must be one of {', '.join(SEARCHES)}, not {search}")
     if validation and search != "labels":
-        raise NSCError("validation rows are only read by a search by labels: give --search labels, or leave them out")
+        raise NSCError("validation rows are only used by a search by labels: give --search labels, or leave them out")
     if search == "none":
         if scales:
             raise NSCError(
@@ -160,9 +160,9 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
     merged = as_one(combination)
     require_finite(merged)
     say(f"searching the scale from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
-    found = search_scale(base.model, merged, value, search.grid)
-    combination = combination.at_scale(found.scale)
-    return _described(replace(result, model=base.model, combination=combination), found, search, targets, config)
+    best = search_scale(base.model, merged, value, search.grid)
+    combination = combination.at_scale(best.scale)
+    return _described(replace(result, model=base.model, combination=combination), best, search, targets, config)
 
 
 def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig) -> tuple[list[str], Value]:
@@ -177,21 +177,21 @@ def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig)
 
 
 def _described(
-    result: MergeResult, found: Found, search: Search, targets: list[str], config: MergeConfig
+    result: MergeResult, best: SearchResult, search: Search, targets: list[str], config: MergeConfig
 ) -> MergeResult:
     assert result.combination is not None and result.model is not None
-    recipe, told = result.combination.recipe, _told(found, search, config)
-    report = replace(describe_recipe(result.report, recipe), searched=told)
-    report = replace(report, warnings=report.warnings + found.warnings)
-    record = replace(result.record, settings=write_settings(recipe, config), targets=targets, searched=told)
+    recipe, facts = result.combination.recipe, _search_facts(best, search, config)
+    report = replace(describe_recipe(result.report, recipe), searched=facts)
+    report = replace(report, warnings=report.warnings + best.warnings)
+    record = replace(result.record, settings=write_settings(recipe, config), targets=targets, searched=facts)
     if search.by == "null-space":
-        record = replace(record, data=told["rows"])
+        record = replace(record, data=facts["rows"])
     base = Base(result.record.base, result.model)
     batch = result.batch or feed_of(base).example(base)
     return replace(result, report=report, record=record, batch=batch)
 
 
-def _told(found: Found, search: Search, config: MergeConfig) -> dict[str, Any]:
+def _search_facts(best: SearchResult, search: Search, config: MergeConfig) -> dict[str, Any]:
     """How the scale was found, in plain values."""
     settings = config.to_dict()
     return {
@@ -201,7 +201,7 @@ def _told(found: Found, search: Search, config: MergeConfig) -> dict[str, Any]:
         "steps": list(search.grid.steps),
         "rows": {task: place_of(source) for task, source in search.sources.items()},
         **{key: settings[key] for key in OF_SEARCH},
-        "best": found.scale,
-        "seconds": found.seconds,
-        "curve": found.curve,
+        "best": best.scale,
+        "seconds": best.seconds,
+        "curve": best.curve,
     }

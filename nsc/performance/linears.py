@@ -48,16 +48,16 @@ def linears_in_order(model: nn.Module) -> list[Linear]:
             matrices than embeddings and patch convolutions: experts, recurrences, Conv1D.
     """
     _refuse_other_matrices(model)
-    found = []
+    linears = []
     for name, (m, d) in linear_shapes(model).items():
         if place := block_of(model, name):
             stage = next((s for s, pattern in enumerate(STAGES) if re.search(pattern, name)), None)
             if stage is None:
                 raise NSCError(f"no plan for {name}: nsc plan does not know it as an attention or MLP projection")
-            found.append(Linear(name, m, d, (place[0], stage)))
-    if {linear.place[1] for linear in found} != set(range(len(STAGES))):
+            linears.append(Linear(name, m, d, (place[0], stage)))
+    if {linear.place[1] for linear in linears} != set(range(len(STAGES))):
         raise NSCError("no plan for this base: it has no numbered blocks with attention and MLP projections")
-    return sorted(found, key=lambda linear: linear.place)
+    return sorted(linears, key=lambda linear: linear.place)
 
 
 def _refuse_other_matrices(model: nn.Module) -> None:

@@ -313,9 +313,9 @@ def _dtype(config: Any, dtype: str) -> str:
     """What the config names for "auto", float32 where it names none."""
     inner = getattr(config, "text_config", config)
     stated = [getattr(c, key, None) for c in (config, inner) for key in ("dtype", "torch_dtype")]
-    found = next((str(s).removeprefix("torch.") for s in stated if s), "float32") if dtype == "auto" else dtype
-    choice("dtype", found, BYTES)
-    return found
+    chosen = next((str(s).removeprefix("torch.") for s in stated if s), "float32") if dtype == "auto" else dtype
+    choice("dtype", chosen, BYTES)
+    return chosen
 
 
 def _time(seconds: float) -> str:

@@ -205,7 +205,7 @@ def test_errors_are_one_line_and_nothing_is_left(arguments, tmp_path, change, sa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--preset", "slow"), "unknown preset 'slow'; there are paper, fast"),
+        (("--preset", "slow"), "unknown preset 'slow'; the presets are paper, fast"),
         (("--tokens-per-pass", "many"), "--tokens-per-pass must be a whole number or auto, not 'many'"),
         (("--layers", "dense"), "layers must be one of auto, factors, weights, not dense"),
     ],

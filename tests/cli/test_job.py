@@ -112,7 +112,7 @@ def test_every_field_can_be_said(tmp_path):
         (dict(betas=[0.9]), "betas must be a list of 2: a number, a number, not [0.9]"),
         (dict(adapters=["x"]), "adapters must be a mapping of text to text, not ['x']"),
         (dict(adapters={"a": ["x"]}), "adapters must be a mapping of text to text"),
-        (dict(preset="slow"), "unknown preset 'slow'; there are paper, fast, vit, llama, llava"),
+        (dict(preset="slow"), "unknown preset 'slow'; the presets are paper, fast, vit, llama, llava"),
         (dict(lr=-1), "lr must be positive, not -1"),
     ],
     ids=str,
@@ -142,7 +142,7 @@ def test_what_is_wrong_in_an_assignment_is_named():
 def test_what_is_missing_can_be_said_both_ways(tmp_path):
     text = refused(run("merge", "--base", "b", "--out", tmp_path / "o"))
     assert text.strip() == (
-        "a merge lacks adapters: give --adapter TASK=PATH, or adapters: in the file of --config;"
+        "a merge needs adapters: give --adapter TASK=PATH, or adapters: in the file of --config;"
         " data: give --data TASK=FILE, or data: in the file of --config"
     )
     text = refused(run("merge", "--config", written(tmp_path / "a.yaml", adapters={"a": "x"})))

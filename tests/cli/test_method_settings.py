@@ -64,8 +64,8 @@ REFUSED = {
     "percent": (("--method", "core-ties", "--density", 20), "density"),
     "name": (("--method", "core-tie"), "there is no method core-tie; did you mean core-ties"),
     "resume": (("--method", "core-ties", "--resume"), "nothing to resume"),
-    "no data": (("--method", "nsc+core-ties"), "a merge lacks data"),
-    "coefficients of nsc": (("--coefficients", "x", "--data", "plain=x"), "coefficients are for other methods"),
+    "no data": (("--method", "nsc+core-ties"), "a merge needs data"),
+    "coefficients of nsc": (("--coefficients", "x", "--data", "plain=x"), "coefficients belong to other methods"),
     "no coefficients": (("--method", "core-ties", "--coefficients", "/nowhere"), "/nowhere holds no readable record"),
     "strange task": (("--method", "core-ties", "--set", "weights={typo: 2}"), "weights names typo, which is no task"),
 }
@@ -107,7 +107,7 @@ def test_an_earlier_merge_by_another_method_gives_the_job_alone(base, two, texts
 
 def test_coefficients_are_matched_by_fingerprint_then_name_or_refused(base, adapters, two, merged, texts, tmp_path):
     merged.save(tmp_path / "all")
-    with pytest.raises(NSCError, match="are of double too, which is not merged here"):
+    with pytest.raises(NSCError, match="also belong to double, which is not merged here"):
         merge(base, two, "core-ties", coefficients=tmp_path / "all")
     renamed = {f"{task}2": path for task, path in reversed(adapters.items())}
     taken = merge(base, renamed, "core-ties", coefficients=tmp_path / "all")
@@ -122,7 +122,7 @@ def test_coefficients_are_matched_by_fingerprint_then_name_or_refused(base, adap
         merge(base, adapters, "core-ties", coefficients=torch.ones(2, 2))
     data = {task: texts[task] for task in TASKS}
     nsc.merge(base, two, data, steps=0, granularity="rank", progress=False).save(tmp_path / "rank")
-    with pytest.raises(NSCError, match="of rank rows"):
+    with pytest.raises(NSCError, match="belong to rank rows"):
         merge(base, two, "core-ties", coefficients=tmp_path / "rank")
     with pytest.raises(NSCError, match="one weight a layer and task, and granularity rank"):
         nsc.merge(base, two, data, method="nsc+core-ties", granularity="rank", progress=False)

@@ -38,7 +38,7 @@ def bench(base, adapters, texts):
     matched = match_to_base(home, read)
     modules = {n: replace(m, A=m.A.double(), B=m.B.double()) for n, m in matched.stack.modules.items()}
     matched = matched._replace(stack=replace(matched.stack, modules=modules))
-    targets = targets_of(home, matched.stack, config)
+    targets = targets_of(home, matched.stack, config.target_modules, config.target_blocks)
     rows = [row.to(torch.device("cpu")) for row in feed_of(home).batches(home, targets, texts, config)[1]]
     return model, matched, targets, rows
 

@@ -64,7 +64,7 @@ def test_a_merge_on_generated_positions_is_the_plain_computation(base, adapters,
     targets = result.record.targets
     tokens = {t: feed_tokens(base, texts[t]) for t in some}
     head = Head(*load_generating_head(Base(str(base), model)))
-    continues = generator(Base(str(base), model), result.stack, config)
+    continues = generator(Base(str(base), model), result.stack, config.start, config.max_new_tokens)
     data = {task: texts[task] for task in some}
     batches, _ = feed_of(Base(str(base))).batches(Base(str(base), model), targets, data, config, continues)
     whole = transformers.AutoModelForCausalLM.from_pretrained(base).double()

@@ -105,7 +105,11 @@ def test_a_merge_is_the_plain_computation(
     result = nsc.merge(llava, llava_adapters, questions, max_drift=None, progress=False, **settings)
     model, base, config = result.model, str(llava), MergeConfig(**settings)
     prompts = {task: read_prompts(file) for task, file in questions.items()}
-    continues = [generator(Base(base, model), result.stack, config)] if positions != "prompt" else []
+    continues = (
+        [generator(Base(base, model), result.stack, config.start, config.max_new_tokens)]
+        if positions != "prompt"
+        else []
+    )
     batches, _ = feed_of(Base(base)).batches(Base(base, model), result.record.targets, prompts, config, *continues)
     assert batches.shares_rows == shares_rows and (len(batches(0)) == 1) == shares_rows
     tasks, start = list(prompts), torch.full(result.stack.owned.shape, START, dtype=torch.float64)
@@ -204,7 +208,7 @@ def test_an_answer_is_text_even_a_placeholder_in_it():
 
 
 def test_of_what_nothing_counts_is_refused(llava, llava_adapters, questions):
-    with pytest.raises(NSCError, match="answers are text, so with positions full no token of an image counts"):
+    with pytest.raises(NSCError, match="answers are text, so with positions full no image token counts"):
         MergeConfig(positions="full", modality="image")
     bare = questions["count"].parent / "0.png"
     with pytest.raises(DataError, match=r"with modality text none of its tokens counts"):

@@ -175,7 +175,7 @@ def test_masks_are_kept_beside_the_record(base, two, tmp_path):
     name = stack.names[0]
     assert not dense(result.merged.update(name))[~masks[name].any(0)].any()
     again = refused(run("merge", "--config", tmp_path / "out/merge.yaml", "--out", tmp_path / "x"))
-    assert "masks given in Python; replay it with nsc apply" in again
+    assert "masks were given in Python; repeat it with nsc apply" in again
     with pytest.raises(NSCError, match="core-ties takes no masks"):
         merge(base, two, "core-ties", masks=masks)
     with pytest.raises(NSCError, match="mask for typo, which is no layer"):

@@ -161,9 +161,9 @@ def test_settings_come_back_from_plain_values():
         (dict(target_blocks="third"), "target_blocks must be numbers or one of all, half, quarter, one, not third"),
         (dict(link="sigmoid", start=1.0), "link sigmoid cannot give a coefficient of 1.0"),
         (dict(link="exp", start=0.0), "link exp cannot give a coefficient of 0.0"),
-        (dict(link="softmax", granularity="rank"), "softmax is over tasks"),
-        (dict(quantile=1.5), "quantile is from 0 to 1"),
-        (dict(quantile=0.5, objective="entropy"), "quantile is of null-space ratios"),
+        (dict(link="softmax", granularity="rank"), "softmax runs over tasks"),
+        (dict(quantile=1.5), "quantile must be from 0 to 1"),
+        (dict(quantile=0.5, objective="entropy"), "quantile applies to null-space ratios"),
         (dict(modality="image", objective="both"), "leave modality at both"),
         (dict(preferences={"a": -1}), "preference for a must be 0 or more"),
         (dict(max_new_tokens=0), "max_new_tokens must be 1 or more"),
@@ -258,7 +258,7 @@ def test_heads_that_an_entropy_cannot_use_are_refused(vision, adapters, base, te
     deep = replace(read, saved={**read.saved, "classifier.dense.weight": torch.zeros(3, 3)})
     with pytest.raises(NSCError, match=r"adapter digits: its head holds classifier.bias.*one linear layer"):
         carried_head(deep)
-    with pytest.raises(NSCError, match="double carry a head and pattern, plain, rslora none"):
+    with pytest.raises(NSCError, match="double carry a head and pattern, plain, rslora do not"):
         nsc.merge(base, adapters, texts, **FAST, objective="entropy")
     batch = collate_images([torch.zeros(3, 8, 8)] * 2, [0, 0], 5)
     with pytest.raises(NSCError, match="needs a row for each"):

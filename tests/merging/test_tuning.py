@@ -210,13 +210,22 @@ REFUSED = {
     "a recipe's scale too": ({"method": read_recipe("ties", scale=0.4)}, "a scale is given"),
     "no labels": ({"search": "labels"}, "needs labelled rows: give --validation TASK=FILE"),
     "no data": ({"data": None}, "needs unlabeled rows: give --data TASK=FILE"),
-    "labels for ratios": ({"validation": {"plain": "x"}}, "validation rows are for a search by labels: give --search"),
-    "labels for nothing": ({"search": "none", "validation": {"plain": "x"}}, "validation rows are for a search"),
+    "labels for ratios": (
+        {"validation": {"plain": "x"}},
+        "validation rows are only used by a search by labels: give --search",
+    ),
+    "labels for nothing": (
+        {"search": "none", "validation": {"plain": "x"}},
+        "validation rows are only used by a search",
+    ),
     "a range of nothing": ({"search": "none", "scales": (0.1, 1)}, "scales are the range of a search: give --search"),
-    "an empty range": ({"scales": (1.0, 0.5)}, "above 0 and in order, not from 1.0 to 0.5"),
+    "an empty range": ({"scales": (1.0, 0.5)}, "above 0 and ascending, not from 1.0 to 0.5"),
     "settings without search": ({"search": "none", "max_length": 9}, "method ties has no setting max_length; it has"),
     "settings of learning": ({"steps": 9}, "method ties has no setting steps; it has.* max_length"),
-    "a config of learning": ({"config": nsc.MergeConfig(lr=1)}, "has no lr; of MergeConfig it takes.* max_length"),
+    "a config of learning": (
+        {"config": nsc.MergeConfig(lr=1)},
+        "takes no lr; of MergeConfig it takes only.* max_length",
+    ),
     "a base in parts": ({"method": "nsc+ties", "weights": "int8"}, "whole base on one device: leave out weights"),
     "own layers by labels": (
         {"search": "labels", "validation": {"plain": "x"}, "keep_modules": ("norm",)},
@@ -235,10 +244,10 @@ def test_what_is_no_search_is_refused_before_anything_is_read(case):
 
 FLAGS = {
     "no labels": (("--search", "labels"), "give --validation TASK=FILE"),
-    "no data": (("--search", "null-space"), "a merge lacks data: give --data TASK=FILE"),
+    "no data": (("--search", "null-space"), "a merge needs data: give --data TASK=FILE"),
     "a scale too": (("--search", "labels", "--validation", "plain=x", "--scale", 0.3), "a scale is given"),
     "set too": (("--search", "labels", "--validation", "plain=x", "--set", "scale=1"), "a scale is given"),
-    "only rows": (("--validation", "plain=x"), "validation rows are for a search by labels"),
+    "only rows": (("--validation", "plain=x"), "validation rows are only used by a search by labels"),
     "only a range": (("--scales", 0.1, 1), "scales are the range of a search"),
     "settings alone": (("--max-length", 9), "method core-ties has no setting max_length"),
     "nsc": (("--method", "nsc", "--data", "plain=x", "--search", "null-space"), "nsc has no scale to search"),
