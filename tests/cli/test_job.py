@@ -146,7 +146,7 @@ def test_what_is_missing_can_be_said_both_ways(tmp_path):
         " data: give --data TASK=FILE, or data: in the file of --config"
     )
     text = refused(run("merge", "--config", written(tmp_path / "a.yaml", adapters={"a": "x"})))
-    assert "lacks base: give --base, or base: in" in text and "out: give --out" in text and "adapters" not in text
+    assert "needs base: give --base, or base: in" in text and "out: give --out" in text and "adapters" not in text
 
 
 def test_a_file_that_is_none(tmp_path):
