@@ -82,7 +82,7 @@ class MergeConfig:
     """How coefficients are learned; docs/options.md defines every option of what is learned.
 
     Attributes:
-        steps: of the optimizer.
+        steps: optimizer steps.
         lr: learning rate.
         start: initial value of every coefficient.
         batch_size: samples per task and step.
@@ -93,16 +93,16 @@ class MergeConfig:
         gradient_checkpointing: keep only the inputs of blocks for the backward, and run the blocks again in it.
         graphs: on CUDA, record steps as graphs and replay them where their shapes recur.
         max_drift: how far a coefficient may move from ``start``; None for no bound.
-        weight_decay: of the optimizer.
-        betas: of the optimizer.
-        eps: of the optimizer.
-        seed: of the order of samples.
+        weight_decay: weight decay of the optimizer.
+        betas: decay rates of Adam's moments.
+        eps: Adam's epsilon.
+        seed: seed of the sample order.
         target_modules: suffixes of the module names whose inputs are measured; by default the output projection of
             attention where the base takes images, else its values, as in ``nsc.bases.roles.ROLES``.
         target_blocks: numbers, or the last blocks by a word of BLOCKS; by default "quarter".
         evaluation_samples: rows per task for the ratios reported before and after.
-        dtype: of the base; "auto" takes the checkpoint's.
-        device: of the base; "auto" takes CUDA if there is one.
+        dtype: dtype of the base; "auto" takes the checkpoint's.
+        device: device of the base; "auto" takes CUDA if there is one.
         weights: precision of the base's linear layers while learning: "full", "int8", "fp8" or "nf4". What is written
             and proven is always in full precision.
         device_map: "auto", "balanced"... as accelerate takes it: spread the base over all GPUs, the CPU and disk;
@@ -116,10 +116,10 @@ class MergeConfig:
         link: from the optimised parameter to the coefficient.
         preferences: task -> its weight in the loss; 1 where it is not named.
         optimizer: "adamw", "adam" or "sgd".
-        schedule: of ``lr`` over the steps: "constant", or "linear" or "cosine" to 0.
+        schedule: how ``lr`` changes over the steps: "constant", or "linear" or "cosine" to 0.
         objective: "null-space", "entropy", or "both" added.
-        reduction: of the entropies of a sample's generated tokens: "mean" or "sum".
-        quantile: of the ratios of a sample's tokens, in place of their mean; from 0 to 1.
+        reduction: "mean" or "sum" over the entropies of a sample's generated tokens.
+        quantile: quantile over the ratios of a sample's tokens, in place of their mean; from 0 to 1.
         unseen: tasks whose adapters are merged without any data.
     """
 
@@ -221,7 +221,7 @@ class MergeConfig:
         """Return the settings of a preset.
 
         Args:
-            name: of PRESETS.
+            name: one of PRESETS.
             settings: fields that override the preset's.
 
         Returns:
@@ -263,7 +263,7 @@ def preset_settings(name: str | None) -> dict[str, Any]:
     """Return what a preset sets.
 
     Args:
-        name: of PRESETS; None for no preset.
+        name: one of PRESETS; None for no preset.
 
     Returns:
         Field of MergeConfig -> value; empty without a name.

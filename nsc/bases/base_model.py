@@ -107,7 +107,7 @@ def auto_class(config: Any) -> Any:
     """Return AutoModel, or for LLaVA in transformers 4, whose body is the whole model, AutoModelForImageTextToText.
 
     Args:
-        config: of the body.
+        config: config of the body.
 
     Returns:
         The class whose ``from_pretrained`` and ``from_config`` give the body.

@@ -29,11 +29,11 @@ def load(
     """Return the same base with the weights of its body loaded.
 
     Args:
-        base: of which nothing needs to be loaded.
-        dtype: of the weights, such as "bfloat16"; "auto" takes the checkpoint's.
+        base: the base; its weights need not be loaded.
+        dtype: dtype of the weights, such as "bfloat16"; "auto" takes the checkpoint's.
         device: "cpu", "cuda"..., or "auto".
         weights: "full", or fewer bits for its linears (see ``nsc.runtime.quantization``).
-        device_map: as accelerate takes it, instead of ``device``.
+        device_map: device map of accelerate; replaces ``device``.
 
     Returns:
         A base whose ``model`` is what ``load_body`` gives.
@@ -50,8 +50,8 @@ def load_body(
     """Load the frozen transformer body of a base, in eval mode.
 
     Args:
-        base: of which nothing needs to be loaded.
-        dtype: of the weights, such as "bfloat16"; "auto" takes the checkpoint's.
+        base: the base; its weights need not be loaded.
+        dtype: dtype of the weights, such as "bfloat16"; "auto" takes the checkpoint's.
         device: "cpu", "cuda"..., or "auto", which is CUDA where there is one.
         weights: "full", or fewer bits for its linears (see ``nsc.runtime.quantization``).
         device_map: as accelerate takes it, instead of ``device``; what no device holds stays on the CPU or disk and is

@@ -32,10 +32,10 @@ class Job:
         adapters: task -> PEFT folder or Hub id.
         data: task -> where its unlabeled rows are.
         out: new folder.
-        rank: that the written adapter is truncated to; None for exact factors.
+        rank: rank the written adapter is truncated to; None for exact factors.
         full: whether the whole model is written.
-        preset: of PRESETS.
-        method: by name.
+        preset: one of PRESETS.
+        method: name of a method.
         coefficients: folder of an earlier merge, whose coefficients weight the method.
         search: how the scale is found: "labels", "null-space" or "none".
         validation: task -> where the labelled rows of a search are.
@@ -142,7 +142,7 @@ def job_of(method: str) -> dict[str, Any]:
     learning.
 
     Args:
-        method: by name.
+        method: name of a method.
 
     Returns:
         Key -> type.
@@ -205,7 +205,7 @@ def read_assignment(text: str, method: str = "nsc") -> tuple[str, Any]:
 
     Args:
         text: "KEY=VALUE", with the value in YAML.
-        method: by name.
+        method: name of a method.
 
     Returns:
         The key and its checked value.

@@ -18,7 +18,7 @@ def given(context: typer.Context) -> dict[str, Any]:
     """Return the options that are on the command line, as settings.
 
     Args:
-        context: of the command.
+        context: the command's context.
 
     Returns:
         Name of the setting -> value; TASK=PLACE options as mappings, ``auto`` and negative bounds as None.

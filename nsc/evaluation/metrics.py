@@ -52,7 +52,7 @@ def torchmetrics_function(name: str) -> Any:
     """Return a function of ``torchmetrics.functional``, which is imported only where a metric needs it.
 
     Args:
-        name: of the function.
+        name: name of the function.
 
     Returns:
         The function.

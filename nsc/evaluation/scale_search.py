@@ -67,7 +67,7 @@ class SearchResult:
     Attributes:
         scale: the best one.
         curve: every scale tried, in ascending order -> its value.
-        seconds: that the search took.
+        seconds: duration of the search in seconds.
         edge: whether the best scale is the lowest or highest of all tried, so that a better one may lie outside.
     """
 
@@ -89,7 +89,7 @@ def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple
     Args:
         search: "labels", which continues upwards to ``MOST`` while that helps, or "null-space".
         scales: lowest and highest scale, and no others; None for the default range.
-        steps: of the grids, coarse to fine.
+        steps: step of each grid, coarse to fine.
 
     Returns:
         The grid.
@@ -103,7 +103,7 @@ def search(value: Callable[[float], float], grid: Grid = Grid()) -> SearchResult
     """Find the scale with the least value on the grids.
 
     Args:
-        value: of a scale; the less the better, and NaN or infinity where it has none.
+        value: function of a scale that is minimised; NaN or infinity where it has no value.
         grid: the scales to try.
 
     Returns:
@@ -143,7 +143,7 @@ def search_scale(model: nn.Module, merged: Stack, value: Value, grid: Grid = Gri
     Args:
         model: body of the base, with weights.
         merged: the merge at scale 1, as ``as_one`` makes it.
-        value: of a model that carries a merge.
+        value: function of a model that carries a merge, which is minimised.
         grid: the scales to try.
 
     Returns:

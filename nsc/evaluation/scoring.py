@@ -38,7 +38,7 @@ class Part(NamedTuple):
     """One forward of labelled rows.
 
     Attributes:
-        inputs: of the body, on the CPU.
+        inputs: inputs of the body, on the CPU.
         rows: (n,) int64, in which row of the batch each hidden state is that a head reads.
         places: (n,) int64, at which token of that row.
         truth: (n,) the class, number or token that is true there.
@@ -55,8 +55,8 @@ class Exam:
     """The labelled rows of one task, ready to run.
 
     Attributes:
-        head: that reads hidden states.
-        metric: of METRICS.
+        head: the head that reads hidden states.
+        metric: one of METRICS.
         parts: one for each forward.
     """
 

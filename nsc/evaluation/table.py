@@ -27,10 +27,10 @@ class Row:
     """The results of one method.
 
     Attributes:
-        method: by name; ALONE and BARE are the two rows to compare with.
+        method: name of the method; ALONE and BARE are the two rows to compare with.
         scores: task -> its metric.
         shares: task -> percent of fine-tuned, NaN where there is none.
-        mean: of the shares, NaN where there is none.
+        mean: mean of the shares, NaN where there is none.
         scale: None where the method has none of its own.
         curve: scale -> value that was minimised.
         preparation: seconds to make the merged layers.
@@ -39,7 +39,7 @@ class Row:
         memory: bytes, None where the system does not tell.
         notes: what a reader must know.
         refused: why there is no score.
-        settings: of the method, as plain values.
+        settings: settings of the method, as plain values.
     """
 
     method: str
@@ -75,7 +75,7 @@ class Comparison:
         """Return the row of a method.
 
         Args:
-            method: by name.
+            method: name of a method.
 
         Returns:
             The row, or None if it is not in the comparison.
@@ -107,7 +107,7 @@ class Comparison:
         """Write JSON, table and figure; the JSON is replaced atomically.
 
         Args:
-            folder: that exists.
+            folder: an existing folder.
         """
         partial = folder / f"{JSON}.partial"
         partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
@@ -120,7 +120,7 @@ class Comparison:
         """Read a comparison from its JSON.
 
         Args:
-            file: as ``write`` wrote it.
+            file: a file that ``write`` wrote.
 
         Returns:
             The comparison.
@@ -151,7 +151,7 @@ def scored(row: Row, scores: Mapping[str, float], alone: Mapping[str, float], me
     A task whose adapter alone has no share of anything is left out of every mean, and a note says so.
 
     Args:
-        row: of a method, without scores.
+        row: row of a method, without scores.
         scores: task -> metric of the merged model.
         alone: task -> metric of the adapter alone.
         metrics: task -> one of METRICS.

@@ -45,7 +45,7 @@ class ScaleSearch(NamedTuple):
     """How the scales of a comparison are found.
 
     Attributes:
-        value: of a model that carries a merge; the less the better.
+        value: function of a model that carries a merge, which is minimised.
         grid: the scales that are tried.
     """
 
@@ -87,7 +87,7 @@ class Stage:
         """Return what is learned from the rows by these settings.
 
         Args:
-            config: of a learning method.
+            config: settings of a learning method.
 
         Returns:
             A problem on the shared base.
@@ -106,7 +106,7 @@ class Stage:
         """Learn what ``name`` learns, once.
 
         Args:
-            name: of LEARNED.
+            name: one of LEARNED.
             config: its settings.
 
         Returns:
@@ -130,12 +130,12 @@ def row_of(
     """Make one merge, score it, and leave the base as it was.
 
     Args:
-        name: of the row: ALONE, BARE, or a method.
+        name: ALONE, BARE, or a method.
         stage: what all rows share.
         exams: task -> its labelled rows.
         planned: the method with its settings; None for ALONE and BARE.
         alone: the row of the adapters by themselves, once it is there.
-        search: of scales, where the method's is searched.
+        search: how the scale is searched, if the method's is.
 
     Returns:
         The row of the table; one that says why, where the method refuses.

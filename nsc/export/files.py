@@ -46,7 +46,7 @@ def write_adapter(
     """Write a PEFT folder whose scale is 1 in every module and whose targets are full module names.
 
     Args:
-        folder: that exists.
+        folder: an existing folder.
         factors: module -> its factors.
         prefix: what the names carry before the body's own, such as "model." for a CausalLM.
         base: id of the base, for the config.
@@ -84,7 +84,7 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
     Shards, index, tied weights, dtypes and side files are the base's own.
 
     Args:
-        folder: that exists.
+        folder: an existing folder.
         base: whose checkpoint is copied.
         merged: the merge.
 

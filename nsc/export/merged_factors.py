@@ -36,7 +36,7 @@ def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedF
 
     Args:
         merged: the merge.
-        rank: of the best approximation, at most; None for the exact factors.
+        rank: rank of the best approximation; None for the exact factors.
 
     Returns:
         Layer -> its factors.

@@ -50,7 +50,7 @@ class Output:
 
         Args:
             out: new folder.
-            rank: that the adapter is truncated to; None for its exact factors.
+            rank: rank the adapter is truncated to; None for its exact factors.
             full: whether the whole merged model is written, instead of an adapter.
             proof_base: gives the base in full precision, and rows to compare hidden states with, where there are any.
 
@@ -121,9 +121,9 @@ def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: R
     Args:
         out: the new folder.
         base: whose checkpoint is streamed to a full model.
-        rank: that the adapter is to be truncated to, if at all.
+        rank: rank the adapter will be truncated to, if any.
         full: whether the whole model is to be written.
-        recipe: of the method; None for the sum by learned coefficients.
+        recipe: recipe of the method; None for the sum by learned coefficients.
 
     Raises:
         NSCError: if ``out`` exists (nothing on disk is ever overwritten), if ``rank`` and ``full`` are both given, if

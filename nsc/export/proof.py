@@ -101,7 +101,7 @@ class Merge:
         """Return the update of a parameter, straight from the adapters' own factors.
 
         Args:
-            parameter: by name in the body.
+            parameter: name of the parameter in the body.
 
         Returns:
             (m, d) or (m,) float64 on the CPU; None where there is none.
@@ -135,7 +135,7 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
     """Read the adapter back without any model: every update must be there, and nothing else.
 
     Args:
-        folder: that the adapter was written to.
+        folder: folder the adapter was written to.
         merge: what should be there.
 
     Returns:
@@ -159,7 +159,7 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     """Load the folder with stock PEFT onto the base: its updates and hidden states must be those in memory.
 
     Args:
-        folder: that the adapter was written to.
+        folder: folder the adapter was written to.
         merge: what should be there.
         model: body of the base in full precision, left as it was.
         batch: rows on the model's device.
@@ -188,7 +188,7 @@ def prove_full_model(
     Merged layers must be base plus update, rounded once to the file's dtype; all others equal the base bit for bit.
 
     Args:
-        folder: that the model was written to.
+        folder: folder the model was written to.
         merge: what should be there.
         base: whose checkpoint was copied.
         model: body of the base in full precision; None leaves hidden states out.

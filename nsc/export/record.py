@@ -35,7 +35,7 @@ class Record:
 
     Attributes:
         base: folder or Hub id.
-        prefix: of module names in the written adapter.
+        prefix: prefix of the module names in the written adapter.
         start: initial value of the coefficients.
         coefficients: (M, K), or of rank rows, as ``Stack.owned`` has them, where granularity is "rank"; None where the
             method has none.
@@ -43,10 +43,10 @@ class Record:
         adapters: task -> its path and fingerprint.
         data: task -> where its rows were.
         targets: modules whose inputs were measured.
-        settings: of the method, as plain values.
-        rank: that the adapter was truncated to; None for exact factors.
+        settings: settings of the method, as plain values.
+        rank: rank the adapter was truncated to; None for exact factors.
         dense: parameters of the base that adapters fine-tuned whole.
-        method: as ``nsc.merge`` takes it.
+        method: the method, as ``nsc.merge`` takes it.
         masks: layer -> mask that the caller gave.
         searched: how the scale in the settings was found, if it was searched.
     """
@@ -82,12 +82,12 @@ class Record:
 
         Args:
             base: folder or Hub id.
-            method: as ``nsc.merge`` takes it.
+            method: the method, as ``nsc.merge`` takes it.
             matched: the adapters on the base.
             adapters: task -> adapter, as it was read.
-            coefficients: as ``Record`` has them.
+            coefficients: coefficients, as in ``Record``.
             config: the settings of learning.
-            recipe: of another method; None for the sum by learned coefficients.
+            recipe: recipe of another method; None for the sum by learned coefficients.
             more: other fields.
 
         Returns:
@@ -118,7 +118,7 @@ class Record:
         """Write merge.yaml, and coefficients.safetensors and masks.safetensors where there are any.
 
         Args:
-            folder: that exists.
+            folder: an existing folder.
         """
         of_rows = {"modules": self.modules, "tasks": list(self.adapters)}
         if self.coefficients is not None:
@@ -150,7 +150,7 @@ class Record:
         """Read a record back.
 
         Args:
-            folder: of an earlier merge.
+            folder: folder of an earlier merge.
 
         Returns:
             The record.

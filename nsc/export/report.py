@@ -23,17 +23,17 @@ class Report:
         base: folder or Hub id.
         tasks: names.
         modules: names in the base's body.
-        coefficients: by module and task; the mean over an adapter's rank rows, where each has its own.
+        coefficients: one row per module, one column per task; means over rank rows, where each has its own.
         start: initial value of the coefficients.
         ranks: task -> rank, or lowest to highest.
         scales: task -> scale, or lowest to highest.
         conditions: task -> the worst condition number of an A (its Gram matrix has the square).
         conditions_by_module: module -> condition numbers, None where an adapter has no factors.
         absent: coefficients of adapters that do not touch the module.
-        merged_rank: of the written adapter; None before it is known, and for a full model.
+        merged_rank: rank of the written adapter; None before it is known, and for a full model.
         vllm_max_lora_rank: smallest ``max_lora_rank`` of vLLM that serves it; None if there is none.
         targets: modules whose inputs were measured.
-        ratio_before: by task, mean null-space ratio over its targets; NaN for an unseen task.
+        ratio_before: mean null-space ratio of each task over its targets; NaN for an unseen task.
         ratio_after: the same after learning.
         ratios_by_target: target -> ratios by task, after learning.
         granularity: "layer", "task" or "rank".
@@ -42,20 +42,20 @@ class Report:
         bounded: coefficients stopped by ``drift_bound``.
         max_drift: largest distance of a coefficient from ``start``.
         drift_bound: its bound; None for none.
-        steps: of the optimizer.
+        steps: optimizer steps.
         losses: one per step.
         full: whether the whole model was written.
         seconds_per_step: mean.
-        peak_memory_gib: of learning, in GiB.
+        peak_memory_gib: peak memory while learning, in GiB.
         truncation: module -> relative error, where a rank was asked for.
         proofs: what was loaded back and compared.
         warnings: what a reader must know.
-        method: as ``nsc.merge`` takes it.
+        method: the method, as ``nsc.merge`` takes it.
         line: what the method does, in one line.
         source: where the method is from.
-        space: in which a method of updates runs; None for the weighted sum.
-        settings: of the method.
-        ranks_by_module: of the written adapter.
+        space: space in which another method runs; None for the weighted sum.
+        settings: settings of the method.
+        ranks_by_module: module -> rank in the written adapter.
         searched: how the scale was found, if it was searched: search, measure, range, every scale tried and its value
             (curve), the best, and seconds.
     """
@@ -134,7 +134,7 @@ def vllm_rank(rank: int) -> int | None:
     """Return the smallest ``max_lora_rank`` of vLLM that serves a rank.
 
     Args:
-        rank: of an adapter.
+        rank: rank of an adapter.
 
     Returns:
         One of VLLM_RANKS, or None if the rank is too large.
@@ -146,7 +146,7 @@ def vllm_limits(rank: int, whole: list[str]) -> list[str]:
     """Say what vLLM would refuse in an adapter, with the remedy.
 
     Args:
-        rank: of the adapter.
+        rank: rank of the adapter.
         whole: layers that it carries in modules_to_save.
 
     Returns:

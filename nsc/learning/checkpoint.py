@@ -16,8 +16,8 @@ def save(state: State, path: Path, tokens: int | None) -> None:
     """Write the state to a file atomically: the file holds either the old state or the new one, and never NaN.
 
     Args:
-        state: of the run.
-        path: of the file.
+        state: state of the run.
+        path: path of the file.
         tokens: the most that one pass held, since where a step is split decides the last bits.
 
     Raises:
@@ -45,9 +45,9 @@ def read(path: Path | None, identity: str, steps: int) -> dict[str, Any]:
     """Read what ``save`` wrote.
 
     Args:
-        path: of the file.
-        identity: that the checkpoint must have.
-        steps: that are asked for.
+        path: path of the file.
+        identity: digest that the checkpoint must have.
+        steps: requested number of steps.
 
     Returns:
         The stored values by name.
@@ -81,7 +81,7 @@ def restore(state: State, stored: dict[str, Any]) -> None:
 
     Args:
         state: changed in place.
-        stored: as ``read`` gives it.
+        stored: what ``read`` returned.
     """
     state.theta.copy_(stored["theta"])
     own = state.optimizer.state_dict()["param_groups"]  # of this device

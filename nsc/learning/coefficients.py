@@ -42,7 +42,7 @@ class Coefficients:
     Attributes:
         owned: (M, C) bool, which coefficients exist; the others stay at ``start``.
         start: initial value of every coefficient.
-        link: of LINKS, or "softmax".
+        link: one of LINKS, or "softmax".
         shared: whether all modules have the same coefficients, so that theta is (1, C).
     """
 
@@ -56,7 +56,7 @@ class Coefficients:
         """Return the mapping for a stack.
 
         Args:
-            stack: that is ``by_rank`` where the granularity is.
+            stack: the adapters, ``by_rank`` if the granularity is "rank".
             config: start, link and granularity.
 
         Returns:
@@ -79,7 +79,7 @@ class Coefficients:
         """Return the theta at which every coefficient is ``start``.
 
         Args:
-            dtype: of theta.
+            dtype: dtype of theta.
 
         Returns:
             (M, C), or (1, C) where modules share their coefficients.
@@ -92,7 +92,7 @@ class Coefficients:
         """Return the coefficients.
 
         Args:
-            theta: as ``first`` gives it.
+            theta: the optimised parameter, of the shape that ``first`` gives.
 
         Returns:
             (M, C), differentiable in ``theta``.
@@ -114,7 +114,7 @@ class Coefficients:
         """Return the bounds of theta that keep coefficients within reach of ``start``.
 
         Args:
-            reach: of theta's shape.
+            reach: how far a coefficient may be from ``start``, of theta's shape.
 
         Returns:
             Least and greatest theta, both of theta's shape; infinite under softmax.
@@ -130,7 +130,7 @@ class Coefficients:
 
         Args:
             theta: changed in place; nothing else is moved.
-            reach: of theta's shape.
+            reach: how far a coefficient may be from ``start``, of theta's shape.
         """
         if self.link != "softmax":
             return
@@ -146,9 +146,9 @@ class Coefficients:
 
         Args:
             theta: at the end.
-            reach: of theta's shape.
-            lower: of theta's shape, as ``box`` gives it.
-            upper: of theta's shape, as ``box`` gives it.
+            reach: how far a coefficient may be from ``start``, of theta's shape.
+            lower: lower bound of theta, as ``box`` gives it.
+            upper: upper bound of theta, as ``box`` gives it.
 
         Returns:
             (M, C) bool.

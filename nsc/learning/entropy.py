@@ -31,9 +31,9 @@ class Entropy:
     """The entropy of what the merged model says.
 
     Attributes:
-        heads: of each task; None for a task without rows.
+        heads: the head of each task; None for a task without rows.
         rows: which rows of a sample a head reads: the "first" or "last" that counts, or all that count ("counted").
-        reduction: of all that count, "mean" or "sum".
+        reduction: "mean" or "sum" over the rows that count.
     """
 
     heads: Sequence[Head | None]

@@ -271,7 +271,7 @@ def take_step(state: State, gradient: Callable[[int], Tensor], team: Team, noted
     """Take one step by the gradient of all ranks.
 
     Args:
-        state: of the run.
+        state: state of the run.
         gradient: step -> loss (), with the gradient in ``state.theta.grad``.
         team: the processes.
         noted: signals that arrived, if any.

@@ -34,8 +34,8 @@ class Goal:
     Attributes:
         tasks: p_k of each task, one in sum, 0 for one without data; None for all alike.
         unseen: tasks without data.
-        quantile: of each sample's rows, in place of their mean.
-        entropy: that is added, times the number of tasks with data.
+        quantile: quantile over each sample's rows, in place of their mean.
+        entropy: entropy added to the loss, times the number of tasks with data.
         ratios: whether the null-space ratios count.
     """
 
@@ -50,7 +50,7 @@ def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None =
     """Return the loss that these settings ask for.
 
     Args:
-        tasks: by name.
+        tasks: names of the tasks.
         config: objective, preferences, quantile, unseen.
         entropy: for the objectives that have one.
 

@@ -25,7 +25,7 @@ def share_out(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
     """Divide the rows of a step among ranks, with about as many tokens for each; the same in every process.
 
     Args:
-        batches: of the step.
+        batches: batches of the step.
         ranks: how many processes there are.
 
     Returns:
@@ -42,9 +42,9 @@ def own_share(batches: Sequence[Batch], team: Team, shards: Shards | None = None
     """Return this rank's share of a step.
 
     Args:
-        batches: of the step.
+        batches: batches of the step.
         team: the processes.
-        shards: of a sharded base, for which no share may be empty.
+        shards: shards of a sharded base, for which no share may be empty.
 
     Returns:
         Batches; of weight 0 where a sharded base has no row for this rank.
@@ -57,7 +57,7 @@ def in_passes(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
     """Split batches into passes.
 
     Args:
-        batches: of a step.
+        batches: batches of a step.
         tokens: the most that one pass may hold; None for a whole batch.
 
     Returns:
@@ -74,7 +74,7 @@ class Passes:
         theta: what is optimised; its ``grad`` is where the gradient adds up.
         tokens: the most that one pass may hold; None for a whole batch. Where memory runs out it is halved for good.
         loss: () where the loss adds up; it stays where it is, since ``graphs`` write there.
-        graphs: that record passes; none by default.
+        graphs: graphs that record passes; none by default.
         coefficients: from theta to (M, C); theta itself by default.
     """
 
@@ -151,9 +151,9 @@ def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, fr
     tokens.
 
     Args:
-        objective: that is run.
+        objective: the objective that is run.
         lam: (M, C) coefficients.
-        batch: of the first step.
+        batch: a batch of the first step.
         free: bytes.
 
     Returns:

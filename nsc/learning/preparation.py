@@ -39,7 +39,7 @@ class Problem:
         targets: the modules whose inputs are measured.
         batches: step -> the batches whose losses add up.
         evaluation: fixed batches, for the ratios before and after.
-        entropy: of what the merged model says, where the objective has it.
+        entropy: entropy of the merged model's output, if it is part of the objective.
         config: the settings that all of this follows.
     """
 
@@ -96,9 +96,9 @@ def stack_on(
     """Load a base as ``config`` says, and find the places of the adapters in it.
 
     Args:
-        base: of which nothing needs to be loaded.
+        base: the base; its weights need not be loaded.
         adapters: task -> adapter.
-        config: of which dtype, device, weights, device_map, shard and keep_modules count.
+        config: settings, of which dtype, device, weights, device_map, shard and keep_modules are used.
         team: the processes over which a base is split with ``shard``.
 
     Returns:

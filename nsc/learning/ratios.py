@@ -23,7 +23,7 @@ def require_finite_ratios(objective: NullSpaceObjective, table: Tensor) -> None:
     """Refuse ratios that are not finite where an adapter with data has a target.
 
     Args:
-        objective: that measured them.
+        objective: the objective that measured them.
         table: (T, K) ratios.
 
     Raises:
@@ -82,7 +82,7 @@ class NullSpaceRatio:
         stack: the adapters themselves.
         targets: names of the measured modules.
         batches: rows of all tasks, weighted as by ``nsc.data.packing.pack``.
-        device: of the model.
+        device: device of the model.
 
     Raises:
         TargetError: naming adapters with rows that have none of the targets.

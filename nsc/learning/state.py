@@ -20,8 +20,8 @@ class State:
     Attributes:
         theta: what is optimised.
         coefficients: from theta to lam.
-        optimizer: of torch.
-        reach: of theta's shape, how far a coefficient may be from its start.
+        optimizer: torch's optimizer.
+        reach: how far a coefficient may be from its start, of theta's shape.
         lower: theta at the lower bound.
         upper: theta at the upper bound.
         frozen: (M, C) bool, which coefficients keep their value.
@@ -30,7 +30,7 @@ class State:
         loss: () of the step under way.
         losses: (steps,) of the steps taken.
         done: (1,) int64, how many steps are taken, on the device.
-        graphs: that record the update.
+        graphs: graphs that record the update.
         step: how many steps are taken, on the host.
     """
 
@@ -100,7 +100,7 @@ def begin(
         frozen: (M, C) bool, which coefficients keep their value.
         config: optimizer, schedule, bound.
         identity: digest of everything that the path depends on.
-        graphs: that record the update; none by default.
+        graphs: graphs that record the update; none by default.
         coefficients: from theta to lam; the identity by default.
 
     Returns:
@@ -160,7 +160,7 @@ def schedule(kind: str, steps: int) -> Tensor | None:
 
     Args:
         kind: "constant", "linear" or "cosine".
-        steps: of the run.
+        steps: number of steps of the run.
 
     Returns:
         (steps,) float64; None where it is constant.

@@ -61,7 +61,7 @@ def merge(
         checkpoint: file that keeps the state while learning.
         resume: continue from ``checkpoint``.
         progress: print lines and a progress bar.
-        settings: of the method; by default fields of MergeConfig.
+        settings: settings of the method; by default fields of MergeConfig.
 
     Returns:
         The merge in memory: ``result.save(folder)`` writes and proves it.

@@ -56,11 +56,11 @@ def merge_by_learning(
     """Learn one coefficient per layer and task, or as ``config`` says, from unlabeled rows.
 
     Args:
-        base: of which nothing needs to be loaded.
+        base: the base; its weights need not be loaded.
         adapters: task -> PEFT folder or Hub id.
         data: task -> what the base's feed reads.
         config: all settings of learning.
-        name: of LEARNED: what kind of learning this is.
+        name: one of LEARNED, the kind of learning.
         checkpoint: file that keeps the state meanwhile.
         resume: whether to go on from it.
         progress: whether to show lines and a bar.

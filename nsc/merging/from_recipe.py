@@ -44,10 +44,10 @@ def combine(
     No layer is worked on before it is asked for.
 
     Args:
-        base: of which nothing needs to be loaded.
+        base: the base; its weights need not be loaded.
         adapters: task -> PEFT folder or Hub id.
         recipe: the method with its settings.
-        config: of which only the settings of the base count.
+        config: settings, of which only those of the base are used.
         coefficients: weights of the method, or None.
         masks: layer -> (K, m, d) bool, or None.
         searches: whether the scale will be searched.
@@ -78,7 +78,7 @@ def combine_learned(result: MergeResult, recipe: Recipe, config: MergeConfig, ma
     """Merge the same adapters by ``recipe``, weighted by the coefficients that were just learned.
 
     Args:
-        result: of learning.
+        result: the learned merge.
         recipe: the method with its settings.
         config: the settings of learning.
         masks: layer -> (K, m, d) bool, or None.
@@ -99,8 +99,8 @@ def require_weights_of_tasks(recipe: Recipe, granularity: str) -> None:
     """Refuse to learn coefficients that could not be the weights of a layer and task.
 
     Args:
-        recipe: that takes the weights.
-        granularity: of what is learned.
+        recipe: the recipe that takes the weights.
+        granularity: granularity of the learned coefficients.
 
     Raises:
         NSCError: for granularity "rank".

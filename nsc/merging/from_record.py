@@ -45,7 +45,7 @@ def apply(
     """Repeat a recorded merge without learning; the base's weights are read only to save the full model.
 
     Args:
-        folder: of the earlier merge.
+        folder: folder of the earlier merge.
         adapters: task -> where its adapter lies now, if it moved.
         base: where the base lies now, if it moved.
 

@@ -21,9 +21,9 @@ def describe_stack(base: str, stack: Stack, coefficients: Tensor | None, start: 
     Args:
         base: id of the base.
         stack: the adapters on it.
-        coefficients: as the stack has them, or None.
+        coefficients: coefficients of the stack, or None.
         start: initial value of the coefficients.
-        method: as ``nsc.merge`` takes it.
+        method: the method, as ``nsc.merge`` takes it.
 
     Returns:
         The report.
@@ -53,7 +53,7 @@ def describe_recipe(report: Report, recipe: Recipe) -> Report:
     """Add a recipe to the report of the adapters, or coefficients, that it works on.
 
     Args:
-        report: of the adapters.
+        report: report of the adapters.
         recipe: what is made of them.
 
     Returns:
@@ -87,7 +87,7 @@ def describe_merge(
         before: (T, K) null-space ratios at the start, NaN where an adapter is absent.
         after: (T, K) null-space ratios at the end.
         config: the settings of learning.
-        method: of LEARNED.
+        method: one of LEARNED.
 
     Returns:
         The report.

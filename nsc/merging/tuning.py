@@ -65,7 +65,7 @@ def refuse_search(
 
     Args:
         search: "labels", "null-space" or "none".
-        method: by name.
+        method: name of a method.
         scaled: whether a scale is given.
         config: settings of the base and of learning.
         data: task -> unlabeled rows.
@@ -140,7 +140,7 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
     """Find the scale of a merge, and return the same merge at that scale.
 
     Args:
-        result: of another method, whose base may or may not be in memory.
+        result: a merge by another method, whose base may or may not be in memory.
         search: how, and on which rows.
         config: settings of the base and of the rows.
         say: prints a line.

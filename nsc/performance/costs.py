@@ -28,9 +28,9 @@ class Work:
     """One part of a step.
 
     Attributes:
-        part: by name.
-        flops: of it.
-        bytes: that it moves.
+        part: name of the part.
+        flops: FLOPs of the part.
+        bytes: bytes that the part moves.
     """
 
     part: str
@@ -80,7 +80,7 @@ class Memory:
         activations: kept for the backward; grows with ``samples``.
         checkpointed: kept instead with activation checkpointing; grows with ``samples``.
         workspace: live within a layer; grows with ``samples``.
-        samples: of a step.
+        samples: samples of a step.
         linears: share of the weights that 8 bits would hold.
         block: weights of the largest block.
     """
@@ -127,7 +127,7 @@ class Memory:
         """Return the memory with split linear layers, the rest replicated, and room for a block of gathered weights.
 
         Args:
-            devices: that share the linear layers.
+            devices: number of devices that share the linear layers.
 
         Returns:
             The memory of each device.
@@ -154,12 +154,12 @@ class Step:
 
     Attributes:
         model: body of the base; shapes are enough.
-        linears: in the order in which they run.
+        linears: linear layers in the order in which they run.
         ranks: linear layer -> R, the ranks of all adapters on it.
         targets: names of the measured layers.
         tasks: K.
-        samples: of a step, all tasks together.
-        tokens: of each sample.
+        samples: samples of a step, all tasks together.
+        tokens: tokens of each sample.
         itemsize: bytes per weight.
     """
 

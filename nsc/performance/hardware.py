@@ -40,7 +40,7 @@ def get_hardware(
     """Return a device of the table, with some figures replaced.
 
     Args:
-        name: of HARDWARE.
+        name: one of HARDWARE.
         flops: FLOP/s in every dtype.
         bandwidth: bytes/s.
         memory: bytes.

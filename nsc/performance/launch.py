@@ -17,10 +17,10 @@ class Launch:
 
     Attributes:
         way: "single", "replicas", "8-bit", "sharded" or "none".
-        devices: that it takes.
-        passes: of a step, on each device.
+        devices: number of devices that it takes.
+        passes: passes of a step, on each device.
         command: to type; None where there is no way.
-        why: in words.
+        why: the reason.
     """
 
     way: str
@@ -37,7 +37,7 @@ def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: 
     sharded over more devices than there are. Passes are as many as memory requires.
 
     Args:
-        memory: of a step in one pass.
+        memory: memory of a step in one pass.
         room: bytes that are usable on each device.
         gpus: devices per node.
         nodes: how many there are.

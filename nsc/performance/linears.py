@@ -17,7 +17,7 @@ class Linear:
     """One linear layer of the base.
 
     Attributes:
-        name: in the body.
+        name: name in the body.
         m: out_features.
         d: in_features.
         place: number of its block, and its stage within the block (see ``nsc.bases.roles.STAGES``).

@@ -42,22 +42,22 @@ class Plan:
     """A prediction of what a merge will cost.
 
     Attributes:
-        base: by name.
-        parameters: of the body.
-        dtype: of the base.
+        base: name of the base.
+        parameters: number of parameters of the body.
+        dtype: dtype of the base.
         tasks: K.
-        samples: of a step, all tasks together.
-        tokens: of a sample.
-        steps: of the optimizer.
+        samples: samples of a step, all tasks together.
+        tokens: tokens of a sample.
+        steps: optimizer steps.
         targets: names of the measured layers.
         hardware: one device.
         gpus: devices per node.
         nodes: how many there are.
-        work: of a step, on all devices.
+        work: work of a step, on all devices.
         floor: seconds of a step that no merge can beat.
         step: seconds of a step with attention, adapters and ratios at the same rates.
         layers: the modules with LoRA, by kind.
-        memory: of one device, for a step in one pass.
+        memory: memory of one device, for a step in one pass.
         fits: whether one device holds a whole step in one pass.
         launch: how to start the merge.
         notes: what a reader must know.
@@ -98,15 +98,15 @@ class Workload:
     """What a step carries and how many steps there are.
 
     Attributes:
-        rank: of each adapter, where none are given.
+        rank: rank of each adapter, where none are given.
         tasks: how many adapters, where none are given.
         lora_modules: suffixes of the modules that carry LoRA, where no adapters are given.
         batch_size: samples per task and step.
         max_length: tokens of every sample; of an image, the config says.
-        steps: of the optimizer.
-        dtype: of the base; "auto" takes the config's.
-        target_modules: as in MergeConfig.
-        target_blocks: as in MergeConfig.
+        steps: optimizer steps.
+        dtype: dtype of the base; "auto" takes the config's.
+        target_modules: measured modules, as in MergeConfig.
+        target_blocks: measured blocks, as in MergeConfig.
         layers: "auto", "factors" or "weights", as in MergeConfig.
     """
 

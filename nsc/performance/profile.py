@@ -58,19 +58,20 @@ class Profile:
     """What was measured of one step; None for what this device or base cannot tell (see notes).
 
     Attributes:
-        base: by name.
-        device: by name.
-        dtype: of the base.
+        base: name of the base.
+        device: name of the device.
+        dtype: dtype of the base.
         tasks: K.
-        tokens: of a step.
-        steps: that were timed.
+        tokens: tokens of a step.
+        steps: number of timed steps.
         step: median seconds on the clock.
         floor: median seconds of the frozen base alone.
         floor_predicted: seconds at the datasheet's rates.
-        parts: of ``split_of`` seconds; "host" is the time in which the device, or on a CPU every operator, was idle.
+        parts: part -> its share of ``split_of`` in seconds; "host" is the time in which the device, or on a CPU every
+            operator, was idle.
         split_of: seconds.
-        flops: of matrix products, counted.
-        flops_predicted: as ``nsc plan`` counts them.
+        flops: FLOPs of matrix products, counted.
+        flops_predicted: FLOPs as ``nsc plan`` predicts them.
         rate: FLOP/s of the datasheet.
         mfu: share of ``rate`` that the step reaches.
         kept: bytes that autograd holds for the backward.
@@ -137,7 +138,7 @@ def profile_merge(
         adapters: task -> PEFT folder or Hub id.
         data: task -> unlabeled rows, as ``nsc.merge`` takes them.
         config: settings of learning; fields given in ``settings`` override it.
-        steps: that are timed.
+        steps: number of timed steps.
         hardware: device of ``nsc plan`` to predict with; by default the GPU that is there, if it is known.
         flops: FLOP/s in the base's dtype; overrides the datasheet's.
         settings: fields of MergeConfig.
@@ -177,8 +178,8 @@ def measure(
         targets: names of the measured modules.
         batches: on the base's device.
         config: settings of learning.
-        steps: that are timed.
-        datasheet: of the device, or why there is none.
+        steps: number of timed steps.
+        datasheet: the device's datasheet, or why there is none.
 
     Returns:
         The profile.
@@ -236,8 +237,8 @@ def find_hardware(device: torch.device, name: str | None = None, flops: float | 
     """Return the datasheet of a device.
 
     Args:
-        device: that is measured.
-        name: of HARDWARE; by default what this GPU is.
+        device: the measured device.
+        name: one of HARDWARE; by default this GPU, if it is known.
         flops: FLOP/s that override the datasheet's.
 
     Returns:
@@ -257,7 +258,7 @@ def known_gpu(name: str) -> str | None:
     """Return which device of ``nsc plan`` a GPU is.
 
     Args:
-        name: as the GPU calls itself.
+        name: name that the GPU reports.
 
     Returns:
         Name in HARDWARE; None for an unknown device, or a variant with other rates.

@@ -127,7 +127,7 @@ def time_by_turns(
         calls: name -> function.
         rounds: how often each is timed.
         warmup: rounds before, which are not timed.
-        device: that is waited for after every call.
+        device: device that is synchronised after every call.
 
     Returns:
         Name -> seconds on the clock and CPU seconds of each round.
@@ -148,7 +148,7 @@ def count_flops(step: Callable[[], Any]) -> int:
     """Count the FLOPs of every matrix product of one eager step, including all pairs of tokens in fused attention.
 
     Args:
-        step: that is run once.
+        step: function that runs one step.
 
     Returns:
         FLOPs.

@@ -33,8 +33,8 @@ def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 1) 
     operators. A step replayed as a CUDA graph cannot be split: all of it is one launch, and counts as base.
 
     Args:
-        step: that is run.
-        device: that it runs on.
+        step: function that runs one step.
+        device: device it runs on.
         steps: over which means are taken.
 
     Returns:
@@ -59,7 +59,7 @@ def split(events: Iterable[Event]) -> dict[str, float]:
     """Return the busy time in the events of a Chrome trace.
 
     Args:
-        events: as the profiler exports them.
+        events: events as the profiler exports them.
 
     Returns:
         Each of PARTS -> seconds.
