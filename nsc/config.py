@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama": {"steps": 500, "lr": 3e-4, "start": 0.4, "batch_size": 2},
     "llava": {"steps": 500, "lr": 3e-4, "start": 0.4, "batch_size": 1},
 }
+PLANS = ("factors", "weights")  # how a layer applies its adapters
 WEIGHTS = ("full", "int8", "fp8", "nf4")
 CHOICES = {
-    "layers": ("auto", "factors", "weights"),
+    "layers": ("auto", *PLANS),
     "weights": WEIGHTS,
     "positions": ("prompt", "last", "full"),
     "modality": ("both", "text", "image"),
@@ -74,7 +75,13 @@ LEARNED = {
         {**_ADAMERGING, "granularity": "task"},
     ),
 }
-BLOCKS = ("all", "half", "quarter", "one")  # the last ones, of the depth of the model
+# The last blocks by a word: how many of a depth.
+LAST_BLOCKS: dict[str, Callable[[int], int]] = {
+    "all": lambda depth: depth,
+    "half": lambda depth: depth // 2,
+    "quarter": lambda depth: depth // 4,
+    "one": lambda depth: 1,
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class MergeConfig:
         seed: seed of the sample order.
         target_modules: suffixes of the module names whose inputs are measured; by default the output projection of
             attention where the base takes images, else its values, as in ``nsc.bases.roles.ROLES``.
-        target_blocks: numbers, or the last blocks by a word of BLOCKS; by default "quarter".
+        target_blocks: numbers, or the last blocks by a word of LAST_BLOCKS; by default "quarter".
         evaluation_samples: rows per task for the ratios reported before and after.
         dtype: dtype of the base; "auto" takes the checkpoint's.
         device: device of the base; "auto" takes CUDA if there is one.
@@ -182,8 +189,8 @@ class MergeConfig:
     def _check_options(self) -> None:
         blocks, start = self.target_blocks, self.start
         _require(
-            not isinstance(blocks, str) or blocks in BLOCKS,
-            f"target_blocks must be numbers or one of {', '.join(BLOCKS)}, not {blocks}",
+            not isinstance(blocks, str) or blocks in LAST_BLOCKS,
+            f"target_blocks must be numbers or one of {', '.join(LAST_BLOCKS)}, not {blocks}",
         )
         inside = {"identity": True, "clip": 0 <= start <= 1, "sigmoid": 0 < start < 1}.get(self.link, start > 0)
         _require(inside, f"link {self.link} cannot give a coefficient of {start}; choose another start or link")

@@ -19,9 +19,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One module's update ``scale * B @ A``, in the dtype it was stored in; of VeRA in float32 at least.
+    """The update ``scale * B @ A`` of one module.
 
-    wide: whether A has columns beyond the module's d, which only the base tells: ``narrowed`` leaves them out.
+    Attributes:
+        A: (r, d), in the dtype it was stored in; of VeRA in at least float32.
+        B: (m, r), likewise.
+        scale: s = alpha / r, or alpha / sqrt(r) for rsLoRA.
+        wide: whether A has columns beyond the module's d, which only the base tells; ``narrowed`` removes them.
     """
 
     A: Tensor  # (r, d)
@@ -40,12 +44,29 @@ class LoraFactors:
         return self.scale == 0 or not self.A.any() or not self.B.any()
 
     def narrowed(self, d: int) -> LoraFactors:
-        """For a module of d inputs: the first d columns of a wide A, otherwise the same."""
+        """Return the factors for a module with d inputs.
+
+        Args:
+            d: in_features of the module.
+
+        Returns:
+            The first d columns of a wide A; otherwise the same factors.
+        """
         return replace(self, A=self.A[:, :d], wide=False) if self.wide else self
 
 
 def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
-    """Module name -> factors with their scale. Raises AdapterError naming the module or tensor at fault."""
+    """Read the LoRA factors of a checkpoint, with their scales.
+
+    Args:
+        checkpoint: what ``load_checkpoint`` returned.
+
+    Returns:
+        Module name -> factors.
+
+    Raises:
+        AdapterError: naming the module or tensor at fault.
+    """
     if checkpoint.config.get("peft_type") == "VERA":
         return _read_vera(checkpoint)
     pairs = _by_module(checkpoint, LORA_KEY)
@@ -55,7 +76,17 @@ def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
 
 
 def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The modules_to_save tensors. ``original_module`` copies are the base's own weights and are left out."""
+    """Read the modules_to_save tensors of a checkpoint; ``original_module`` copies of the base's weights are left out.
+
+    Args:
+        checkpoint: what ``load_checkpoint`` returned.
+
+    Returns:
+        Tensor name relative to the model -> tensor.
+
+    Raises:
+        AdapterError: naming the tensor at fault.
+    """
     saved: dict[str, Tensor] = {}
     for key, tensor in checkpoint.tensors.items():
         name = saved_name(key, checkpoint.config)
@@ -69,10 +100,19 @@ def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA, with ``alpha_pattern`` honoured.
+    """Return the scale of a module: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA, by ``alpha_pattern``.
 
-    Raises ValueError where patterns of different alpha match: PEFT takes the first, but sorts them when it saves, so
-    what it applies to a reloaded adapter need not be what was trained.
+    Args:
+        config: adapter_config.json.
+        module: name of the module.
+        rank: rank of its factors.
+
+    Returns:
+        The scale.
+
+    Raises:
+        ValueError: if patterns with different alphas match. PEFT takes the first one but sorts them when it saves, so
+            what it applies to a reloaded adapter need not be what was trained.
     """
     alphas = _matching(config.get("alpha_pattern"), module) or [config["lora_alpha"]]
     if len(set(alphas)) > 1:

@@ -25,7 +25,14 @@ from nsc_kernels.gram import GramCache, GramFactor
 
 @dataclass(frozen=True)
 class Target:
-    """The modules of one kind (the last part of their names), such as all q_proj."""
+    """The modules of one kind, such as all q_proj.
+
+    Attributes:
+        kind: last part of their names.
+        blocks: how many there are.
+        ranks: smallest and largest.
+        scales: distinct scales.
+    """
 
     kind: str
     blocks: int
@@ -35,7 +42,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Row-space overlap with one other adapter, over the modules that both have."""
+    """Overlap of row spaces with one other adapter, over the modules that both have.
+
+    Attributes:
+        other: name of the other adapter.
+        shared: number of modules that both have.
+        mean: mean overlap.
+        worst: largest overlap.
+        worst_module: where it is largest.
+        chance: mean overlap of random row spaces of these shapes.
+    """
 
     other: str
     shared: int
@@ -47,7 +63,23 @@ class Overlap:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter. ``problems``: unsupported features and damage, in words; empty if it can be merged."""
+    """What there is to know about one adapter.
+
+    Attributes:
+        name: name of the adapter.
+        path: its folder.
+        base: base model that its config names.
+        problems: unsupported features and damage; empty if it can be merged.
+        dtypes: dtypes of its tensors.
+        size: bytes on disk.
+        targets: its modules, by kind.
+        saved: names of its modules_to_save tensors.
+        worst_condition: largest condition number of an A on its own row space.
+        worst_module: where it is largest.
+        deficient: modules whose A has less than full row rank.
+        zero: modules whose update is zero.
+        overlaps: with the adapters further down the list.
+    """
 
     name: str
     path: Path
@@ -65,10 +97,17 @@ class AdapterReport:
 
 
 def inspect(paths: Iterable[str | Path] | Mapping[str, str | Path]) -> list[AdapterReport]:
-    """Report on adapters: folders or Hub ids, or a mapping from names to them.
+    """Report on adapters without any base model.
 
-    Adapters that cannot be merged are reported with their problems; AdapterError is raised only where there is no
-    adapter to read at all (missing folder or file, invalid JSON, truncated safetensors).
+    Args:
+        paths: PEFT folders or Hub ids, or name -> folder or Hub id.
+
+    Returns:
+        One report per adapter; adapters that cannot be merged are reported with their problems.
+
+    Raises:
+        AdapterError: only if there is no adapter to read at all: missing folder or file, invalid JSON, truncated
+            safetensors.
     """
     named = paths.items() if isinstance(paths, Mapping) else ((None, path) for path in paths)
     checkpoints = [load_checkpoint(path, name) for name, path in named]
@@ -82,7 +121,14 @@ def inspect(paths: Iterable[str | Path] | Mapping[str, str | Path]) -> list[Adap
 
 
 def format_inspection(reports: Sequence[AdapterReport]) -> str:
-    """The reports as text, with the overlaps of all pairs at the end."""
+    """Format reports as text, with the overlaps of all pairs at the end.
+
+    Args:
+        reports: what ``inspect`` returned.
+
+    Returns:
+        Plain text.
+    """
     lines = [line for report in reports for line in _format_adapter(report)]
     pairs = [(report.name, overlap) for report in reports for overlap in report.overlaps]
     if pairs:

@@ -25,7 +25,16 @@ from nsc.errors import NSCError
 
 @dataclass(frozen=True)
 class Adapter:
-    """A plain LoRA or VeRA adapter. Module names are as in the model class it was trained on, without PEFT's prefix."""
+    """A plain LoRA or VeRA adapter.
+
+    Attributes:
+        name: name of the adapter, in a merge its task.
+        path: its folder.
+        factors: module name, as in the model class it was trained on and without PEFT's prefix -> factors.
+        saved: modules_to_save tensors, such as "score.weight".
+        config: adapter_config.json.
+        sha256: digest of the weights file.
+    """
 
     name: str
     path: Path
@@ -46,10 +55,18 @@ class Adapter:
 
 
 def read_adapter(path_or_hub_id: str | Path, name: str | None = None) -> Adapter:
-    """Read a PEFT LoRA or VeRA adapter from a local folder or, where there is none, from the Hub.
+    """Read a PEFT LoRA or VeRA adapter from a local folder or, if there is none, from the Hub.
 
-    ``name`` defaults to the folder's. Raises UnsupportedAdapter, listing every unsupported feature, and AdapterError
-    where the adapter is missing, broken, contradicts its config or was never trained.
+    Args:
+        path_or_hub_id: folder or Hub id.
+        name: name of the adapter; by default the folder's.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UnsupportedAdapter: listing every unsupported feature.
+        AdapterError: if the adapter is missing, damaged, contradicts its config, or was never trained.
     """
     checkpoint = load_checkpoint(path_or_hub_id, name)
     refuse_unsupported(checkpoint)
@@ -60,7 +77,18 @@ def read_adapter(path_or_hub_id: str | Path, name: str | None = None) -> Adapter
 
 
 def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
-    """Every adapter by task. Raises NSCError if there is none, or for a task that cannot name a file."""
+    """Read every adapter of a merge.
+
+    Args:
+        adapters: task -> folder or Hub id.
+
+    Returns:
+        Task -> adapter.
+
+    Raises:
+        NSCError: if there is none, or a task cannot be a file name.
+        AdapterError: as ``read_adapter`` does.
+    """
     if not adapters:
         raise NSCError("no adapter given; a merge needs at least one")
     for task in adapters:
@@ -70,13 +98,28 @@ def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:
 
 
 def fingerprint(adapter: Adapter) -> str:
-    """Of weights and scales together: either changes the merge."""
+    """Return a digest of an adapter's weights and scales: either changes the merge.
+
+    Args:
+        adapter: the adapter.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
     scales = {name: factors.scale for name, factors in sorted(adapter.factors.items())}
     return hashlib.sha256((adapter.sha256 + json.dumps(scales)).encode()).hexdigest()
 
 
 def base_warnings(base: str, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Bases of one shape cannot be told apart by it, so say when the names disagree."""
+    """Warn about adapters whose configs name another base; bases of one shape cannot be told apart by their shapes.
+
+    Args:
+        base: id of the base.
+        adapters: task -> adapter.
+
+    Returns:
+        No or one warning.
+    """
     named = {task: Path(adapter.base).name for task, adapter in adapters.items() if adapter.base}
     strange = [f"{task} on {name}" for task, name in named.items() if name != Path(base).name]
     return [f"not trained on {Path(base).name} by their own configs: {', '.join(strange)}"] if strange else []

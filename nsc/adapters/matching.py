@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nsc.adapters.lora import Adapter
-from nsc.adapters.modules_to_save import Body, dense_stacks, split_saved
+from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
@@ -62,7 +62,18 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
 
 
 def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
-    """Task -> adapter's module name -> base's. Raises NameMismatch for anything that has no place, or another shape."""
+    """Match the modules of all adapters to linear layers of the base, and check shapes and coverage.
+
+    Args:
+        adapters: task -> adapter.
+        shapes: linear layers of the base -> (out, in).
+
+    Returns:
+        Task -> adapter's module name -> base's.
+
+    Raises:
+        NameMismatch: for anything that has no place, or another shape.
+    """
     matches = {}
     for task, adapter in adapters.items():
         matches[task] = resolve(task, adapter.factors, shapes)
@@ -71,8 +82,15 @@ def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[i
     return matches
 
 
-def body_of(base: Base) -> Body:
-    """What ``split_saved`` must know of this base, of which ``model`` is the body."""
+def body_of(base: Base) -> BaseLayers:
+    """Return the facts about a base's layers that ``split_saved`` needs.
+
+    Args:
+        base: the base; shapes are enough.
+
+    Returns:
+        Its linear layers, parameters and tied names.
+    """
     model = base.model
     parameters = structure.body_parameters(model)
     shared = Counter(map(id, parameters.values()))
@@ -80,13 +98,21 @@ def body_of(base: Base) -> Body:
     if outputs := base.tied_outputs:
         embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
         tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
-    return Body(structure.linear_shapes(model), list(parameters), tied)
+    return BaseLayers(structure.linear_shapes(model), list(parameters), tied)
 
 
 def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:
-    """Raise NameMismatch unless every A is (r, in_features) and every B (out_features, r) of its base module.
+    """Refuse factors that do not fit their base module: every A is (r, in_features), every B (out_features, r).
 
-    An A that all modules share must be as wide as the widest of them.
+    An A that all modules share (VeRA) must be as wide as the widest of them.
+
+    Args:
+        adapter: the adapter.
+        mapping: adapter's module name -> base's.
+        available: linear layers of the base -> (out, in).
+
+    Raises:
+        NameMismatch: naming the module and both shapes.
     """
     widest = max((available[mapping[name]][1] for name, f in adapter.factors.items() if f.wide), default=0)
     for name, factors in adapter.factors.items():
@@ -101,9 +127,17 @@ def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mappin
 
 
 def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> None:
-    """Raise NameMismatch if a module of another tower, by its name, would end in a body that ``takes`` something else.
+    """Refuse modules of another tower that would be matched to a body with other inputs.
 
-    CLIP's text tower has layers of the names, and SigLIP's of the shapes, of its image tower.
+    CLIP's text tower has layers with the names, and SigLIP's with the shapes, of the image tower.
+
+    Args:
+        adapter_name: name of the adapter, for errors.
+        mapping: adapter's module name -> base's.
+        takes: what the base's forward takes.
+
+    Raises:
+        NameMismatch: naming the module and its tower.
     """
     for name, base in mapping.items():
         other = [tower for tower in FOREIGN.get(takes, ()) if tower in name.split(".")]
@@ -115,11 +149,19 @@ def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> N
 
 
 def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iterable[str]) -> None:
-    """Raise NameMismatch if PEFT would have adapted a base module for which the adapter has no factors.
+    """Refuse an adapter that lacks factors for a base module that PEFT would have adapted.
 
-    The sign of a base with more layers than the one the adapter was trained on. Nothing is checked where the config
-    narrows its targets by more than a list of names. Names without a dot mean every module of a kind, whose base may
-    have another name for it.
+    That is the sign of a base with more layers than the one the adapter was trained on. Nothing is checked if the
+    config narrows its targets by more than a list of names. Names without a dot stand for every module of a kind, which
+    the base may call differently.
+
+    Args:
+        adapter: the adapter.
+        mapping: adapter's module name -> base's.
+        available: linear layers of the base.
+
+    Raises:
+        NameMismatch: naming the module.
     """
     config = adapter.config
     targets = config.get("target_modules")

@@ -25,11 +25,13 @@ KEEP = "keep it for its own task with keep_modules, or retrain with LoRA on that
 
 
 @dataclass(frozen=True)
-class Body:
-    """What a base's body says about its layers.
+class BaseLayers:
+    """The layers of a base's body.
 
-    linears: name -> (out, in).  parameters: all names.  tied: names of parameters, outside the body too, that share one
-    tensor with another.
+    Attributes:
+        linears: name -> (out, in).
+        parameters: names of all parameters.
+        tied: names of parameters, also outside the body, that share one tensor with another parameter.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -38,12 +40,22 @@ class Body:
 
 
 def split_saved(
-    adapters: Mapping[str, Adapter], matches: Mapping[str, Mapping[str, str]], body: Body, keep: Sequence[str]
+    adapters: Mapping[str, Adapter], matches: Mapping[str, Mapping[str, str]], body: BaseLayers, keep: Sequence[str]
 ) -> tuple[dict[str, Adapter], dict[str, dict[str, Tensor]]]:
-    """Adapters with what each task keeps for itself, and task -> parameter of the body -> what it was fine-tuned to.
+    """Separate the modules_to_save tensors that each task keeps from those that are merged.
 
-    keep: suffixes of module names that are not to be merged. Raises NameMismatch, with the reason, for a tensor that
-    can be neither kept nor merged, and NSCError for a suffix that matches nothing.
+    Args:
+        adapters: task -> adapter.
+        matches: task -> adapter's module name -> base's.
+        body: the layers of the base.
+        keep: suffixes of modules that are not merged.
+
+    Returns:
+        Adapters with what each task keeps, and task -> parameter of the body -> what it was fine-tuned to.
+
+    Raises:
+        NameMismatch: with the reason, for a tensor that can be neither kept nor merged.
+        NSCError: for a suffix that matches nothing.
     """
     kept: dict[str, Adapter] = {}
     merged: dict[str, dict[str, Tensor]] = {}
@@ -65,9 +77,17 @@ def split_saved(
 
 
 def dense_stacks(base: Base, merged: Mapping[str, Mapping[str, Tensor]]) -> dict[str, DenseStack]:
-    """Module -> the differences of those tasks that fine-tuned it, from the base's own checkpoint.
+    """Return the differences of the layers that adapters fine-tuned whole, from the base's own checkpoint.
 
-    merged: task -> parameter -> tensor. In float32 at least. Raises NSCError where that checkpoint cannot be read.
+    Args:
+        base: whose checkpoint is read, if there is any such layer.
+        merged: task -> parameter -> tensor.
+
+    Returns:
+        Module -> differences in at least float32.
+
+    Raises:
+        NSCError: if the checkpoint cannot be read.
     """
     modules = sorted({name.rpartition(".")[0] for parameters in merged.values() for name in parameters})
     stored = read_layers(base, modules) if modules else {}
@@ -75,7 +95,14 @@ def dense_stacks(base: Base, merged: Mapping[str, Mapping[str, Tensor]]) -> dict
 
 
 def parameters_of(dense: Mapping[str, DenseStack]) -> list[str]:
-    """The parameters that are merged, by name."""
+    """Return the names of the parameters that are merged.
+
+    Args:
+        dense: module -> differences.
+
+    Returns:
+        Parameter names.
+    """
     biases = [f"{name}.bias" for name, stack in dense.items() if stack.bias_deltas is not None]
     return [f"{name}.weight" for name in dense] + biases
 
@@ -100,7 +127,7 @@ def _is_kept(name: str, keep: Sequence[str]) -> bool:
     return any(f".{module}".endswith(f".{suffix}") for suffix in keep)
 
 
-def _refuse_tied(task: str, names: Sequence[str], inside: Mapping[str, str], body: Body) -> None:
+def _refuse_tied(task: str, names: Sequence[str], inside: Mapping[str, str], body: BaseLayers) -> None:
     for name in names:
         there = inside.get(name) or next((t for t in body.tied if name == t or name.endswith(f".{t}")), None)
         if there in body.tied:
@@ -110,7 +137,7 @@ def _refuse_tied(task: str, names: Sequence[str], inside: Mapping[str, str], bod
             )
 
 
-def _require_linears(task: str, parameters: Mapping[str, Tensor], body: Body) -> None:
+def _require_linears(task: str, parameters: Mapping[str, Tensor], body: BaseLayers) -> None:
     for name, tensor in parameters.items():
         module, _, kind = name.rpartition(".")
         where = f"adapter {task}: modules_to_save holds {name}"
@@ -140,14 +167,32 @@ def _refuse_lora_beside(merged: Mapping[str, Mapping[str, Tensor]], matches: Map
 
 
 def without_body(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Without the layers inside the body that its task keeps, which are no head."""
+    """Return an adapter without the layers inside the body that its task keeps, which are no head.
+
+    Args:
+        model: the body.
+        adapter: the adapter.
+
+    Returns:
+        The adapter; what is left in ``saved`` is its head.
+    """
     ends = tuple(f".{name}" for name in structure.linear_shapes(model))
     kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
     return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})
 
 
 def carried_head(adapter: Adapter) -> Head:
-    """The one linear layer in an adapter's modules_to_save. Raises NSCError if there is another thing in it."""
+    """Return the one linear layer in an adapter's modules_to_save.
+
+    Args:
+        adapter: what ``without_body`` returned.
+
+    Returns:
+        The head.
+
+    Raises:
+        NSCError: if anything else is in it.
+    """
     matrices = [name for name, tensor in adapter.saved.items() if tensor.ndim == 2 and name.endswith(".weight")]
     place = matrices[0].removesuffix(".weight") if matrices else ""
     if len(matrices) != 1 or set(adapter.saved) - {f"{place}.weight", f"{place}.bias"}:

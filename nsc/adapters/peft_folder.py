@@ -21,7 +21,15 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of an adapter folder, parsed but not judged."""
+    """The files of an adapter folder, parsed but not judged.
+
+    Attributes:
+        name: name of the adapter.
+        path: its folder.
+        config: adapter_config.json.
+        tensors: key -> tensor, as stored.
+        sha256: digest of the weights file.
+    """
 
     name: str
     path: Path
@@ -30,12 +38,30 @@ class Checkpoint:
     sha256: str
 
     def error(self, text: str) -> AdapterError:
-        """An error about this adapter, to be raised by the caller."""
+        """Return an AdapterError that names this adapter.
+
+        Args:
+            text: what is wrong, with the remedy.
+
+        Returns:
+            The error, to be raised.
+        """
         return AdapterError(f"adapter '{self.name}' ({self.path}): {text}")
 
 
 def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Checkpoint:
-    """Parse config and tensors without judging them. Raises AdapterError where a file is missing or unreadable."""
+    """Load the files of a PEFT folder, or of a Hub repository.
+
+    Args:
+        path_or_hub_id: folder or Hub id.
+        name: name of the adapter; by default the folder's.
+
+    Returns:
+        The parsed files.
+
+    Raises:
+        AdapterError: if a file is missing or cannot be read.
+    """
     path = _local_folder(path_or_hub_id)
     name = name or Path(path_or_hub_id).expanduser().resolve().name
     for file in (CONFIG, WEIGHTS):
@@ -49,7 +75,14 @@ def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Chec
 
 
 def refuse_unsupported(checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedAdapter listing every feature that cannot be merged; ``unsupported`` returns them instead."""
+    """Refuse an adapter with features that cannot be merged.
+
+    Args:
+        checkpoint: what ``load_checkpoint`` returned.
+
+    Raises:
+        UnsupportedAdapter: listing all of them.
+    """
     if features := unsupported(checkpoint.config, checkpoint.tensors):
         listed = "".join(f"\n  - {feature}" for feature in features)
         raise UnsupportedAdapter(

@@ -20,11 +20,16 @@ from nsc_kernels import GramCache, GramFactor
 
 @dataclass(frozen=True)
 class ModuleStack:
-    """One linear layer: all adapters side by side.
+    """One linear layer with all adapters side by side.
 
-    A: (R, d).  B: (m, R).  ranks: r_k, 0 for an absent adapter.  scales: s_k.  grams: the factors of each A_k, None for
-    an absent adapter.  gram_inverse: (R, R) block-diagonal, or None once whitened.  by_rank: whether each row of A has
-    a coefficient of its own; else each adapter has one.
+    Attributes:
+        A: (R, d), segment k holds the r_k rows of adapter k.
+        B: (m, R).
+        ranks: r_k, 0 for an absent adapter.
+        scales: s_k.
+        grams: factors of each A_k's Gram matrix, None for an absent adapter.
+        gram_inverse: (R, R) block-diagonal; None once whitened.
+        by_rank: whether each row of A has its own coefficient; else each adapter has one.
     """
 
     A: Tensor
@@ -42,15 +47,29 @@ class ModuleStack:
 
     @property
     def owned(self) -> list[bool]:
-        """Which of its coefficients there are: one for each row of A by rank, else one for each adapter here."""
+        """Which of its coefficients exist: one per row of A by rank, else one per adapter that touches it."""
         return [True] * sum(self.ranks) if self.by_rank else self.present
 
     def delta(self, coefficients: Tensor) -> Tensor:
-        """(m, d) float64: sum_k lam_k s_k B_k A_k for a row of ``coefficients``."""
+        """Return the merged update.
+
+        Args:
+            coefficients: one row of lam.
+
+        Returns:
+            (m, d) float64: sum_k lam_k s_k B_k A_k.
+        """
         return (self.B.double() * self.column_weights(coefficients)) @ self.A.double()
 
     def column_weights(self, coefficients: Tensor) -> Tensor:
-        """(R,) float64: lam_k s_k on segment k, for ``coefficients`` (K,); by rank the first R of them, times s_k."""
+        """Return the weight of each rank row.
+
+        Args:
+            coefficients: (K,), or by rank at least R values.
+
+        Returns:
+            (R,) float64: lam_k s_k on segment k, or by rank the coefficient of each row times s_k.
+        """
         ranks = torch.tensor(self.ranks)
         scales = torch.tensor(self.scales, dtype=torch.float64).repeat_interleave(ranks)
         coefficients = coefficients.double().cpu()
@@ -62,8 +81,10 @@ class ModuleStack:
 class DenseStack:
     """One linear layer that P of K adapters fine-tuned whole.
 
-    deltas: (P, m, d), W_k - W0.  bias_deltas: (P, m), b_k - b0, or None for a layer without bias.  present: K flags,
-    whose they are.
+    Attributes:
+        deltas: (P, m, d), W_k - W0.
+        bias_deltas: (P, m), b_k - b0; None for a layer without bias.
+        present: (K,) which adapters fine-tuned it.
     """
 
     deltas: Tensor
@@ -72,15 +93,29 @@ class DenseStack:
 
     @property
     def owned(self) -> list[bool]:
-        """Which of its coefficients there are."""
+        """Which of its coefficients exist."""
         return self.present
 
     def delta(self, coefficients: Tensor) -> Tensor:
-        """(m, d) float64: sum_k lam_k (W_k - W0) for ``coefficients`` of shape (K,)."""
+        """Return the merged update.
+
+        Args:
+            coefficients: (K,).
+
+        Returns:
+            (m, d) float64: sum_k lam_k (W_k - W0).
+        """
         return self._sum(self.deltas, coefficients)
 
     def bias_delta(self, coefficients: Tensor) -> Tensor | None:
-        """(m,) float64: sum_k lam_k (b_k - b0), or None for a layer without bias."""
+        """Return the merged update of the bias.
+
+        Args:
+            coefficients: (K,).
+
+        Returns:
+            (m,) float64: sum_k lam_k (b_k - b0); None for a layer without bias.
+        """
         return None if self.bias_deltas is None else self._sum(self.bias_deltas, coefficients)
 
     def _sum(self, deltas: Tensor, coefficients: Tensor) -> Tensor:
@@ -92,8 +127,11 @@ class DenseStack:
 class Stack:
     """All layers that any adapter changes.
 
-    modules: those with LoRA.  dense: those fine-tuned whole.  order: both, in the base model's own order; empty where
-    all carry LoRA and ``modules`` is in that order.
+    Attributes:
+        tasks: names, in the order of the columns of the coefficients.
+        modules: layers with LoRA.
+        dense: layers that adapters fine-tuned whole.
+        order: names of both kinds in the base's own order; empty where all carry LoRA and ``modules`` is in that order.
     """
 
     tasks: tuple[str, ...]
@@ -108,11 +146,18 @@ class Stack:
 
     @property
     def present(self) -> Tensor:
-        """(M, K) bool: which adapter touches which module."""
+        """Which adapter touches which module: (M, K) bool."""
         return torch.tensor([self.layer(name).present for name in self.names], dtype=torch.bool)
 
     def layer(self, name: str) -> ModuleStack | DenseStack:
-        """Of either kind, by name."""
+        """Return a layer of either kind.
+
+        Args:
+            name: name of the layer.
+
+        Returns:
+            Its adapters.
+        """
         return self.dense[name] if name in self.dense else self.modules[name]
 
     @property
@@ -122,13 +167,22 @@ class Stack:
 
     @property
     def owned(self) -> Tensor:
-        """(M, C) bool: which coefficients there are; C is K, or by rank as many as the longest row of them takes."""
+        """Which coefficients exist: (M, C) bool; C is K, or by rank as many as the longest row of them takes."""
         rows = [self.layer(name).owned for name in self.names]
         width = max(map(len, rows))
         return torch.tensor([[*row, *[False] * (width - len(row))] for row in rows], dtype=torch.bool)
 
     def by_task(self, values: Tensor, reduce: Callable[[Tensor], Tensor], absent: float = 0) -> Tensor:
-        """(M, K) of ``values`` (M, C): as they are, or ``reduce`` of each adapter's rows, ``absent`` without any."""
+        """Bring values of coefficients to one per module and task.
+
+        Args:
+            values: (M, C).
+            reduce: of an adapter's rank rows, where each has its own coefficient.
+            absent: value of an adapter that does not touch the module.
+
+        Returns:
+            (M, K).
+        """
         return torch.stack([self._row(name, row, reduce, absent) for name, row in zip(self.names, values, strict=True)])
 
     def _row(self, name: str, row: Tensor, reduce: Callable[[Tensor], Tensor], absent: float) -> Tensor:
@@ -145,7 +199,17 @@ def stack_adapters(
     shapes: Mapping[str, tuple[int, int]],  # the base's linears, in the model's own order -> (out, in)
     dense: Mapping[str, DenseStack] | None = None,  # base's module name -> what adapters fine-tuned whole
 ) -> Stack:
-    """Put the factors of all adapters side by side, module by module, as they are stored (promoted to one dtype)."""
+    """Put the factors of all adapters side by side, module by module, in the dtype they are stored in.
+
+    Args:
+        adapters: task -> adapter.
+        matches: task -> adapter's module name -> base's.
+        shapes: linear layers of the base, in the model's own order -> (out, in).
+        dense: base's module name -> what adapters fine-tuned whole.
+
+    Returns:
+        The stack; dtypes that differ are promoted.
+    """
     dense = dict(dense or {})
     by_base = {task: {base: name for name, base in matches[task].items()} for task in adapters}
     names = [name for name in shapes if any(name in by_base[task] for task in adapters)]
@@ -176,15 +240,28 @@ def stack_adapters(
 
 
 def whitened(stack: Stack) -> Stack:
-    """The same products B_k A_k with orthonormal rows in every A_k, float64 until they are placed in a model.
+    """Return the same products B_k A_k with orthonormal rows in every A_k.
 
-    Where rows have coefficients of their own they are left as they are: another basis would mix them.
+    Rows with their own coefficients are left as they are, since another basis would mix them.
+
+    Args:
+        stack: the adapters.
+
+    Returns:
+        The stack in float64, until it is placed in a model.
     """
     return replace(stack, modules={n: m if m.by_rank else _whiten(m) for n, m in stack.modules.items()})
 
 
 def by_rank(stack: Stack) -> Stack:
-    """The same adapters with a coefficient for every row of every A_k; a layer fine-tuned whole keeps one a task."""
+    """Return the same adapters with one coefficient per row of every A_k; a layer fine-tuned whole keeps one per task.
+
+    Args:
+        stack: the adapters.
+
+    Returns:
+        The stack.
+    """
     return replace(stack, modules={name: replace(module, by_rank=True) for name, module in stack.modules.items()})
 
 

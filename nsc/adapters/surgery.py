@@ -15,23 +15,29 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nsc.adapters.stack import DenseStack, ModuleStack, Stack
 from nsc.bases.structure import replace_module
 from nsc.batch import Batch
+from nsc.config import PLANS
 from nsc.runtime.placement import is_plain, run_device
 from nsc_kernels import MergedDenseLinear, MergedLoRALinear, Siblings
-
-PLANS = ("factors", "weights")
 
 
 @contextmanager
 def merged_layers(
     model: nn.Module, stack: Stack, lam: Tensor, plans: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, MergedLoRALinear]]:
-    """The model with every module of ``stack`` carrying all adapters, weighted by the rows of ``lam`` (M, C).
+    """Put all adapters into the model, weighted by coefficients, and restore the model afterwards.
 
-    lam: a coefficient for each adapter, or for each rank row where the stack is ``by_rank``.  plans: of modules that
-    are not to run by their factors, as ``choose_plans`` finds them. Where adapters fine-tuned a layer whole it is a
-    MergedDenseLinear, which is no target and shares no input. The model is changed in place and is exactly what it was
-    on leaving, also after an exception. Factors are cast to the dtype and device in which the layer that they join
-    computes.
+    The model is changed in place and is exactly what it was on leaving, also after an exception. A layer that adapters
+    fine-tuned whole becomes a MergedDenseLinear, which is no target and shares no input. Factors are cast to the dtype
+    and device in which their layer computes.
+
+    Args:
+        model: the body.
+        stack: the adapters.
+        lam: (M, C) coefficients: one per adapter, or per rank row where the stack is ``by_rank``.
+        plans: modules that do not run by their factors, as ``choose_plans`` finds them.
+
+    Yields:
+        Name -> layer that carries the adapters.
     """
     originals = {name: model.get_submodule(name) for name in stack.names}
     dtype = next(model.parameters()).dtype
@@ -52,7 +58,12 @@ def merged_layers(
 
 
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
-    """Point every layer at its row of ``lam`` (M, C), on its own device; the next forward is differentiable in it."""
+    """Point every layer at its row of the coefficients; the next forward is differentiable in them.
+
+    Args:
+        layers: name -> layer that carries the adapters.
+        lam: (M, C), or one row per layer.
+    """
     for layer, row in zip(layers.values(), lam, strict=True):
         layer.lam = row[: layer.lam.numel()].to(layer.lam.device)  # by rank, rows are as long as the longest
 
@@ -60,10 +71,16 @@ def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence
 def share_inputs(
     model: nn.Module, layers: Mapping[str, MergedLoRALinear], targets: Sequence[str], batch: Batch
 ) -> None:
-    """Let layers that read the very same tensor share one pass over it, as ``Siblings``, until ``layers`` are undone.
+    """Let layers that read the very same tensor share one pass over it, as ``Siblings``.
 
-    Which they are is seen in a forward of ``batch``; one row is enough. A layer that runs by its weights takes part
-    only where it is one of ``targets``, which need u.
+    Which layers those are is seen in a forward. A layer that runs by its weights takes part only if it is a target, which
+    needs u.
+
+    Args:
+        model: the body.
+        layers: name -> layer that carries the adapters.
+        targets: names of the measured modules.
+        batch: rows for the forward; one row is enough.
     """
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, MergedLoRALinear)}
     for names in _readers(model, layers, batch):
@@ -73,9 +90,16 @@ def share_inputs(
 
 
 def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict[str, str]:
-    """Module -> "factors" or "weights": ``plan`` itself, or with "auto" what takes fewer FLOPs for so many tokens.
+    """Choose how each layer applies its adapters.
 
-    A layer that is quantised, offloaded or sharded has no weight to fold into and runs by its factors.
+    Args:
+        model: the body; its quantised, offloaded or sharded layers cannot be folded into, so they run by factors.
+        stack: the adapters.
+        plan: "factors", "weights", or "auto", which takes fewer FLOPs.
+        tokens: tokens of a step.
+
+    Returns:
+        Module -> "factors" or "weights".
     """
     plans = {}
     for name, module in stack.modules.items():
@@ -128,13 +152,31 @@ def _merged_layer(
 
 
 def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
-    """FLOPs of a step that the adapters of a linear (m, d) add to those of the frozen layer, forward and backward."""
+    """Return the FLOPs that adapters add to a step of one frozen linear layer, forward and backward.
+
+    Args:
+        plan: "factors" or "weights".
+        n: rows.
+        d: in_features.
+        m: out_features.
+        R: ranks of all adapters.
+
+    Returns:
+        FLOPs.
+    """
     return 4 * n * R * (d + m) if plan == "factors" else 2 * n * d * m + 4 * R * d * m
 
 
 def layer_plan(n: int, d: int, m: int, R: int) -> str:
-    """The cheaper of PLANS, in FLOPs, for n rows through a linear (m, d) of R ranks in all.
+    """Return the plan with fewer FLOPs; with many rows and d = m that is "factors" up to R = d/4.
 
-    With many rows and d = m that is factors up to R = d/4.
+    Args:
+        n: rows.
+        d: in_features.
+        m: out_features.
+        R: ranks of all adapters.
+
+    Returns:
+        One of PLANS.
     """
     return min(PLANS, key=lambda plan: extra_flops(plan, n, d, m, R))

@@ -69,9 +69,14 @@ HEADS_BY_TASK = {
 
 
 def unsupported(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every feature of an adapter that nsc cannot merge, in words; empty for plain LoRA or VeRA on linear layers.
+    """List every feature of an adapter that cannot be merged.
 
-    ``config`` is adapter_config.json, ``tensors`` the checkpoint as stored.
+    Args:
+        config: adapter_config.json.
+        tensors: the checkpoint as stored.
+
+    Returns:
+        One line per feature; empty for plain LoRA or VeRA on linear layers.
     """
     if config.get("peft_type") not in ("LORA", "VERA"):
         return [f"peft_type={config.get('peft_type')!r}: its update is not made of LoRA factors; retrain with LoRA"]
@@ -83,9 +88,16 @@ def unsupported(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> lis
 
 
 def saved_name(key: str, config: Mapping[str, Any]) -> str | None:
-    """The name of a modules_to_save tensor relative to the model, or None for any other tensor.
+    """Return the name of a modules_to_save tensor relative to the model.
 
-    ``base_model.model.score.modules_to_save.default.weight`` -> ``score.weight``
+    ``base_model.model.score.modules_to_save.default.weight`` is ``score.weight``.
+
+    Args:
+        key: key in the checkpoint.
+        config: adapter_config.json.
+
+    Returns:
+        The name, or None for any other tensor.
     """
     if any(part.startswith(("lora_", "vera_", "trainable_tokens_")) for part in key.split(".")):
         return None

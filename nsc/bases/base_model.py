@@ -38,7 +38,11 @@ class Base:
 
     @cached_property
     def config(self) -> Any:
-        """The whole config, of transformers. Raises NSCError where there is no such base."""
+        """The whole config, as transformers reads it.
+
+        Raises:
+            NSCError: if there is no such base.
+        """
         try:
             return AutoConfig.from_pretrained(self.id)
         except (OSError, ValueError) as error:
@@ -61,7 +65,8 @@ class Base:
     def takes(self) -> str:
         """What the body's forward takes first: input_ids, pixel_values, or IMAGES_AND_TEXT.
 
-        Raises NSCError where transformers has no body for this config, or one that is fed otherwise than LLaVA.
+        Raises:
+            NSCError: if transformers has no body for this config, or one that feeds its images differently from LLaVA.
         """
         config = self.body_config
         if takes_images_and_text(config):
@@ -89,7 +94,8 @@ class Base:
     def model(self) -> nn.Module:
         """The body: with weights where they were loaded, else on the meta device, for its layers' names and shapes.
 
-        Raises NSCError where transformers cannot build it.
+        Raises:
+            NSCError: if transformers cannot build it.
         """
         if self.loaded is not None:
             return self.loaded

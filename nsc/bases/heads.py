@@ -18,21 +18,39 @@ from nsc.errors import NSCError
 
 
 class Head(NamedTuple):
-    """A linear layer over the body's last hidden states: weight (C, d), bias (C,) or None."""
+    """A linear layer over the body's last hidden states.
+
+    Attributes:
+        weight: (C, d).
+        bias: (C,), or None.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
 
     def logits(self, states: Tensor) -> Tensor:
-        """(n, d) -> (n, C), in the states' dtype and on their device."""
+        """Return the logits of hidden states.
+
+        Args:
+            states: (n, d).
+
+        Returns:
+            (n, C) in the dtype and on the device of ``states``.
+        """
         return F.linear(states, self.weight.to(states), None if self.bias is None else self.bias.to(states))
 
 
-def load_generating_head(base: Base) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, d) and bias (V,), or None, of the layer by which a causal base names its next token.
+def load_generating_head(base: Base) -> Head:
+    """Load the layer by which a causal base names its next token.
 
-    model: its body, whose token embeddings they are where the two are tied. Raises NSCError where the base generates
-    nothing, its checkpoint has no such layer, or its logits are changed behind it.
+    Args:
+        base: with weights; where embeddings are tied, the head is the body's token embedding.
+
+    Returns:
+        The head.
+
+    Raises:
+        NSCError: if the base does not generate, its checkpoint has no such layer, or it changes its logits afterwards.
     """
     model, config = base.model, base.config
     if not is_causal(model):
@@ -49,13 +67,13 @@ def load_generating_head(base: Base) -> tuple[Tensor, Tensor | None]:
     head = whole.get_output_embeddings()
     if head.weight is whole.get_input_embeddings().weight:
         body: Any = getattr(model, "text", model)
-        return body.get_input_embeddings().weight.detach(), None
+        return Head(body.get_input_embeddings().weight.detach())
     place = next(name for name, module in whole.named_modules() if module is head)
     places = ["lm_head", "language_model.lm_head"] if images else [place]  # LLaVA's, in new and old checkpoints
     stored = read_tensors(base, [f"{place}.{kind}" for place in places for kind in ("weight", "bias")])
-    found = next((place for place in places if f"{place}.weight" in stored), None)
-    if found is None:
+    there = next((place for place in places if f"{place}.weight" in stored), None)
+    if there is None:
         raise NSCError(
             f"base {base.id!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
         )
-    return stored[f"{found}.weight"], stored.get(f"{found}.bias")
+    return Head(stored[f"{there}.weight"], stored.get(f"{there}.bias"))

@@ -19,16 +19,28 @@ from nsc.errors import NSCError
 
 
 def find_tower(model: nn.Module) -> str | None:
-    """The outermost submodule that is a model of images in its own right, by what its forward takes first."""
+    """Find the outermost submodule that is an image model in its own right, by what its forward takes first.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Its name, or None.
+    """
     inner = ((name, module) for name, module in model.named_modules() if name)
     return next((name for name, module in inner if getattr(module, "main_input_name", None) == "pixel_values"), None)
 
 
 class ImageTower:
-    """The frozen image tower of a model that hands it ``pixel_values`` as they are and picks some hidden states.
+    """The frozen image tower of a model that takes ``pixel_values`` and picks hidden states of it, as LLaVA does.
 
-    That is ``hidden_states[config.vision_feature_layer]``, one layer or several, as LLaVA does. Raises NSCError for a
-    model without such a tower, and for LLaVA-NeXT's kind, whose images come in tiles, (b, tiles, 3, H, W).
+    The picked states are ``hidden_states[config.vision_feature_layer]``, of one layer or several.
+
+    Args:
+        model: the whole model.
+
+    Raises:
+        NSCError: for a model without such a tower, and for LLaVA-NeXT and its kind, whose images come in tiles.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,16 +50,25 @@ class ImageTower:
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor) -> Tensor:
-        """(b, 3, H, W) -> (b, patches and class token, hidden): the hidden states that the model picks.
+        """Run the tower.
 
-        Of several layers, side by side in the last dimension.
+        Args:
+            pixel_values: (b, 3, H, W).
+
+        Returns:
+            (b, patches and class token, hidden): the hidden states that the model picks; those of several layers are
+            concatenated in the last dimension.
         """
         states = self.tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """The model takes ``features`` as its ``pixel_values`` and runs no tower; afterwards it is as it was."""
+        """Let the model take ``features`` as its ``pixel_values`` without running the tower.
+
+        Yields:
+            Nothing; the model is as it was afterwards.
+        """
         replace_module(self.model, self.name, _StandIn(self.layers))
         try:
             yield

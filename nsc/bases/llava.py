@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from nsc.errors import NSCError
 
-PARTS = ("multi_modal_projector", "language_model")
+BEHIND_TOWER = ("multi_modal_projector", "language_model")
 
 
 class ImageTextBody(nn.Module):
-    """The parts of a LLaVA under their own names, fed with features instead of pixels.
+    """The parts of a LLaVA under their own names, fed with image features instead of pixels.
 
-    model: what transformers gives, kept as ``stock``, with which all parts are shared. Raises NSCError, saying why, for
-    a model that feeds its images otherwise.
+    Args:
+        model: what transformers loads; kept as ``stock``, with which all parts are shared.
+
+    Raises:
+        NSCError: saying why, for a model that feeds its images differently.
     """
 
     main_input_name = "input_ids"
@@ -29,7 +32,7 @@ class ImageTextBody(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         require_llava(model.config)  # type: ignore[arg-type]  # transformers' models have one
-        if lacking := [part for part in PARTS if not hasattr(model, part)]:
+        if lacking := [part for part in BEHIND_TOWER if not hasattr(model, part)]:
             raise NSCError(f"{type(model).__name__} has no {lacking[0]}: {_ONLY}")
         for name, part in model.named_children():
             self.add_module(name, part)
@@ -47,11 +50,17 @@ class ImageTextBody(nn.Module):
         return image_token_of(self.config)  # type: ignore[return-value]  # it is required
 
     def forward(self, input_ids: Tensor, features: Tensor, place: Tensor, use_cache: bool = False, **text: Any) -> Any:
-        """input_ids: (b, L).  features: (b, I, P, h), of the I images of each row.  place: (b, L) int64, which of the
-        row's I x P features stands there, -1 for a token of text.  use_cache: whether keys and values are kept, for an
-        answer.  text: what else the language model takes.
+        """Run the language model on token embeddings, with image features in place of the placeholders.
 
-        What the language model returns: the first of it is (b, L, d), its last hidden states.
+        Args:
+            input_ids: (b, L) int64.
+            features: (b, I, P, h), P features of each of the I images of a row.
+            place: (b, L) int64, which of the row's I x P features stands at a token; -1 for a text token.
+            use_cache: whether keys and values are kept, to generate an answer.
+            text: further arguments of the language model.
+
+        Returns:
+            What the language model returns, first its last hidden states (b, L, d).
         """
         embedded = self.text.get_input_embeddings()(input_ids)  # type: ignore[operator]
         projected = self.multi_modal_projector(features.flatten(0, 1))  # type: ignore[operator]
@@ -68,17 +77,38 @@ _ONLY = (
 
 
 def takes_images_and_text(config: Any) -> bool:
-    """Whether a model of this config puts images where its text has placeholders."""
+    """Return whether a model puts images where its text has placeholders.
+
+    Args:
+        config: config of the body.
+
+    Returns:
+        Whether it does.
+    """
     return hasattr(config, "vision_config") and image_token_of(config) is not None
 
 
 def image_token_of(config: Any) -> int | None:
-    """The id of an image's placeholders: ``image_token_id``, or as transformers 4 calls it."""
+    """Return the id of the image placeholder.
+
+    Args:
+        config: config of the body, from transformers 4 or 5.
+
+    Returns:
+        The token id, or None if there is no placeholder.
+    """
     return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
 
 
 def require_llava(config: Any) -> None:
-    """Raise NSCError, saying why, if a model of this config feeds its images otherwise than LLaVA."""
+    """Refuse a model that feeds its images differently from LLaVA.
+
+    Args:
+        config: config of the body.
+
+    Raises:
+        NSCError: saying why.
+    """
     kind = config.model_type
     if hasattr(config, "image_grid_pinpoints"):
         raise NSCError(f"{kind} cuts images in tiles, whose number depends on the image: not supported; {_ONLY}")
@@ -87,9 +117,17 @@ def require_llava(config: Any) -> None:
 
 
 def refuse_moving_tower(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise NSCError if one of the layers that adapters change lies in the image tower, which is run only once."""
+    """Refuse adapters that change the image tower, which runs only once per image.
+
+    Args:
+        model: the body.
+        names: modules that adapters change.
+
+    Raises:
+        NSCError: naming the first module inside the tower.
+    """
     if isinstance(model, ImageTextBody):
-        inside = [name for name in names if not name.startswith(PARTS)]
+        inside = [name for name in names if not name.startswith(BEHIND_TOWER)]
         if inside:
             raise NSCError(
                 f"{inside[0]} and {len(inside) - 1} more layers of the image tower are changed by an adapter, but its"
@@ -98,5 +136,12 @@ def refuse_moving_tower(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def places(here: Tensor) -> Tensor:
-    """(b, L) bool, where images are -> (b, L) int64: which of the row's features stands there, -1 for none."""
+    """Return which image feature stands at each token.
+
+    Args:
+        here: (b, L) bool, where the placeholders are.
+
+    Returns:
+        (b, L) int64: the number of the row's feature, -1 for a text token.
+    """
     return torch.where(here, here.cumsum(-1) - 1, -1)

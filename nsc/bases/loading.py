@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from nsc.bases.base_model import Base, auto_class, quiet_loading
 from nsc.bases.llava import ImageTextBody, takes_images_and_text
 from nsc.errors import NSCError
-from nsc.runtime.placement import reload_in_backward
+from nsc.runtime.placement import one_device, reload_in_backward
 from nsc.runtime.quantization import dequantise_where_used, quantization_config
 
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
@@ -105,18 +105,6 @@ def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any])
             " would fill them at random; fetch the base again, or give the model that its config describes"
         )
     return model
-
-
-def one_device(device: str) -> str:
-    """Return the device that "auto" means: CUDA where there is one, else the CPU.
-
-    Args:
-        device: "auto", or a device, which is returned as it is.
-
-    Returns:
-        A device by name.
-    """
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def load_tokenizer(base: Base) -> Any:

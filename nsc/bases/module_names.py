@@ -36,10 +36,18 @@ RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, 
 
 
 def resolve(adapter_name: str, names: Iterable[str], available: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """Adapter module name -> base module name, one to one.
+    """Match an adapter's module names to those of the base, one to one.
 
-    ``available``: the linear modules of the base body (AutoModel) -> (out_features, in_features).
-    Raises NameMismatch where a name matches no base module, several, or one that another name matches too.
+    Args:
+        adapter_name: name of the adapter, for errors.
+        names: its module names.
+        available: linear layers of the base's body -> (out_features, in_features).
+
+    Returns:
+        Adapter's module name -> base's.
+
+    Raises:
+        NameMismatch: if a name matches no module of the base, several, or one that another name matches too.
     """
     names = list(names)
     spelling = _spelling_for(names, available)
@@ -60,10 +68,20 @@ def resolve(adapter_name: str, names: Iterable[str], available: Mapping[str, tup
 def resolve_saved(
     adapter_name: str, names: Iterable[str], mapping: Mapping[str, str], parameters: Iterable[str]
 ) -> dict[str, str | None]:
-    """modules_to_save tensor name -> parameter of the base body, or None for a head, which lies outside of it.
+    """Match an adapter's modules_to_save tensors to parameters of the base's body.
 
-    ``mapping`` is ``resolve``'s, ``parameters`` the body's parameter names. Raises NameMismatch where a name lies
-    inside the body (it carries the prefix of the LoRA modules) and the body has no such parameter.
+    Args:
+        adapter_name: name of the adapter, for errors.
+        names: its tensor names.
+        mapping: what ``resolve`` returned for its modules.
+        parameters: parameter names of the body.
+
+    Returns:
+        Tensor name -> parameter of the body, or None for a head, which lies outside of it.
+
+    Raises:
+        NameMismatch: if a name lies inside the body (it has the prefix of the LoRA modules), but the body has no such
+            parameter.
     """
     prefix, (adapter_side, base_side) = prefix_of(mapping) or "", _spelling_for(mapping, mapping.values())
     spelled = {base_side(parameter): parameter for parameter in parameters}
@@ -78,9 +96,13 @@ def resolve_saved(
 
 
 def prefix_of(mapping: Mapping[str, str]) -> str | None:
-    """What an adapter's names carry before the base body's: "model." for LLaMA's CausalLM, "" for AutoModel.
+    """Return what an adapter's names carry before the names of the base's body: "model." for LLaMA's CausalLM.
 
-    None where the modules disagree; "" where the adapter was trained on a part of the base body.
+    Args:
+        mapping: adapter's module name -> base's.
+
+    Returns:
+        The prefix, "" for AutoModel or an adapter of a part of the body; None if modules disagree.
     """
     adapter_side, base_side = _spelling_for(mapping, mapping.values())
     pairs = [(adapter_side(name), base_side(base)) for name, base in mapping.items()]
@@ -89,13 +111,28 @@ def prefix_of(mapping: Mapping[str, str]) -> str | None:
 
 
 def layout(mappings: Iterable[Mapping[str, str]]) -> str | None:
-    """The prefix that all adapters share, so that their merge fits the same wrapper; None where they disagree."""
+    """Return the prefix that all adapters share, so that their merge fits the same wrapper.
+
+    Args:
+        mappings: of each adapter, its module name -> the base's.
+
+    Returns:
+        The prefix, or None if they disagree.
+    """
     prefixes = {prefix_of(mapping) for mapping in mappings}
     return prefixes.pop() if len(prefixes) == 1 else None
 
 
 def match_modules(first: Iterable[str], second: Iterable[str]) -> dict[str, str]:
-    """Modules that two adapters share, whatever wrappers they were trained in: name in the first -> in the second."""
+    """Match the modules that two adapters share, whatever wrappers they were trained in.
+
+    Args:
+        first: module names of one adapter.
+        second: module names of the other.
+
+    Returns:
+        Name in the first -> name in the second.
+    """
     return {name: found[0] for name, found in _match(first, second, (str, str)).items() if len(found) == 1}
 
 
@@ -150,7 +187,14 @@ def _suffixes(name: str) -> list[str]:
 
 
 def layer_kind(name: str) -> str:
-    """A module's name for all blocks: "layers.*.self_attn.q_proj"."""
+    """Return a module's name without its block number, such as "layers.*.self_attn.q_proj".
+
+    Args:
+        name: name of the module.
+
+    Returns:
+        The name for all blocks.
+    """
     return re.sub(r"\.\d+\.", ".*.", name)
 
 

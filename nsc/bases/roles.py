@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from nsc.bases.structure import block_of
+from nsc.config import LAST_BLOCKS
 from nsc.errors import TargetError
 
 ROLES = {  # attention's values, or what they are fused in, which reads the same; its output projection
@@ -21,12 +22,6 @@ STAGES = (
     r"\b(gate_proj|up_proj|gate_up_proj|fc1|intermediate\.dense|dense_h_to_4h)$",
     r"\b(down_proj|fc2|output\.dense|dense_4h_to_h)$",
 )
-LAST_BLOCKS: dict[str, Callable[[int], int]] = {  # how many of a depth
-    "all": lambda depth: depth,
-    "half": lambda depth: depth // 2,
-    "quarter": lambda depth: depth // 4,
-    "one": lambda depth: 1,
-}
 
 
 def choose_targets(
@@ -35,13 +30,23 @@ def choose_targets(
     modules: Sequence[str] | None = None,
     blocks: Sequence[int] | str | None = None,
 ) -> list[str]:
-    """The layers whose inputs are measured: those ``modules`` in those ``blocks``.
+    """Choose the modules whose inputs are measured.
 
-    blocks: numbers, or a word of LAST_BLOCKS.
+    By default, as in the paper and by ROLES: for image bodies the output projection of attention, else its values; for
+    others the values, else the output projection; else every module with LoRA; in the last quarter of the blocks,
+    counted from the model's own depth.
 
-    Default: the paper's, by ROLES (of image bodies the output projection of attention, or else its values; of others
-    the values, or else the output projection; or else every module with LoRA) in the last quarter of the blocks, by the
-    model's own depth. Raises TargetError if nothing is left, saying what there was.
+    Args:
+        model: the body.
+        names: modules that carry LoRA.
+        modules: suffixes of names to choose.
+        blocks: block numbers, or one of the words of LAST_BLOCKS.
+
+    Returns:
+        Names, in the order of ``names``.
+
+    Raises:
+        TargetError: if nothing is left, saying what there was.
     """
     places = {name: block_of(model, name) for name in names}
     chosen = [name for name, place in places.items() if _in_blocks(place, blocks)]

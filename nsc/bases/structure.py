@@ -10,13 +10,27 @@ from nsc.bases.llava import ImageTextBody
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Every linear layer of a body by name, in the model's own order -> (out_features, in_features)."""
+    """Return the shapes of all linear layers of a body, in the model's own order.
+
+    Args:
+        model: the body; the meta device is enough.
+
+    Returns:
+        Name -> (out_features, in_features).
+    """
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _in_head(model, name)}
     return {name: (m.out_features, m.in_features) for name, m in found.items()}
 
 
 def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of a body by name, by each of its names where it has several."""
+    """Return the parameters of a body under all of their names.
+
+    Args:
+        model: the body.
+
+    Returns:
+        Name -> parameter; tied parameters appear under each name.
+    """
     return {n: p for n, p in model.named_parameters(remove_duplicate=False) if not _in_head(model, n)}
 
 
@@ -26,20 +40,43 @@ def _in_head(model: nn.Module, name: str) -> bool:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether every attention layer, of LLaVA's language model, sees only the past: right padding reaches no token."""
+    """Return whether every attention layer sees only the past, so that right padding reaches no token.
+
+    Args:
+        model: the body; of LLaVA, its language model counts.
+
+    Returns:
+        Whether it is causal.
+    """
     model = model.text if isinstance(model, ImageTextBody) else model
     flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     return bool(flags) and all(flags)
 
 
 def block_of(model: nn.Module, name: str) -> tuple[int, int] | None:
-    """(index, depth) of the block that a module lies in: the first numbered child of a ModuleList on its path."""
+    """Return which block a module lies in: the first numbered child of a ModuleList on its path.
+
+    Args:
+        model: the body.
+        name: name of the module.
+
+    Returns:
+        (index, depth), or None outside of blocks.
+    """
     place = _place(model, name)
     return (place[1], len(place[0])) if place else None
 
 
 def blocks_before(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The blocks ahead of all that these modules lie in, in the ModuleList of the last one."""
+    """Return the blocks before the first one that contains any of these modules, in the ModuleList of the last module.
+
+    Args:
+        model: the body.
+        names: names of modules, in the order in which they run.
+
+    Returns:
+        The blocks.
+    """
     places = [place for name in names if (place := _place(model, name))]
     blocks = places[-1][0] if places else nn.ModuleList()
     return list(blocks)[: min((index for home, index in places if home is blocks), default=0)]
@@ -55,6 +92,12 @@ def _place(model: nn.Module, name: str) -> tuple[nn.ModuleList, int] | None:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` where ``name`` points."""
+    """Replace a submodule.
+
+    Args:
+        model: changed in place.
+        name: name of the submodule.
+        module: what takes its place.
+    """
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -18,7 +18,17 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack
 
 
 def checkpoint_folder(base: Base) -> Path:
-    """The base's folder: itself, or a Hub snapshot. Raises NSCError if there is neither."""
+    """Return the folder of a base's checkpoint, downloaded from the Hub if need be.
+
+    Args:
+        base: the base; its weights need not be loaded.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NSCError: if there is neither a folder nor such a model on the Hub.
+    """
     if Path(base.id).is_dir():
         return Path(base.id)
     others = [f"*{suffix}" for suffix in WEIGHT_FILES if suffix != ".safetensors"]
@@ -29,12 +39,30 @@ def checkpoint_folder(base: Base) -> Path:
 
 
 def refuse_unstreamable(base: Base) -> None:
-    """Raise NSCError unless the base has a safetensors checkpoint that ``write_full_model`` can stream."""
+    """Refuse a base whose checkpoint cannot be streamed shard by shard.
+
+    Args:
+        base: the base; its weights need not be loaded.
+
+    Raises:
+        NSCError: unless the checkpoint is in safetensors.
+    """
     shard_names(checkpoint_folder(base))
 
 
 def read_tensors(base: Base, keys: Sequence[str]) -> dict[str, Tensor]:
-    """Those of ``keys`` that the base's safetensors checkpoint holds. Raises NSCError if there is none."""
+    """Read tensors from a base's checkpoint.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        keys: keys as in the checkpoint.
+
+    Returns:
+        Key -> tensor, for the keys that exist.
+
+    Raises:
+        NSCError: if the checkpoint is not in safetensors.
+    """
     source = checkpoint_folder(base)
     found: dict[str, Tensor] = {}
     for name in shard_names(source):
@@ -44,7 +72,17 @@ def read_tensors(base: Base, keys: Sequence[str]) -> dict[str, Tensor]:
 
 
 def shard_names(source: Path) -> list[str]:
-    """The files that hold a checkpoint's weights. Raises NSCError if they are not safetensors."""
+    """Return the names of the files that hold a checkpoint's weights.
+
+    Args:
+        source: folder of the checkpoint.
+
+    Returns:
+        File names.
+
+    Raises:
+        NSCError: if the checkpoint is not in safetensors.
+    """
     index = source / "model.safetensors.index.json"
     if index.is_file():
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -57,7 +95,17 @@ def shard_names(source: Path) -> list[str]:
 
 
 def shapes_in(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Key and shape of every tensor in a file. Raises NSCError if it cannot be read."""
+    """Yield the shapes of all tensors in a file.
+
+    Args:
+        shard: safetensors file.
+
+    Yields:
+        Key and shape.
+
+    Raises:
+        NSCError: if the file cannot be read.
+    """
     try:
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
@@ -67,7 +115,18 @@ def shapes_in(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
-    """The shards of a checkpoint, and the key of each merged layer's weight and bias -> its name in the body."""
+    """Find the merged layers in a base's checkpoint.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        names: layers of the body.
+
+    Returns:
+        The shards, and the key of each layer's weight and bias -> its name in the body.
+
+    Raises:
+        NameMismatch: if a layer is not in the checkpoint.
+    """
     source = checkpoint_folder(base)
     shards = [source / name for name in shard_names(source)]
     shapes = {key: shape for shard in shards for key, shape in shapes_in(shard)}
@@ -81,9 +140,17 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
 
 
 def read_layers(base: Base, names: Sequence[str]) -> dict[str, Tensor]:
-    """Weights and biases of these layers of the body, from the base's own checkpoint.
+    """Read the weights and biases of layers of the body from the base's checkpoint.
 
-    Raises NSCError if it is not in safetensors or a layer is not in it.
+    Args:
+        base: the base; its weights need not be loaded.
+        names: layers of the body.
+
+    Returns:
+        Parameter name in the body -> tensor.
+
+    Raises:
+        NSCError: if the checkpoint is not in safetensors, or a layer is not in it.
     """
     _, places = merged_places(base, names)
     return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}

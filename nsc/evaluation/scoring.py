@@ -136,7 +136,7 @@ def exams_of(
         adapter = without_body(base.model, adapters[task])
         carried = bool(adapter.saved)
         if not carried and vocabulary is None:
-            vocabulary = Head(*load_generating_head(base))
+            vocabulary = load_generating_head(base)
         head = carried_head(adapter) if carried else vocabulary
         assert head is not None
         metric = metrics.get(task, _usual(head) if carried else "loss")

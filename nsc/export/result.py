@@ -24,7 +24,7 @@ from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged, WeightedSum
 from nsc.runtime.memory import free_memory
-from nsc.runtime.placement import input_device
+from nsc.runtime.placement import input_device, one_device
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class MergeResult:
         if not (learned or full or self.with_base):
             return None
         settings, own = self.record.settings, learned or self.with_base
-        device = "cpu" if learned else loading.one_device(settings.get("device", "auto") if own else "auto")
+        device = "cpu" if learned else one_device(settings.get("device", "auto") if own else "auto")
         dense = self.recipe is not None and self.recipe.is_dense
         if not _fits(base, 1 + full + dense, device):
             return None

@@ -136,7 +136,7 @@ def entropy_of(
     carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
     rows = "counted" if positions != "prompt" else "last" if structure.is_causal(base.model) else "first"
     if not carrying:
-        head = Head(*load_generating_head(base))
+        head = load_generating_head(base)
         return Entropy([head if task in seen else None for task in adapters], rows, reduction)
     if len(carrying) < len(seen):
         without = sorted(set(seen) - set(carrying))

@@ -45,7 +45,7 @@ def generator(base: Base, stack: Stack, start: float, max_new_tokens: int) -> Ge
     Raises:
         NSCError: if the base has no head that generates.
     """
-    model, head = base.model, Head(*load_generating_head(base))
+    model, head = base.model, load_generating_head(base)
     initial = torch.full(stack.owned.shape, start, device=input_device(model))
     stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
     ends = {stated} if isinstance(stated, int) else set(stated or ())

@@ -25,7 +25,7 @@ from nsc.learning.loop import Learned, learn
 from nsc.learning.objective import goal_of
 from nsc.learning.ratios import NullSpaceRatio, mean_ratios
 from nsc.runtime.distributed import ALONE, Team
-from nsc.runtime.placement import input_device
+from nsc.runtime.placement import input_device, one_device
 from nsc.runtime.sharding import shard_linears
 
 
@@ -113,7 +113,7 @@ def stack_on(
     base = loading.load(base, config.dtype, device, config.weights, config.device_map)
     matched = match_to_base(base, adapters, config.keep_modules)
     if config.shard:
-        shard_linears(base.model, team, loading.one_device(config.device))
+        shard_linears(base.model, team, one_device(config.device))
     return base, matched
 
 

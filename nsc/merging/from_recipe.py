@@ -15,7 +15,6 @@ from torch import Tensor
 from nsc.adapters.lora import Adapter, base_warnings, fingerprint, read_adapters
 from nsc.adapters.matching import match_to_base
 from nsc.adapters.stack import Stack
-from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
@@ -24,6 +23,7 @@ from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import OF_BASE, OF_SEARCH, Recipe, write_settings
+from nsc.runtime.placement import one_device
 
 Weights = str | Path | Tensor | None  # of a method: (M, K), or the folder of an earlier merge
 Masks = Mapping[str, Tensor] | None
@@ -64,7 +64,7 @@ def combine(
     matched = match_to_base(base, read, config.keep_modules)
     stack = matched.stack
     taken, start, warnings = _weights(coefficients, stack, read)
-    combination = Combination(stack, recipe, taken, masks, loading.one_device(config.device))
+    combination = Combination(stack, recipe, taken, masks, one_device(config.device))
     say(f"base {base.id}: {len(stack.names)} modules of {len(read)} adapters, merged by {recipe.label}")
     report = describe_recipe(describe_stack(base.id, stack, taken, start, recipe.label), recipe)
     report = replace(report, warnings=report.warnings + warnings + base_warnings(base.id, read))
@@ -86,7 +86,7 @@ def combine_learned(result: MergeResult, recipe: Recipe, config: MergeConfig, ma
     Returns:
         The merge in memory.
     """
-    device = loading.one_device(config.device)
+    device = one_device(config.device)
     combination = Combination(result.stack, recipe, result.coefficients, masks, device)
     settings = write_settings(recipe, config)
     record = replace(result.record, method=recipe.label, settings=settings, masks=combination.masks)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.adapters.matching import match_adapters
-from nsc.adapters.modules_to_save import Body, dense_stacks, split_saved
+from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import by_rank, stack_adapters
-from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.errors import NSCError
 from nsc.export.record import Record
@@ -18,6 +17,7 @@ from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.paths import absolute
 from nsc.recipes.combination import Combination
+from nsc.runtime.placement import one_device
 
 
 def replay(result: MergeResult) -> MergeResult:
@@ -33,7 +33,7 @@ def replay(result: MergeResult) -> MergeResult:
     recipe = record.recipe
     if recipe is None:
         return result
-    device = loading.one_device(record.settings.get("device", "auto"))
+    device = one_device(record.settings.get("device", "auto"))
     combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
     report = replace(describe_recipe(result.report, recipe), searched=record.searched)
     return replace(result, report=report, combination=combination)
@@ -69,7 +69,7 @@ def apply(
                 " since; find the original, or merge again"
             )
     matches = match_adapters(read, record.modules)
-    body = Body(record.modules, record.dense)
+    body = BaseLayers(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
     stack = stack_adapters(read, matches, record.modules, dense_stacks(Base(record.base), whole))
     stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack

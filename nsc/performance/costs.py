@@ -18,8 +18,9 @@ from itertools import groupby
 
 from torch import nn
 
-from nsc.adapters.surgery import PLANS, extra_flops, layer_plan
+from nsc.adapters.surgery import extra_flops, layer_plan
 from nsc.bases.structure import block_of, is_causal, linear_shapes
+from nsc.config import PLANS
 from nsc.performance.linears import Linear
 
 

@@ -22,11 +22,11 @@ from transformers import AutoModel
 
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.matching import check_shapes
-from nsc.adapters.surgery import PLANS
 from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.module_names import resolve
 from nsc.bases.roles import choose_targets
 from nsc.checks import choice, require_positive
+from nsc.config import PLANS
 from nsc.console import metric
 from nsc.errors import NSCError
 from nsc.performance.costs import LayerKind, Memory, Step, Work

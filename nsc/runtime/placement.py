@@ -75,3 +75,15 @@ def _offloads(module: nn.Module) -> list[Any]:
 def _hooks(module: nn.Module) -> Iterator[Any]:
     hook = getattr(module, "_hf_hook", None)
     yield from getattr(hook, "hooks", [hook] if hook is not None else [])
+
+
+def one_device(device: str) -> str:
+    """Return the device that "auto" means: CUDA where there is one, else the CPU.
+
+    Args:
+        device: "auto", or a device, which is returned as it is.
+
+    Returns:
+        A device by name.
+    """
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

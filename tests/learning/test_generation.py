@@ -9,7 +9,7 @@ import nsc
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
 from nsc.bases.base_model import Base
-from nsc.bases.heads import Head, load_generating_head
+from nsc.bases.heads import load_generating_head
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.modalities import feed_of
@@ -28,7 +28,7 @@ def test_answers_are_those_of_transformers(tmp_path, tied):
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     whole = transformers.AutoModelForCausalLM.from_pretrained(base)
     body = loading.load_body(Base(str(base)), device="cpu")
-    head = Head(*load_generating_head(Base(str(base), body)))
+    head = load_generating_head(Base(str(base), body))
     torch.testing.assert_close(head.weight, whole.lm_head.weight)
     answers = continue_prompts(body, head, PROMPTS, 6, ends={2})
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -63,7 +63,7 @@ def test_a_merge_on_generated_positions_is_the_plain_computation(base, adapters,
     model, config = result.model, MergeConfig(**settings, dtype="float64")
     targets = result.record.targets
     tokens = {t: feed_tokens(base, texts[t]) for t in some}
-    head = Head(*load_generating_head(Base(str(base), model)))
+    head = load_generating_head(Base(str(base), model))
     continues = generator(Base(str(base), model), result.stack, config.start, config.max_new_tokens)
     data = {task: texts[task] for task in some}
     batches, _ = feed_of(Base(str(base))).batches(Base(str(base), model), targets, data, config, continues)

@@ -8,7 +8,7 @@ import nsc
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
 from nsc.bases.base_model import Base
-from nsc.bases.heads import Head, load_generating_head
+from nsc.bases.heads import load_generating_head
 from nsc.bases.image_tower import ImageTower
 from nsc.bases.llava import places
 from nsc.batch import Batch
@@ -47,7 +47,7 @@ def test_answers_are_those_of_transformers(tmp_path, questions, tied, layout):
         rewrite(base / "model.safetensors", to_new_layout)
     whole = transformers.AutoModelForImageTextToText.from_pretrained(base).eval()
     body = loading.load_body(Base(str(base)), device="cpu")
-    head = Head(*load_generating_head(Base(str(base), body)))
+    head = load_generating_head(Base(str(base), body))
     torch.testing.assert_close(head.weight, whole.get_output_embeddings().weight)
     processor = loading.load_processor(Base(str(base)))
     prompts = [prompt for file in questions.values() for prompt in read_prompts(file)]

@@ -12,8 +12,8 @@ from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.bases.heads import Head
-from nsc.bases.roles import LAST_BLOCKS, choose_targets
-from nsc.config import BLOCKS, MergeConfig
+from nsc.bases.roles import choose_targets
+from nsc.config import LAST_BLOCKS, MergeConfig
 from nsc.data.images import collate_images, pixels_by, read_images
 from nsc.data.packing import pack
 from nsc.errors import DataError, NSCError, ResumeError
@@ -191,7 +191,7 @@ def test_preferences_and_heads_must_fit():
 
 @pytest.mark.parametrize(("blocks", "first"), [("all", 0), ("half", 2), ("quarter", 3), ("one", 3), ((1, 2), None)])
 def test_target_blocks_by_word(merged, blocks, first):
-    assert set(LAST_BLOCKS) == set(BLOCKS)
+    assert set(LAST_BLOCKS) == {"all", "half", "quarter", "one"}
     found = choose_targets(merged.model, merged.modules, ["v_proj"], blocks)
     wanted = blocks if first is None else range(first, 4)
     assert found == [f"layers.{i}.self_attn.v_proj" for i in wanted]
