@@ -93,7 +93,7 @@ def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict
     """Choose how each layer applies its adapters.
 
     Args:
-        model: the body; its quantised, offloaded or sharded layers cannot be folded into, so they run by factors.
+        model: the body; its quantised, offloaded or sharded layers always run by factors, as nothing folds into them.
         stack: the adapters.
         plan: "factors", "weights", or "auto", which takes fewer FLOPs.
         tokens: tokens of a step.

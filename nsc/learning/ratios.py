@@ -14,6 +14,7 @@ from nsc.adapters.surgery import merged_layers
 from nsc.batch import Batch
 from nsc.errors import NonFiniteError, TargetError
 from nsc.learning.objective import Goal, NullSpaceObjective
+from nsc.learning.watch import LastTargetSeen
 from nsc.runtime.distributed import Team
 from nsc.runtime.placement import input_device
 from nsc_kernels import null_space_ratio
@@ -119,12 +120,12 @@ class NullSpaceRatio:
         def watch(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
             seen[name] = self._ratio(name, args[0], batch)
             if len(seen) == len(self.targets):
-                raise _Stop
+                raise LastTargetSeen
 
         hooks = [model.get_submodule(n).register_forward_pre_hook(partial(watch, n)) for n in self.targets]
         try:
             model(**batch.arguments(next(model.parameters()).dtype))
-        except _Stop:
+        except LastTargetSeen:
             return float(sum(seen.values()))
         finally:
             for hook in hooks:
@@ -137,7 +138,3 @@ class NullSpaceRatio:
         u = z @ self.A[name].to(z).T
         weight = batch.weight.flatten() * self.share[self.targets.index(name)].to(batch.weight)[task]
         return null_space_ratio(z, u, adapter=task, offsets=self.offsets[name], weight=weight)
-
-
-class _Stop(Exception):
-    """Raised inside the forward once the last target has been seen."""

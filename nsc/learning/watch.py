@@ -23,8 +23,8 @@ from nsc_kernels import MergedLoRALinear
 Measure = Callable[[int, Tensor, Tensor], Tensor]  # number of the target, u (n, R), energy (n,) -> anything
 
 
-class _LastTargetSeen(Exception):
-    """Raised inside the forward once the last target has been seen."""
+class LastTargetSeen(Exception):
+    """Ends a forward from within, once the last target has been seen."""
 
 
 class Watch:
@@ -98,12 +98,12 @@ class Watch:
             if running:  # else a block runs again for the backward, which needs what this saved and no more
                 seen[name] = term
                 if ends and len(seen) == len(targets):
-                    raise _LastTargetSeen
+                    raise LastTargetSeen
                 if ends:
                     self._look_ahead(seen)
 
         watched = partial(self._watched_by, watch, targets)
-        with watched(), _run_again(checkpointed, watched), suppress(_LastTargetSeen):
+        with watched(), _run_again(checkpointed, watched), suppress(LastTargetSeen):
             try:
                 if ends:
                     self._look_ahead(seen)

@@ -19,6 +19,7 @@ from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.learning.loop import prepared, take_step
+from nsc.learning.watch import LastTargetSeen
 from nsc.runtime.distributed import ALONE, Team
 
 MOST_STEPS = 10_000  # that one profile or benchmark takes
@@ -55,10 +56,6 @@ def nsc_step(
         yield step
 
 
-class _Reached(Exception):
-    """Raised inside the forward where the last target begins."""
-
-
 class Floor:
     """The frozen body alone, run as far as every step must run it.
 
@@ -88,7 +85,7 @@ class Floor:
         """
         try:
             self.body(**batch.arguments(next(self.body.parameters()).dtype))
-        except _Reached:
+        except LastTargetSeen:
             z, leaf = self._reached, self._leaf
             self._leaf = self._reached = torch.empty(0)
             if not z.requires_grad:
@@ -103,7 +100,7 @@ class Floor:
 
     def _end(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._reached = args[0]
-        raise _Reached
+        raise LastTargetSeen
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
