@@ -73,8 +73,8 @@ def share_inputs(
 ) -> None:
     """Let layers that read the very same tensor share one pass over it, as ``Siblings``.
 
-    Which layers those are is seen in a forward. A layer that runs by its weights takes part only if it is a target, which
-    needs u.
+    Which layers those are is seen in a forward. A layer that runs by its weights takes part only if it is a target,
+    which needs u.
 
     Args:
         model: the body.
@@ -93,7 +93,7 @@ def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict
     """Choose how each layer applies its adapters.
 
     Args:
-        model: the body; its quantised, offloaded or sharded layers always run by factors, as nothing folds into them.
+        model: the body; its quantised, offloaded or sharded layers have nothing to fold into and run by factors.
         stack: the adapters.
         plan: "factors", "weights", or "auto", which takes fewer FLOPs.
         tokens: tokens of a step.

@@ -16,7 +16,7 @@ TASK_FILE = "TASK=FILE"
 
 
 @dataclass
-class Compared:
+class ComparisonFlags:
     """Which methods are compared, and on which rows."""
 
     panel: ClassVar[str] = "Inputs"
@@ -41,7 +41,7 @@ class Compared:
 
 
 @dataclass
-class Scales:
+class ScaleFlags:
     """How the scales of the methods are found."""
 
     panel: ClassVar[str] = "Scales of the methods"
@@ -63,7 +63,7 @@ class Scales:
 
 
 @grouped
-def compare(compared: Compared, scales: Scales) -> None:
+def compare(compared: ComparisonFlags, scales: ScaleFlags) -> None:
     """Score merging methods on labelled rows, as shares of fine-tuned, with their time and memory."""
     with plain_errors():
         from nsc.evaluation.compare import compare as run

@@ -7,13 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from nsc.cli.options import FULL, RANK, Inputs, Learning, Method, Output, Running, grouped
+from nsc.cli.options import FULL, RANK, InputFlags, LearningFlags, MethodFlags, OutputFlags, RunningFlags, grouped
 from nsc.cli.terminal import given, pairs, plain_errors
 
 
 @grouped
 def merge(
-    context: typer.Context, inputs: Inputs, learning: Learning, running: Running, method: Method, output: Output
+    context: typer.Context,
+    inputs: InputFlags,
+    learning: LearningFlags,
+    running: RunningFlags,
+    method: MethodFlags,
+    output: OutputFlags,
 ) -> None:
     """Merge adapters by coefficients learned from unlabeled data, or by another method; prove what was written."""
     with plain_errors():

@@ -29,7 +29,7 @@ VALIDATION = typer.Option(metavar="TASK=FILE", help="Labelled rows to search by;
 
 
 @dataclass
-class Inputs:
+class InputFlags:
     """Where a merge reads from, and what says its settings."""
 
     panel: ClassVar[str] = "Inputs"
@@ -48,7 +48,7 @@ class Inputs:
 
 
 @dataclass
-class Learning:
+class LearningFlags:
     """How coefficients are learned."""
 
     panel: ClassVar[str] = "Learning the coefficients"
@@ -70,7 +70,7 @@ class Learning:
 
 
 @dataclass
-class Running:
+class RunningFlags:
     """Where and in what precision the base model runs."""
 
     panel: ClassVar[str] = "Memory and devices"
@@ -98,7 +98,7 @@ class Running:
 
 
 @dataclass
-class Method:
+class MethodFlags:
     """Which method merges, and its most common settings."""
 
     panel: ClassVar[str] = "Other merging methods"
@@ -120,7 +120,7 @@ class Method:
 
 
 @dataclass
-class Output:
+class OutputFlags:
     """What is written."""
 
     panel: ClassVar[str] = "Output"

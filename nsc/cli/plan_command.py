@@ -28,7 +28,7 @@ FLOPS = typer.Option(help="FLOP/s in this dtype; overrides the datasheet's.")
 
 
 @dataclass
-class Sizes:
+class SizeFlags:
     """The merge whose cost is predicted."""
 
     panel: ClassVar[str] = "The merge"
@@ -48,7 +48,7 @@ class Sizes:
 
 
 @dataclass
-class Devices:
+class DeviceFlags:
     """The devices that it may run on."""
 
     panel: ClassVar[str] = "Devices"
@@ -63,8 +63,8 @@ class Devices:
 @grouped
 def plan(
     base: Annotated[str, typer.Option(help="Base model: folder or Hub id; only its config is read.")],
-    sizes: Sizes,
-    devices: Devices,
+    sizes: SizeFlags,
+    devices: DeviceFlags,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Predict time, memory and launch command of a merge from shapes alone; nothing is run and no weight is read."""
@@ -91,7 +91,7 @@ def plan(
 
 
 @dataclass
-class Profiled:
+class ProfileFlags:
     """The merge of which a few steps are run."""
 
     panel: ClassVar[str] = "The merge"
@@ -109,7 +109,7 @@ class Profiled:
 
 @grouped
 def profile(
-    merge: Profiled,
+    merge: ProfileFlags,
     steps_timed: Annotated[int, typer.Option(help="Steps that are timed, by turns with their floor.")] = 5,
     hardware: Annotated[
         str | None, typer.Option(help="Device whose datasheet predicts; by default this GPU's, if it is known.")

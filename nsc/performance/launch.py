@@ -12,7 +12,7 @@ USABLE = 0.9  # of a device's memory: the rest is for its context and for what a
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchPlan:
     """One way to start a merge.
 
     Attributes:
@@ -30,7 +30,7 @@ class Launch:
     why: str
 
 
-def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: int) -> Launch:
+def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: int) -> LaunchPlan:
     """Choose the simplest way to start a merge that memory allows.
 
     In this order: one device, a replica on each, sharded over the devices there are, 8-bit weights on one device,
@@ -55,19 +55,21 @@ def choose_launch(memory: Memory, room: float, gpus: int, nodes: int, itemsize: 
     )
     if fit := memory.samples_within(room):
         if there == 1:
-            return Launch("single", 1, _passes(memory, 1, fit), "nsc merge ...", "the base and a sample fit one device")
+            return LaunchPlan(
+                "single", 1, _passes(memory, 1, fit), "nsc merge ...", "the base and a sample fit one device"
+            )
         used = math.ceil(memory.samples / math.ceil(memory.samples / there))
         why = f"the base fits one device, so {used} of {there} share the {memory.samples} samples of a step"
-        return Launch("replicas", used, _passes(memory, used, fit), _torchrun(gpus, nodes), why)
+        return LaunchPlan("replicas", used, _passes(memory, used, fit), _torchrun(gpus, nodes), why)
     if not (shards and shards <= there) and (fit := memory.in_8_bits(itemsize).samples_within(room)):
         why = f"{too_large}; in 8 bits they do, or {split}"
-        return Launch("8-bit", 1, _passes(memory, 1, fit), "nsc merge ... --weights int8", why)
+        return LaunchPlan("8-bit", 1, _passes(memory, 1, fit), "nsc merge ... --weights int8", why)
     if not shards:
-        return Launch("none", 1, 0, None, f"{too_large}, in 8 bits neither; {split}")
+        return LaunchPlan("none", 1, 0, None, f"{too_large}, in 8 bits neither; {split}")
     devices = max(shards, there)
     fit = memory.sharded(devices).samples_within(room)
     command = _torchrun(gpus, math.ceil(devices / gpus)) + " --shard"
-    return Launch(
+    return LaunchPlan(
         "sharded", devices, _passes(memory, devices, fit), command, f"{too_large}; {split}, there are {there}"
     )
 

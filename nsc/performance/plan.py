@@ -31,7 +31,7 @@ from nsc.console import metric
 from nsc.errors import NSCError
 from nsc.performance.costs import LayerKind, Memory, Step, Work
 from nsc.performance.hardware import HARDWARE, Hardware
-from nsc.performance.launch import USABLE, Launch, choose_launch
+from nsc.performance.launch import USABLE, LaunchPlan, choose_launch
 from nsc.performance.linears import Linear, linears_in_order
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -80,7 +80,7 @@ class Plan:
     layers: tuple[LayerKind, ...]
     memory: Memory
     fits: bool
-    launch: Launch
+    launch: LaunchPlan
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
