@@ -248,7 +248,7 @@ def test_what_is_asked_wrongly_is_refused_before_anything_runs(base, heads, rows
 
 
 def test_validation_rows_are_not_test_rows(base, heads, rows, tmp_path):
-    with pytest.raises(DataError, match="task colour: 6 validation rows are test rows too"):
+    with pytest.raises(DataError, match="task colour: 6 validation rows are also test rows"):
         compare(
             base,
             heads,

@@ -190,10 +190,10 @@ def test_labels_are_read_by_their_usual_names_or_by_those_given(base, tmp_path):
         (3, [0, 1, 0.5, 0, 0], None, "row 3: class 0.5"),
         (3, ["yes"] * 5, None, "'yes' is not a number"),
         (None, [1] * 5, None, "answer 1 is not a text"),
-        (3, [0] * 5, "pearson", "pearson does not go with a head of 3"),
-        (1, [0.0] * 5, "accuracy", "head of 1 outputs"),
+        (3, [0] * 5, "pearson", "pearson does not fit a head with 3"),
+        (1, [0.0] * 5, "accuracy", "head with 1 outputs"),
         (None, ["word1"] * 5, "accuracy", "needs an adapter with a head"),
-        (3, [0] * 5, "f2", "no metric f2"),
+        (3, [0] * 5, "f2", "unknown metric f2"),
         (None, ["word1", "  "] + ["word1"] * 3, None, "row 2: the answer has no token"),
     ],
 )

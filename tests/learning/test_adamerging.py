@@ -239,7 +239,7 @@ def test_heads_without_classes_are_refused_where_no_other_is_there(adapters, bas
     [
         (dict(link="clip", start=1.5), "link clip cannot give a coefficient of 1.5"),
         (dict(link="clip", start=-0.1), "link clip cannot give a coefficient of -0.1"),
-        (dict(reduction="sum"), "reduction sum is of the entropies of generated tokens"),
+        (dict(reduction="sum"), "reduction sum applies to entropies of generated tokens"),
         (dict(reduction="max", objective="entropy"), "reduction must be one of mean, sum, not max"),
     ],
     ids=str,
