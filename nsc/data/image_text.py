@@ -7,7 +7,7 @@ their place, so prompts are packed like texts: several share a row where that sa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from nsc.batch import Batch
 from nsc.data.images import IMAGE_FIELDS, Image, as_image, pixels_by
 from nsc.data.packing import NEAR, pack
 from nsc.data.sampling import draw
-from nsc.data.sources import load_hub, place_and_fields, read_rows, read_table, text_of, undecoded
+from nsc.data.sources import Fields, Kind, read_samples, text_of
 from nsc.errors import DataError, NSCError
 from nsc.runtime.placement import input_device
 
@@ -42,32 +42,21 @@ class Prompt:
 
 
 def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
-    """The prompts of one task, each with one image, without labels.
+    """Read the prompts of one task, each with one image, without labels.
 
-    source: a JSONL file of objects (images by path, seen from that file's folder), a parquet file or
-    ``hub:NAME[:CONFIG[:SPLIT]]`` with a column of images, or pairs (image, text). Append ``#image+field+field`` to name
-    the fields, that of the image first; otherwise the usual names are tried, as for texts and for images alone.
+    Args:
+        source: a JSONL file of objects (image paths are relative to that file's folder), a parquet file or
+            ``hub:NAME[:CONFIG[:SPLIT]]`` with a column of images, or pairs (image, text). Append
+            ``#image+field+field`` to name the fields, that of the image first; otherwise the usual names are tried, as
+            for texts and for images alone.
 
-    Raises DataError for a missing or empty source, an unreadable row (by number) or unknown fields.
+    Returns:
+        The prompts.
+
+    Raises:
+        DataError: for a missing or empty source, a row that cannot be read (by number) or unknown fields.
     """
-    if not isinstance(source, (str, Path)):
-        given = enumerate(source, start=1)
-        return _not_empty([Prompt(as_image(image, f"image {i}"), str(text)) for i, (image, text) in given], "the list")
-    place, fields = place_and_fields(str(source))
-    path = Path(place)
-    rows: Iterable[tuple[int, Any]]
-    if place.startswith("hub:"):
-        rows = enumerate(undecoded(load_hub(place)), start=1)
-    elif path.suffix == ".jsonl" and path.is_file():
-        rows = read_rows(path)
-    elif path.suffix == ".parquet" and path.is_file():
-        rows = enumerate(read_table(path), start=1)
-    else:
-        raise DataError(
-            f"data {place}: this base takes images with text; give a JSONL or parquet file of both, or hub:"
-        )
-    found = [_prompt(row, fields, f"{place} row {number}", path.parent) for number, row in rows]
-    return _not_empty(found, place)
+    return read_samples(source, PROMPTS)
 
 
 class Sample(NamedTuple):
@@ -260,11 +249,10 @@ def require_same_forward(body: ImageTextBody, writer: Writer, prompt: Prompt, fe
         raise NSCError(f"{type(stock).__name__} makes something else of its images than LLaVA does; not supported")
 
 
-def _prompt(row: Any, fields: tuple[str, ...] | None, where: str, folder: Path) -> Prompt:
+def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt:
     if not isinstance(row, Mapping):
         raise DataError(f"{where} holds a {type(row).__name__}; each row must be an object with an image and a text")
-    column = next((name for name in fields[:1] if name in row), None) if fields else None
-    column = column or next((name for name in IMAGE_FIELDS if name in row and not fields), None)
+    column = next((name for name in (fields[:1] if fields else IMAGE_FIELDS) if name in row), None)
     if column is None or row[column] is None:
         raise DataError(f"{where} has the fields {', '.join(row)}, no image; name it first, as in FILE#image+question")
     value = row[column]
@@ -273,7 +261,9 @@ def _prompt(row: Any, fields: tuple[str, ...] | None, where: str, folder: Path) 
     return Prompt(image, text_of(rest, (fields or ())[1:] or None, where))
 
 
-def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
-    if not prompts:
-        raise DataError(f"{where} holds no prompt; every task needs at least one unlabeled sample")
-    return prompts
+def _given(pair: Any, where: str) -> Prompt:
+    image, text = pair
+    return Prompt(as_image(image, where), str(text))
+
+
+PROMPTS = Kind("image with text", (".jsonl", ".parquet"), _prompt, _given)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from nsc.batch import Batch
 from nsc.data.sampling import draw
-from nsc.data.sources import load_hub, naming_errors, optional_module, place_and_fields, undecoded
+from nsc.data.sources import FOLDER, Fields, Kind, naming_errors, optional_module, read_samples
 from nsc.errors import DataError, TargetError
 from nsc.runtime.placement import input_device
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 IMAGE_FIELDS = ("image", "img", "picture")
 
 
@@ -44,32 +43,22 @@ class Image:
 
 
 def read_images(source: str | Path | Sequence[Any]) -> list[Image]:
-    """The images of one task, without labels.
+    """Read the images of one task, without labels.
 
-    source: a folder (every PNG and JPEG in it and below), a parquet file or ``hub:NAME[:CONFIG[:SPLIT]]`` (a Hub
-    dataset; needs the ``datasets`` extra) with a column of images as Hub datasets store them, or the images themselves:
-    PIL images, uint8 arrays or tensors, (H, W, 3) or (3, H, W). Append ``#column`` to name the column; otherwise the
-    usual names are tried (image, img, picture).
+    Args:
+        source: a folder (every PNG and JPEG in it and below), a parquet file or ``hub:NAME[:CONFIG[:SPLIT]]`` (a Hub
+            dataset; needs the ``datasets`` extra) with a column of images as Hub datasets store them, or the images
+            themselves: PIL images, uint8 arrays or tensors, (H, W, 3) or (3, H, W). Append ``#column`` to name the
+            column; otherwise the usual names are tried (image, img, picture).
 
-    Raises DataError for a missing or empty source, an unreadable image (by name) or an unknown column, and where the
-    ``images`` extra (Pillow, pyarrow) is not installed.
+    Returns:
+        The images, which are decoded when they are used.
+
+    Raises:
+        DataError: for a missing or empty source, an image that cannot be read (by name) or an unknown column, and if
+            the ``images`` extra (Pillow, pyarrow) is not installed.
     """
-    if not isinstance(source, (str, Path)):
-        return _not_empty([as_image(x, f"image {i}") for i, x in enumerate(source, start=1)], "the given list")
-    place, columns = place_and_fields(str(source))
-    if place.startswith("hub:"):
-        return _not_empty(_read_hub(place, columns), place)
-    path = Path(place)
-    if not path.exists():
-        raise DataError(
-            f"image data {place} does not exist; give a folder of images, a parquet file, or hub:NAME:CONFIG:SPLIT"
-        )
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        return _not_empty([as_image(file, str(file)) for file in files], place)
-    if path.suffix == ".parquet":
-        return _not_empty(_read_parquet(path, columns), place)
-    raise DataError(f"image data {place} is neither a folder nor .parquet; put images into a folder, or convert it")
+    return read_samples(source, IMAGES)
 
 
 @dataclass(frozen=True)
@@ -145,26 +134,16 @@ def tokens_seen(model: nn.Module, targets: Sequence[str], pixels: Tensor) -> int
     return counts[targets[0]]
 
 
-def _read_parquet(path: Path, columns: tuple[str, ...] | None) -> list[Image]:
-    parquet = optional_module("pyarrow.parquet")
-    with naming_errors(str(path)):
-        file = parquet.ParquetFile(path)
-    column = _column(file.schema_arrow.names, columns, str(path))
-    values = (x for part in file.iter_batches(columns=[column]) for x in part.column(0).to_pylist())
-    return [as_image(value, f"{path} row {number}") for number, value in enumerate(values, start=1)]
-
-
-def _read_hub(spec: str, columns: tuple[str, ...] | None) -> list[Image]:
-    rows = undecoded(load_hub(spec))
-    column = _column(rows.column_names, columns, spec)
-    return [as_image(row[column], f"{spec} row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _column(there: Sequence[str], columns: tuple[str, ...] | None, where: str) -> str:
-    chosen = next((name for name in columns or IMAGE_FIELDS if name in there), None)
-    if chosen is None or len(columns or ()) > 1:
+def _columns(there: Sequence[str], fields: Fields, where: str) -> list[str]:
+    chosen = next((name for name in fields or IMAGE_FIELDS if name in there), None)
+    if chosen is None or len(fields or ()) > 1:
         raise DataError(f"{where} has the columns {', '.join(there)}, not one of images; name it as in FILE#column")
-    return chosen
+    return [chosen]
+
+
+def _image(row: Any, fields: Fields, where: str, folder: Path) -> Image:
+    """A file of a folder, or the one column that is read of a table."""
+    return as_image(row if isinstance(row, Path) else next(iter(row.values())), where)
 
 
 def as_image(value: Any, name: str) -> Image:
@@ -205,7 +184,4 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _not_empty(images: list[Image], where: str) -> list[Image]:
-    if not images:
-        raise DataError(f"{where} holds no image; every task needs at least one unlabeled sample (PNG, JPEG)")
-    return images
+IMAGES = Kind("image", (FOLDER, ".parquet"), _image, given=as_image, columns=_columns)

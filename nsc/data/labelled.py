@@ -2,55 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nsc.bases.base_model import IMAGES_AND_TEXT, Base
 from nsc.data.images import IMAGE_FIELDS, as_image
-from nsc.data.sources import load_hub, place_and_fields, read_rows, read_table, text_of, undecoded
+from nsc.data.sources import Fields, Kind, read_samples, text_of
 from nsc.errors import DataError, NSCError
 
 LABEL_FIELDS = ("label", "score", "answer", "target", "output")
 
 
 class Labelled(NamedTuple):
-    """Rows of one task: texts or images, and what is true of each: a class, a number, or an answer's text."""
+    """The labelled rows of one task.
+
+    Attributes:
+        samples: texts or images.
+        labels: what is true of each: a class, a number, or an answer's text.
+    """
 
     samples: list[Any]
     labels: list[Any]
 
 
 def read_labelled(base: Base, source: str | Path | Sequence[tuple[Any, Any]]) -> Labelled:
-    """The labelled rows of one task, as texts or as images, by what ``base`` takes.
+    """Read the labelled rows of one task, as texts or as images, by what the base takes.
 
-    source: a JSONL file, a parquet file, ``hub:NAME[:CONFIG[:SPLIT]]``, or pairs of a sample and its label. Append
-    ``#field+field:label`` to name the fields; otherwise the usual names are tried, those of ``read_texts`` and
-    ``read_images``, and for the label ``label``, ``score``, ``answer``, ``target``, ``output``. Raises DataError,
-    naming the row, for one without text or image, or without label.
+    Args:
+        base: its config decides how samples are read.
+        source: a JSONL file, a parquet file, ``hub:NAME[:CONFIG[:SPLIT]]``, or pairs of a sample and its label. Append
+            ``#field+field:label`` to name the fields; otherwise the usual names are tried, those of ``read_texts`` and
+            ``read_images``, and for the label ``label``, ``score``, ``answer``, ``target``, ``output``.
+
+    Returns:
+        The rows, in the order of the source.
+
+    Raises:
+        DataError: naming the row, for one without text, image or label.
+        NSCError: for a base that takes images with text.
     """
-    images = base.takes == "pixel_values"
     if base.takes == IMAGES_AND_TEXT:
         raise NSCError(f"base {base.id!r} takes images with text, for which there are no metrics here")
-    if not isinstance(source, (str, Path)):
-        found = [(as_image(x, f"image {i}") if images else str(x), y) for i, (x, y) in enumerate(source, start=1)]
-        where = "the given list"
-    else:
-        where, fields = place_and_fields(str(source))
-        *first, last = fields or ("",)
-        last, _, label = last.partition(":")
-        names = tuple(name for name in (*first, last) if name)
-        read = partial(_image, names) if images else partial(_text, names)
-        rows = ((row, f"{where} row {number}") for number, row in _rows(where))
-        found = [(read(row, place), _label(row, label, place)) for row, place in rows]
-    if not found:
-        raise DataError(f"{where} holds no labelled row")
-    return Labelled(*map(list, zip(*found, strict=True)))
+    images = base.takes == "pixel_values"
+    kind = Kind("labelled row", (".jsonl", ".parquet"), partial(_labelled, images), partial(_given, images))
+    return Labelled(*map(list, zip(*read_samples(source, kind), strict=True)))
 
 
 def read_all_labelled(base: Base, sources: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Labelled]:
-    """Task -> its labelled rows, in the order of ``tasks``. Raises DataError where those of both do not agree."""
+    """Read the labelled rows of every task.
+
+    Args:
+        base: its config decides how samples are read.
+        sources: task -> what ``read_labelled`` takes.
+        tasks: names of the adapters.
+
+    Returns:
+        Task -> its labelled rows, in the order of ``tasks``.
+
+    Raises:
+        DataError: if sources and adapters name different tasks.
+    """
     if set(sources) != set(tasks):
         raise DataError(
             f"labelled rows and adapters must name the same tasks, not {', '.join(sorted(sources))} and"
@@ -59,15 +72,17 @@ def read_all_labelled(base: Base, sources: Mapping[str, Any], tasks: Collection[
     return {task: read_labelled(base, sources[task]) for task in tasks}
 
 
-def _rows(place: str) -> Iterable[tuple[int, Any]]:
-    path = Path(place)
-    if place.startswith("hub:"):
-        return enumerate(undecoded(load_hub(place)), start=1)
-    if path.suffix == ".jsonl" and path.is_file():
-        return read_rows(path)
-    if path.suffix == ".parquet" and path.is_file():
-        return enumerate(read_table(path), start=1)
-    raise DataError(f"labelled data {place} is no JSONL or parquet file that is there, nor hub:NAME:CONFIG:SPLIT")
+def _labelled(images: bool, row: Any, fields: Fields, where: str, folder: Path) -> tuple[Any, Any]:
+    """Sample and label of a row; the last of the fields may be followed by a colon and the label's."""
+    *first, last = fields or ("",)
+    last, _, label = last.partition(":")
+    names = tuple(name for name in (*first, last) if name)
+    return (_image if images else _text)(names, row, where), _label(row, label, where)
+
+
+def _given(images: bool, pair: tuple[Any, Any], where: str) -> tuple[Any, Any]:
+    sample, label = pair
+    return as_image(sample, where) if images else str(sample), label
 
 
 def _text(names: tuple[str, ...], row: Any, where: str) -> str:
@@ -85,7 +100,7 @@ def _image(names: tuple[str, ...], row: Any, where: str) -> Any:
 
 
 def _label(row: Any, name: str, where: str) -> Any:
-    found = next((field for field in ([name] if name else LABEL_FIELDS) if field in row), None)
-    if found is None or row[found] is None:
+    field = next((field for field in ([name] if name else LABEL_FIELDS) if field in row), None)
+    if field is None or row[field] is None:
         raise DataError(f"{where} has no {name or 'label'}; name it as in FILE#field:label")
-    return row[found]
+    return row[field]

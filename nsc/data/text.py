@@ -10,34 +10,36 @@ from typing import Any
 from nsc.batch import Batch
 from nsc.data.packing import pack
 from nsc.data.sampling import draw
-from nsc.data.sources import lines_of, load_hub, place_and_fields, read_rows, text_of
+from nsc.data.sources import Fields, Kind, read_samples, text_of
 from nsc.errors import DataError
 
 
 def read_texts(source: str | Path | Sequence[str]) -> list[str]:
-    """The texts of one task, without labels.
+    """Read the texts of one task, without labels.
 
-    source: a JSONL file (objects, or strings), a plain text file (one sample a line), ``hub:NAME[:CONFIG[:SPLIT]]`` (a
-    Hub dataset; needs the ``datasets`` extra), or the texts themselves. Append ``#field+field`` to name the fields,
-    which are joined by a newline; otherwise the usual names are tried (text, prompt, text_a + text_b, premise +
-    hypothesis).
+    Args:
+        source: a JSONL file (objects or strings), a plain text file (one sample per line),
+            ``hub:NAME[:CONFIG[:SPLIT]]`` (a Hub dataset; needs the ``datasets`` extra), or the texts themselves. Append
+            ``#field+field`` to name the fields, which are joined by a newline; otherwise the usual names are tried
+            (text, prompt, text_a + text_b, premise + hypothesis...).
 
-    Raises DataError for a missing or empty source, an unreadable line (by number) or unknown fields.
+    Returns:
+        The texts; blank ones are left out.
+
+    Raises:
+        DataError: for a missing or empty source, a line that cannot be read (by number) or unknown fields.
     """
-    if not isinstance(source, (str, Path)):
-        return _not_empty([str(text) for text in source], "the given texts")
-    place, names = place_and_fields(str(source))
-    if place.startswith("hub:"):
-        rows = enumerate(load_hub(place), start=1)
-        return _not_empty([text_of(row, names, f"{place} row {number}") for number, row in rows], place)
-    path = Path(place)
-    if not path.is_file():
-        raise DataError(f"data file {place} does not exist; give a JSONL or text file, or hub:NAME:CONFIG:SPLIT")
-    if path.suffix == ".jsonl":
-        return _not_empty(_read_jsonl(path, names), place)
-    if path.suffix in (".txt", ".text"):
-        return _not_empty([line.strip() for line in lines_of(path) if line.strip()], place)
-    raise DataError(f"data file {place} is neither .jsonl nor .txt; rename or convert it")
+    return read_samples(source, TEXTS)
+
+
+def _text(row: Any, fields: Fields, where: str, folder: Path) -> str | None:
+    text = row if isinstance(row, str) else text_of(row, fields, where)
+    return text if text.strip() else None
+
+
+TEXTS = Kind(
+    "text", (".jsonl", ".txt", ".text"), _text, given=lambda value, where: str(value) if str(value).strip() else None
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,14 @@ class TextBatches:
         """The batches of these samples, each by its task and number."""
         places = list(self.tokens)
         return pack(
-            [self.tokens[task][i] for task, i in picks], [places.index(task) for task, _ in picks], self.pad_id,
-            causal=self.causal, shares_rows=self.shares_rows, few_shapes=few_shapes,
+            [self.tokens[task][i] for task, i in picks],
+            [places.index(task) for task, _ in picks],
+            self.pad_id,
+            causal=self.causal,
+            shares_rows=self.shares_rows,
+            few_shapes=few_shapes,
             counted=[self.counted[task][i] for task, i in picks] if self.counted else None,
-        )  # fmt: skip
+        )
 
     def drawn(self, step: int) -> dict[str, list[int]]:
         """Which samples of each task a step takes."""
@@ -86,18 +92,6 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
         if empty:
             raise DataError(f"sample {empty[0] + 1} of task {task} has no token; remove empty texts from its data")
     return tokens
-
-
-def _read_jsonl(path: Path, names: tuple[str, ...] | None) -> list[str]:
-    rows = read_rows(path)
-    return [row if isinstance(row, str) else text_of(row, names, f"{path} line {number}") for number, row in rows]
-
-
-def _not_empty(texts: list[str], where: str) -> list[str]:
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise DataError(f"{where} holds no text; every task needs at least one unlabeled sample")
-    return texts
 
 
 def pad_id_of(tokenizer: Any) -> int:

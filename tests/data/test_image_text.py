@@ -87,14 +87,14 @@ def test_rows_of_every_form_are_the_same_prompts(questions, tmp_path):
 def test_rows_that_cannot_be_read(tmp_path, questions):
     file = tmp_path / "rows.jsonl"
     for row, message in (
-        ({"question": "what"}, "row 1 has the fields question, no image"),
-        ({"image": "none.png", "question": "what"}, "row 1 cannot be read"),
-        (["what"], "row 1 holds a list"),
+        ({"question": "what"}, "line 1 has the fields question, no image"),
+        ({"image": "none.png", "question": "what"}, "line 1 cannot be read"),
+        (["what"], "line 1 holds a list"),
     ):
         file.write_text(json.dumps(row))
         with pytest.raises(DataError, match=message):
             read_prompts(file)
-    with pytest.raises(DataError, match="takes images with text"):
+    with pytest.raises(DataError, match=r"does not exist; give .*image with text"):
         read_prompts(tmp_path / "nothing.jsonl")
     with pytest.raises(DataError, match="not the expected text"):
         text_of({"image": 1}, None, "row")

@@ -159,7 +159,7 @@ def test_missing_empty_and_foreign_sources(tmp_path):
 def test_a_missing_extra_is_named(tmp_path, folder, monkeypatch, module, extra):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"images need {extra}: pip install 'nsc-merging\[images\]'"):
+    with pytest.raises(DataError, match=rf"this source needs {extra}: pip install 'nsc-merging\[images\]'"):
         read_images(tmp_path / "a.parquet" if extra == "pyarrow" else folder)
 
 

@@ -155,7 +155,7 @@ def test_memory_that_runs_out_halves_the_pass(setting, samples, monkeypatch):
     torch.testing.assert_close(gradient(setting, batches), want, **EXACT)
     assert any(n > 10 for n in seen)
     monkeypatch.setattr(NullSpaceObjective, "loss", lambda self, batch: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(NSCError, match="not even hold one pass of 17 tokens"):
+    with pytest.raises(NSCError, match="does not hold even one pass of 17 tokens"):
         gradient(setting, batches)
 
 

@@ -100,7 +100,7 @@ def test_missing_and_foreign_sources(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(DataError, match=r"rows\.csv is neither \.jsonl nor \.txt"):
         read_texts(tmp_path / "rows.csv")
-    with pytest.raises(DataError, match="the given texts holds no text"):
+    with pytest.raises(DataError, match="the given list holds no text"):
         read_texts([])
 
 

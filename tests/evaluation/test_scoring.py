@@ -174,12 +174,12 @@ def test_labels_are_read_by_their_usual_names_or_by_those_given(base, tmp_path):
     assert read_labelled(Base(str(base)), f"{file}#:mark").labels == [0.5, 1.5]
     assert read_labelled(Base(str(base)), f"{file}#a") == (["word2", "word4"], [1, 0])
     assert read_labelled(Base(str(base)), [("word1", 1)]) == (["word1"], [1])
-    with pytest.raises(DataError, match=r"row 1 has no grade"):
+    with pytest.raises(DataError, match=r"line 1 has no grade"):
         read_labelled(Base(str(base)), f"{file}#text:grade")
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         read_labelled(Base(str(base)), tmp_path / "absent.jsonl")
     file.write_text('{"text": "word1"}\n')
-    with pytest.raises(DataError, match=r"row 1 has no label"):
+    with pytest.raises(DataError, match=r"line 1 has no label"):
         read_labelled(Base(str(base)), file)
 
 

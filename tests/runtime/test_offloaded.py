@@ -115,8 +115,8 @@ def test_what_is_learned_depends_on_the_bits_of_the_base_but_not_on_its_places()
     ("wrong", "said"),
     [
         (dict(weights="int4"), "weights must be one of full, int8, fp8, nf4, not int4"),
-        (dict(shard=True, weights="int8"), "shard goes with full weights"),
-        (dict(shard=True, device_map="auto"), "shard goes with full weights and without device_map"),
+        (dict(shard=True, weights="int8"), "shard needs full weights"),
+        (dict(shard=True, device_map="auto"), "shard needs full weights and no device_map"),
     ],
     ids=str,
 )
