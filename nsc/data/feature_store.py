@@ -11,27 +11,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 BUDGET = 2 * 2**30
-Sample = TypeVar("Sample")
+Key = TypeVar("Key")
 
 
-class FeatureStore(Generic[Sample]):
-    """``store(sample)`` is ``compute(sample)`` on the CPU, computed once, to the bit.
+class FeatureStore(Generic[Key]):
+    """Features of samples, each computed once: ``store(sample)`` equals ``compute(sample)`` to the bit.
 
-    Samples are computed one at a time: which others are drawn with them, by which rank or after which resume, rounds
-    nothing differently. budget: bytes kept in memory; the rest goes to a temporary folder that is removed by ``close``,
-    at the end of a ``with``, or with the store.
+    Samples are computed one at a time, so nothing rounds differently by which others are drawn with them, by which
+    rank, or after which resume.
+
+    Args:
+        compute: sample -> features.
+        budget: bytes kept in memory; the rest goes to a temporary folder, which is removed by ``close``, at the end of
+            a ``with``, or with the store.
     """
 
-    def __init__(self, compute: Callable[[Sample], Tensor], budget: int = BUDGET) -> None:
+    def __init__(self, compute: Callable[[Key], Tensor], budget: int = BUDGET) -> None:
         self.compute = compute
         self.budget = budget
         self.in_memory = 0  # bytes
-        self._kept: dict[Sample, Tensor] = {}
-        self._files: dict[Sample, Path] = {}
+        self._kept: dict[Key, Tensor] = {}
+        self._files: dict[Key, Path] = {}
         self._folder: TemporaryDirectory[str] | None = None
 
-    def __call__(self, sample: Sample) -> Tensor:
-        """The features of one sample, of any shape and dtype. Not to be written to."""
+    def __call__(self, sample: Key) -> Tensor:
+        """Return the features of one sample, which must not be written to.
+
+        Args:
+            sample: hashable.
+
+        Returns:
+            Features of any shape and dtype, on the CPU.
+        """
         if sample in self._kept:
             return self._kept[sample]
         if sample in self._files:
@@ -53,7 +64,7 @@ class FeatureStore(Generic[Sample]):
             self._folder.cleanup()
             self._folder = None
 
-    def __enter__(self) -> FeatureStore[Sample]:
+    def __enter__(self) -> FeatureStore[Key]:
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -8,36 +8,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsc.bases.image_tower import ImageTower
-from nsc.bases.llava import ImageTextBody, places
+from nsc.bases.llava import places
 from nsc.batch import Batch
-from nsc.data.images import IMAGE_FIELDS, Image, as_image, pixels_by
-from nsc.data.packing import NEAR, pack
+from nsc.data.images import IMAGE_FIELDS, Image, as_image
+from nsc.data.packing import pack
 from nsc.data.sampling import draw
 from nsc.data.sources import Fields, Kind, read_samples, text_of
-from nsc.errors import DataError, NSCError
-from nsc.runtime.placement import input_device
+from nsc.data.text import Pick, with_answer
+from nsc.errors import DataError
 
 MODALITIES = ("both", "text", "image")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An image and what is said about it."""
+    """An image and a text about it.
+
+    Attributes:
+        image: the image.
+        text: the text.
+    """
 
     image: Image
     text: str
 
     @property
     def digest(self) -> str:
-        """Of both."""
+        """The digest of image and text."""
         return hashlib.sha256(f"{self.image.digest} {self.text}".encode()).hexdigest()
 
 
@@ -60,10 +64,13 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
 
 
 class Sample(NamedTuple):
-    """What a row holds of a prompt.
+    """What a row holds of one prompt.
 
-    ids: of the prompt, and of the answer behind it where there is one.  image: the prompt's.  prompt: how many of the
-    ids are the prompt's.  counted: which of them count, if their modality does.
+    Attributes:
+        ids: token ids of the prompt, and of the answer behind it, if there is one.
+        image: the image of the prompt.
+        prompt: how many of the ids belong to the prompt.
+        counted: which of the ids count, if their modality does.
     """
 
     ids: list[int]
@@ -74,10 +81,14 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Samples -> batches.
+    """What turns samples into batches.
 
-    features: an image -> (P, h), P placeholders of ``image_token`` each.  modality: whether tokens of text, of images
-    or both count.  how: what ``pack`` takes.
+    Attributes:
+        features: image -> (P, h) features for its P placeholders.
+        image_token: id of the placeholder.
+        pad_id: id of the padding token.
+        modality: which tokens count: "text", "image" or "both".
+        how: keyword arguments of ``pack``.
     """
 
     features: Callable[[Image], Tensor]
@@ -87,7 +98,15 @@ class Prompts:
     how: Mapping[str, Any]
 
     def batches(self, samples: Sequence[Sample], tasks: Sequence[int]) -> list[Batch]:
-        """Packed as texts are, each image beside the row that it is in; samples of a task weigh the same."""
+        """Pack samples as texts are packed, with each image beside the row that it is in.
+
+        Args:
+            samples: what the rows hold.
+            tasks: number of each sample's task.
+
+        Returns:
+            Batches on the CPU, in which the samples of a task weigh the same.
+        """
         counted = [sample.counted for sample in samples]
         packed = pack([sample.ids for sample in samples], tasks, self.pad_id, **self.how, counted=counted)
         owners = pack([[i] * len(sample.ids) for i, sample in enumerate(samples)], tasks, -1, **self.how)
@@ -98,7 +117,17 @@ class Prompts:
         return [self._with_images(b, *of, images, weights) for b, of in zip(packed, planes, strict=True)]
 
     def count(self, sample: Sample) -> int:
-        """How many tokens of a sample count. Raises DataError naming its image if none does."""
+        """Return how many tokens of a sample count.
+
+        Args:
+            sample: what a row holds.
+
+        Returns:
+            Tokens, at least 1.
+
+        Raises:
+            DataError: naming the image, if none counts.
+        """
         of_image = self._holds(sample)[sample.counted]
         of = {"both": len(of_image), "text": len(of_image) - sum(of_image), "image": sum(of_image)}
         if not of[self.modality]:
@@ -131,9 +160,16 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PromptBatches:
-    """Batches as a pure function of the step, the same in every process and after every resume, as ``TextBatches``.
+    """Batches of prompts as a pure function of the step, as ``TextBatches`` are of texts.
 
-    samples: task -> its own. Raises DataError naming an image of which nothing counts.
+    Attributes:
+        samples: task -> its samples.
+        prompts: what turns samples into batches.
+        batch_size: samples of each task in a step.
+        seed: seed of the permutations.
+
+    Raises:
+        DataError: naming an image of which no token counts.
     """
 
     samples: Mapping[str, Sequence[Sample]]
@@ -152,101 +188,71 @@ class PromptBatches:
         return self.prompts.how["shares_rows"]
 
     def __call__(self, step: int) -> list[Batch]:
-        """The batches of one step, on the CPU; their losses add up to the step's."""
+        """Return the batches of a step.
+
+        Args:
+            step: from 0.
+
+        Returns:
+            Batches on the CPU, whose losses add up to the step's.
+        """
         return self.packed([(task, i) for task, row in self.drawn(step).items() for i in row])
 
-    def packed(self, picks: Sequence[tuple[str, int]]) -> list[Batch]:
-        """The batches of some samples, each by its task and number; their losses add up to that of all."""
+    def packed(self, picks: Sequence[Pick]) -> list[Batch]:
+        """Return the batches of some samples.
+
+        Args:
+            picks: task and number of each sample.
+
+        Returns:
+            Batches on the CPU, whose losses add up to that of all samples.
+        """
         order = list(self.samples)
         return self.prompts.batches([self.samples[t][i] for t, i in picks], [order.index(t) for t, _ in picks])
 
-    def drawn(self, step: int) -> dict[str, list[int]]:
-        """Task -> which of its samples this step takes."""
-        return {task: draw(len(x), self.batch_size, step, f"{self.seed}/{task}") for task, x in self.samples.items()}
+    @property
+    def rows(self) -> Mapping[str, Sequence[Any]]:
+        """Task -> its samples."""
+        return self.samples
 
+    def prompts_of(self, picks: Sequence[Pick]) -> tuple[list[list[int]], Callable[[int], Tensor]]:
+        """Return what is continued for generated positions.
 
-class Writer:
-    """Writes prompts as the base reads them.
+        Args:
+            picks: task and number of each sample.
 
-    processor: its own.  image_token: the placeholder's id.  expand: how many placeholders an image takes.  max_length:
-    tokens of text in a prompt.
-    """
-
-    def __init__(self, processor: Any, image_token: int, expand: int, max_length: int) -> None:
-        self.processor = processor
-        self.image_token = image_token
-        self.expand = expand
-        self.max_length = max_length
-        self.placeholder = processor.tokenizer.convert_ids_to_tokens(image_token)
-
-    def text(self, prompt: Prompt) -> str:
-        """By the chat template, where there is one; as it is, where it says itself where the image goes."""
-        if self.placeholder in prompt.text:
-            return prompt.text
-        if not getattr(self.processor, "chat_template", None):
-            return f"{self.placeholder}\n{prompt.text}"
-        content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
-        said = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-
-    def ids(self, prompt: Prompt) -> list[int]:
-        """Token ids with all placeholders, cut behind ``max_length`` tokens of text.
-
-        Raises DataError if the image is not among them, or not alone.
+        Returns:
+            Token ids of each sample, and a function from its place in ``picks`` to the (P, h) features of its image.
         """
-        tokenizer, text = self.processor.tokenizer, self.text(prompt)
-        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
-        if (count := ids.count(self.image_token)) != 1:
-            raise DataError(f"{prompt.image.name}: its prompt has {count} images, {text[:80]!r}; give one in each row")
-        ids = ids[: self.max_length + 1]
-        if self.image_token not in ids:
-            raise DataError(f"{prompt.image.name}: its place is beyond {self.max_length} tokens; raise max_length")
-        at = ids.index(self.image_token)
-        return [*ids[:at], *[self.image_token] * self.expand, *ids[at + 1 :]]
+        chosen = [self.samples[task][i] for task, i in picks]
+        return [sample.ids for sample in chosen], lambda j: self.prompts.features(chosen[j].image)
 
-    def sample(self, prompt: Prompt) -> Sample:
-        """Without an answer: all of it counts."""
-        ids = self.ids(prompt)
-        return Sample(ids, prompt.image, len(ids), slice(0, len(ids)))
+    def with_answers(self, answers: Mapping[Pick, Sequence[int]], positions: str) -> PromptBatches:
+        """Return the same batches with answers behind some samples, of which only what computed them counts.
 
+        Args:
+            answers: task and number of a sample -> token ids of its answer.
+            positions: "last" or "full".
 
-@torch.no_grad()
-def writer_of(body: ImageTextBody, processor: Any, features: Tensor, max_length: int) -> Writer:
-    """For images of such features (P, h): as many placeholders as the projector makes of them."""
-    projected = body.multi_modal_projector(features[None].to(input_device(body)))  # type: ignore[operator]
-    return Writer(processor, body.image_token, projected.shape[1], max_length)
+        Returns:
+            The batches.
+        """
+        samples = {task: list(rows) for task, rows in self.samples.items()}
+        for (task, i), answer in answers.items():
+            ids, counted = with_answer(samples[task][i].ids, answer, positions)
+            samples[task][i] = samples[task][i]._replace(ids=ids, counted=counted)
+        return replace(self, samples=samples)
 
+    def drawn(self, step: int) -> dict[str, list[int]]:
+        """Return which samples of each task a step takes.
 
-def image_features(body: ImageTextBody, processor: Any) -> Callable[[Image], Tensor]:
-    """What makes the features of an image by the frozen tower, (P, h), as the projector takes them."""
-    pixels = pixels_by(processor.image_processor, next(body.parameters()).dtype)
-    tower, device = ImageTower(body), input_device(body)
-    skipped = int(body.config.vision_feature_select_strategy == "default")  # the class token
+        Args:
+            step: from 0.
 
-    def features(image: Image) -> Tensor:
-        return tower.features(pixels(image)[None].to(device))[0, skipped:]
-
-    return features
-
-
-@torch.no_grad()
-def require_same_forward(body: ImageTextBody, writer: Writer, prompt: Prompt, features: Tensor) -> None:
-    """Raise NSCError unless one prompt gives the hidden states of the base's own processor and forward."""
-    device, ids = input_device(body), torch.tensor([writer.ids(prompt)])
-    place = places(ids == body.image_token).to(device)
-    found = body(ids.to(device), features[None, None].to(device), place)[0]
-    pixels = pixels_by(writer.processor.image_processor, features.dtype)(prompt.image)
-    own = dict(input_ids=ids.to(device), pixel_values=pixels[None].to(device))
-    stock: Any = body.__dict__["stock"]
-    try:
-        expected = stock(**own, output_hidden_states=True).hidden_states[-1]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise NSCError(
-            f"{type(stock).__name__} does not take one image for {writer.expand} placeholders: {error}"
-        ) from error
-    if not (found - expected).norm() <= NEAR.get(features.dtype, 0.1) * expected.norm():
-        raise NSCError(f"{type(stock).__name__} makes something else of its images than LLaVA does; not supported")
+        Returns:
+            Task -> numbers of samples.
+        """
+        return {task: draw(len(x), self.batch_size, step, f"{self.seed}/{task}") for task, x in self.samples.items()}
 
 
 def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt:

@@ -23,9 +23,12 @@ IMAGE_FIELDS = ("image", "img", "picture")
 
 @dataclass(frozen=True)
 class Image:
-    """One image, decoded when it is used: two are equal if their digests are.
+    """One image, decoded when it is used; two are equal if their digests are.
 
-    name: where it is from, for errors.  content: a file, a file's bytes, or a PIL image in RGB.  digest: of that.
+    Attributes:
+        name: where it is from, for errors.
+        content: a file, a file's bytes, or a PIL image in RGB.
+        digest: SHA-256 of the content.
     """
 
     name: str = field(compare=False)
@@ -33,7 +36,14 @@ class Image:
     digest: str
 
     def decode(self) -> Any:
-        """As a PIL image in RGB. Raises DataError naming the image if Pillow cannot read it."""
+        """Decode the image.
+
+        Returns:
+            A PIL image in RGB.
+
+        Raises:
+            DataError: naming the image, if Pillow cannot read it.
+        """
         pillow = optional_module("PIL.Image")
         if isinstance(self.content, pillow.Image):
             return self.content
@@ -47,8 +57,8 @@ def read_images(source: str | Path | Sequence[Any]) -> list[Image]:
 
     Args:
         source: a folder (every PNG and JPEG in it and below), a parquet file or ``hub:NAME[:CONFIG[:SPLIT]]`` (a Hub
-            dataset; needs the ``datasets`` extra) with a column of images as Hub datasets store them, or the images
-            themselves: PIL images, uint8 arrays or tensors, (H, W, 3) or (3, H, W). Append ``#column`` to name the
+            dataset; needs the ``datasets`` extra) with a column of images as Hub datasets store them, or images in
+            memory: PIL images, uint8 arrays or tensors, (H, W, 3) or (3, H, W). Append ``#column`` to name the
             column; otherwise the usual names are tried (image, img, picture).
 
     Returns:
@@ -63,10 +73,14 @@ def read_images(source: str | Path | Sequence[Any]) -> list[Image]:
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Batches as a pure function of the step, the same in every process and after every resume.
+    """Batches of images as a pure function of the step, the same in every process and after every resume.
 
-    images: task -> its samples.  pixels: a sample -> (3, H, W), as the base takes it.  tokens: that the base makes of
-    one image.  Task k takes ``batch_size`` samples a step, as in ``TextBatches``.
+    Attributes:
+        images: task -> its images.
+        pixels: image -> (3, H, W), as the base takes it.
+        tokens: tokens that the base makes of one image.
+        batch_size: images of each task in a step, drawn as in ``TextBatches``.
+        seed: seed of the permutations.
     """
 
     images: Mapping[str, Sequence[Image]]
@@ -78,7 +92,14 @@ class ImageBatches:
     shares_rows = False
 
     def __call__(self, step: int) -> list[Batch]:
-        """The one batch of a step, on the CPU."""
+        """Return the one batch of a step.
+
+        Args:
+            step: from 0.
+
+        Returns:
+            The batch, on the CPU, in a list.
+        """
         drawn = [
             (rows[i], k)
             for k, (task, rows) in enumerate(self.images.items())
@@ -88,9 +109,18 @@ class ImageBatches:
 
 
 def collate_images(pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int) -> Batch:
-    """One image in each row, of ``tokens`` tokens; every image weighs the same within its task.
+    """Put one image in each row; every image weighs the same within its task.
 
-    pixels: (3, H, W) each; weights are of their dtype, but of float32 at least. Raises DataError where sizes differ.
+    Args:
+        pixels: (3, H, W) of each image.
+        tasks: number of each image's task.
+        tokens: tokens that the base makes of one image.
+
+    Returns:
+        The batch, with weights in the dtype of the pixels, but at least float32.
+
+    Raises:
+        DataError: if images differ in size.
     """
     sizes = sorted({tuple(image.shape) for image in pixels})
     if len(sizes) > 1:
@@ -103,7 +133,15 @@ def collate_images(pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int) 
 
 
 def pixels_by(processor: Any, dtype: torch.dtype) -> Callable[[Image], Tensor]:
-    """What prepares an image by a transformers image processor: (3, H, W) in ``dtype``, on the CPU."""
+    """Return a function that prepares one image for the base.
+
+    Args:
+        processor: image processor of transformers.
+        dtype: dtype of the pixels.
+
+    Returns:
+        Image -> (3, H, W) on the CPU.
+    """
 
     def pixels(image: Image) -> Tensor:
         return processor(images=[image.decode()], return_tensors="pt")["pixel_values"][0].to(dtype)
@@ -113,9 +151,18 @@ def pixels_by(processor: Any, dtype: torch.dtype) -> Callable[[Image], Tensor]:
 
 @torch.no_grad()
 def tokens_seen(model: nn.Module, targets: Sequence[str], pixels: Tensor) -> int:
-    """Tokens of one image (3, H, W) that enter the targets, class and register tokens included; one image is run.
+    """Return how many tokens of one image enter the targets, class and register tokens included; one image is run.
 
-    Raises TargetError where a target does not run, or not all see as many.
+    Args:
+        model: body of the base.
+        targets: names of the measured modules.
+        pixels: (3, H, W).
+
+    Returns:
+        Tokens.
+
+    Raises:
+        TargetError: if a target does not run, or targets see different numbers of tokens.
     """
     seen: dict[str, int] = {}
 
@@ -147,9 +194,17 @@ def _image(row: Any, fields: Fields, where: str, folder: Path) -> Image:
 
 
 def as_image(value: Any, name: str) -> Image:
-    """An image of a file, a file's bytes, a row {"bytes", "path"}, a PIL image, an array or a tensor.
+    """Return an image in any form as an ``Image``.
 
-    name: of it in errors. Raises DataError if it is none of these, or broken.
+    Args:
+        value: a path, a file's bytes, a row {"bytes", "path"}, a PIL image, a uint8 array or tensor.
+        name: name of the image, for errors.
+
+    Returns:
+        The image.
+
+    Raises:
+        DataError: if it is none of these, or broken.
     """
     pillow = optional_module("PIL.Image")
     if isinstance(value, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,11 @@ from nsc.bases.llava import ImageTextBody
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.feature_store import FeatureStore
-from nsc.data.image_text import (
-    Prompt,
-    PromptBatches,
-    Prompts,
-    image_features,
-    read_prompts,
-    require_same_forward,
-    writer_of,
-)
+from nsc.data.image_text import Prompt, PromptBatches, Prompts, read_prompts
 from nsc.data.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
 from nsc.data.packing import can_share_rows, collate
-from nsc.data.text import TextBatches, pad_id_of, read_texts, tokenize, with_answer
+from nsc.data.prompt_writer import image_features, require_same_forward, writer_of
+from nsc.data.text import Pick, TextBatches, pad_id_of, read_texts, tokenize
 from nsc.errors import NSCError
 from nsc.runtime.cuda_graphs import obstacle
 
@@ -34,22 +27,36 @@ Features = Callable[[int], Tensor]  # number of a prompt -> (P, h) of its image
 Generate = Callable[[Sequence[Sequence[int]], Features | None], list[list[int]]]  # prompts, images -> answers
 
 
+AnyBatches = TypeVar("AnyBatches", TextBatches, PromptBatches)
+
+
 class Batches(Protocol):
-    """The batches of a step, as a pure function of it; whether several samples share a row."""
+    """The batches of a step, as a pure function of it."""
 
     @property
-    def shares_rows(self) -> bool: ...
+    def shares_rows(self) -> bool:
+        """Whether several samples may share a row."""
 
-    def __call__(self, step: int) -> list[Batch]: ...
+    def __call__(self, step: int) -> list[Batch]:
+        """Return the batches of a step.
+
+        Args:
+            step: from 0.
+
+        Returns:
+            Batches on the CPU, whose losses add up to the step's.
+        """
 
 
 @dataclass(frozen=True)
 class Feed:
-    """One kind of input.
+    """How one kind of input is read and batched.
 
-    read: a source -> the samples of a task.  batches: loaded base, targets, task -> samples, settings -> the batches to
-    learn from, and the fixed ones for the ratios before and after; behind them, for generated positions, what continues
-    prompts.  example: loaded base -> rows without any data.
+    Attributes:
+        read: source -> samples of a task.
+        batches: loaded base, targets, task -> samples, settings, and what continues prompts where positions are
+            generated -> the batches to learn from, and the fixed ones for evaluation.
+        example: loaded base -> a batch without any data.
     """
 
     read: Callable[[Any], list[Any]]
@@ -58,7 +65,17 @@ class Feed:
 
 
 def feed_of(base: Base) -> Feed:
-    """The row of the table for this base. Raises NSCError if there is none, or no such base."""
+    """Return how a base is fed.
+
+    Args:
+        base: its config decides.
+
+    Returns:
+        One of FEEDS.
+
+    Raises:
+        NSCError: if there is none for this base.
+    """
     takes = base.takes
     if takes not in FEEDS:
         raise NSCError(f"base {base.id!r} takes {takes}; nsc feeds bodies that take {' or '.join(FEEDS)}")
@@ -72,7 +89,7 @@ def _text_batches(
     config: MergeConfig,
     generate: Generate | None = None,
 ) -> tuple[TextBatches, list[Batch]]:
-    _require_modality(config, "text")
+    _require_modality(config.modality, "text")
     tokenizer = loading.load_tokenizer(base)
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = pad_id_of(tokenizer)
@@ -80,48 +97,33 @@ def _text_batches(
     shares_rows = can_share_rows(base.model)
     few_shapes = config.graphs and obstacle(base.model) is None
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
-    if config.positions != "prompt":
-        batches = _with_answers(batches, config, generate)
-    return batches, batches.packed(_evaluated(batches.tokens, config))
+    batches = _with_answers(batches, config, generate)
+    return batches, batches.packed(_evaluated(batches.rows, config.evaluation_samples))
 
 
-def _with_answers(batches: TextBatches, config: MergeConfig, generate: Generate | None) -> TextBatches:
-    """The same with the answers to all samples that are learned from or evaluated; only what computed them counts."""
-    generate = _required(generate, config)
-    tokens = {task: list(rows) for task, rows in batches.tokens.items()}
-    counted = {task: [slice(0, len(ids)) for ids in rows] for task, rows in tokens.items()}
-    picks = _needed(batches, tokens, config)
-    answers = generate([tokens[task][i] for task, i in picks], None)
-    for (task, i), answer in zip(picks, answers, strict=True):
-        tokens[task][i], counted[task][i] = with_answer(tokens[task][i], answer, config.positions)
-    return replace(batches, tokens=tokens, counted=counted)
-
-
-def _needed(
-    batches: TextBatches | PromptBatches, samples: Mapping[str, Sequence[Any]], config: MergeConfig
-) -> list[tuple[str, int]]:
-    """Task and number of each sample that is learned from or evaluated."""
-    needed = set(_evaluated(samples, config))
-    for step in range(max(1, config.steps)):
-        needed |= {(task, i) for task, row in batches.drawn(step).items() for i in row}
-    return sorted(needed)
-
-
-def _required(generate: Generate | None, config: MergeConfig) -> Generate:
+def _with_answers(batches: AnyBatches, config: MergeConfig, generate: Generate | None) -> AnyBatches:
+    """The same with the answers to all samples that are learned from or evaluated, where positions are generated."""
+    if config.positions == "prompt":
+        return batches
     if generate is None:
         raise NSCError(f"positions {config.positions} need a model that generates; give positions prompt here")
-    return generate
+    needed = set(_evaluated(batches.rows, config.evaluation_samples))
+    for step in range(max(1, config.steps)):
+        needed |= {(task, i) for task, row in batches.drawn(step).items() for i in row}
+    picks = sorted(needed)
+    answers = generate(*batches.prompts_of(picks))
+    return batches.with_answers(dict(zip(picks, answers, strict=True)), config.positions)
 
 
-def _evaluated(tokens: Mapping[str, Sequence[Any]], config: MergeConfig) -> list[tuple[str, int]]:
+def _evaluated(rows: Mapping[str, Sequence[Any]], most: int) -> list[Pick]:
     """Task and number of each sample that is evaluated before and after."""
-    return [(task, i) for task, rows in tokens.items() for i in range(min(len(rows), config.evaluation_samples))]
+    return [(task, i) for task, samples in rows.items() for i in range(min(len(samples), most))]
 
 
 def _image_batches(
     base: Base, targets: Sequence[str], images: Mapping[str, list[Image]], config: MergeConfig
 ) -> tuple[ImageBatches, list[Batch]]:
-    _require_modality(config, "image")
+    _require_modality(config.modality, "image")
     processor = loading.load_image_processor(base)
     pixels = FeatureStore(pixels_by(processor, next(base.model.parameters()).dtype))
     some = [(image, k) for k, rows in enumerate(images.values()) for image in rows[: config.evaluation_samples]]
@@ -152,28 +154,14 @@ def _prompt_batches(
     made = Prompts(features, model.image_token, pad_id_of(processor.tokenizer), config.modality, how)
     samples = {task: [writer.sample(prompt) for prompt in rows] for task, rows in prompts.items()}
     batches = PromptBatches(samples, made, config.batch_size, config.seed)
-    if config.positions != "prompt":
-        batches = _with_answers_to_images(batches, config, generate)
+    batches = _with_answers(batches, config, generate)
     fixed = replace(made, how=how | {"few_shapes": False})
-    return batches, replace(batches, prompts=fixed).packed(_evaluated(batches.samples, config))
+    return batches, replace(batches, prompts=fixed).packed(_evaluated(batches.rows, config.evaluation_samples))
 
 
-def _with_answers_to_images(batches: PromptBatches, config: MergeConfig, generate: Generate | None) -> PromptBatches:
-    """As ``_with_answers``; an answer is text."""
-    generate = _required(generate, config)
-    samples = {task: list(rows) for task, rows in batches.samples.items()}
-    picks = _needed(batches, samples, config)
-    prompts = [samples[task][i] for task, i in picks]
-    answers = generate([s.ids for s in prompts], lambda j: batches.prompts.features(prompts[j].image))
-    for (task, i), answer in zip(picks, answers, strict=True):
-        ids, counted = with_answer(samples[task][i].ids, answer, config.positions)
-        samples[task][i] = samples[task][i]._replace(ids=ids, counted=counted)
-    return replace(batches, samples=samples)
-
-
-def _require_modality(config: MergeConfig, only: str) -> None:
-    if config.modality not in ("both", only):
-        raise NSCError(f"modality {config.modality} leaves nothing of a base that takes {only} alone; leave it at both")
+def _require_modality(modality: str, only: str) -> None:
+    if modality not in ("both", only):
+        raise NSCError(f"modality {modality} leaves nothing of a base that takes {only} alone; leave it at both")
 
 
 def _random_text(base: Base) -> Batch:

@@ -28,14 +28,30 @@ NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a packed sample's hidden
 
 
 def pack(
-    samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, *, causal: bool, shares_rows: bool,
-    few_shapes: bool = False, counted: Sequence[slice] | None = None,
-) -> list[Batch]:  # fmt: skip
-    """Token ids of each sample and its task -> batches whose losses and ratios add up to those of all samples.
+    samples: Sequence[Sequence[int]],
+    tasks: Sequence[int],
+    pad_id: int,
+    *,
+    causal: bool,
+    shares_rows: bool,
+    few_shapes: bool = False,
+    counted: Sequence[slice] | None = None,
+) -> list[Batch]:
+    """Pack samples into batches whose losses and ratios add up to those of all samples.
 
-    Every sample weighs the same within its task, every token the same within its sample, padding nothing.
-    few_shapes: that of a step is to be that of other steps; up to ``MOST_PADDING``, and rows of padding alone.
-    counted: the tokens of each sample that weigh anything, where not all do.
+    Every sample weighs the same within its task, every token the same within its sample, and padding nothing.
+
+    Args:
+        samples: token ids of each sample.
+        tasks: number of each sample's task.
+        pad_id: id of the padding token.
+        causal: whether right padding reaches no token.
+        shares_rows: whether several samples may share a row.
+        few_shapes: whether the shapes should be those of other steps, with up to ``MOST_PADDING`` and rows of padding.
+        counted: which tokens of each sample weigh anything; None for all.
+
+    Returns:
+        Batches on the CPU.
     """
     lengths = [len(ids) for ids in samples]
     alone = [[i] for i in range(len(samples))]
@@ -55,20 +71,46 @@ def pack(
 
 
 def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:
-    """One sample in each row, padded on the right; weighted as by ``pack``."""
+    """Put one sample in each row, padded on the right and weighted as by ``pack``.
+
+    Args:
+        samples: token ids of each sample.
+        tasks: number of each sample's task.
+        pad_id: id of the padding token.
+        causal: whether right padding reaches no token, so that no mask is needed.
+
+    Returns:
+        One batch on the CPU.
+    """
     lengths = [len(ids) for ids in samples]
     rows = [[i] for i in range(len(samples))]
     return _rectangle(samples, tasks, _sample_weights(lengths, tasks), rows, _tight(lengths, rows), pad_id, causal)
 
 
 def padding(lengths: Sequence[int], rows: Sequence[Sequence[int]], shape: tuple[int, int] | None = None) -> float:
-    """The share of a rectangle that is padding; rows: the samples in each; shape: if larger than they need."""
+    """Return the share of a rectangle of tokens that is padding.
+
+    Args:
+        lengths: length of each sample.
+        rows: numbers of the samples in each row.
+        shape: (rows, width) of the rectangle; None for what the rows need.
+
+    Returns:
+        From 0 to 1.
+    """
     height, width = shape or _tight(lengths, rows)
     return 1 - sum(lengths[i] for row in rows for i in row) / (height * width)
 
 
 def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Samples of each row: the narrowest rows, not below the longest sample, that pad no more than ``MOST_PADDING``."""
+    """Distribute samples over the narrowest rows that pad no more than ``MOST_PADDING``.
+
+    Args:
+        lengths: length of each sample.
+
+    Returns:
+        Numbers of the samples in each row.
+    """
     width, rows = max(lengths), _first_fit(lengths, max(lengths))
     while padding(lengths, rows) > MOST_PADDING:
         width = int(width * WIDER) + 1
@@ -77,9 +119,15 @@ def shared_rows(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def rows_of_few_shapes(lengths: Sequence[int]) -> tuple[list[list[int]], tuple[int, int]]:
-    """Samples of each row, and a shape that comes again: of the roundest width that pads no more than ``MOST_PADDING``.
+    """Distribute samples over rows of the roundest width that pads no more than ``MOST_PADDING``.
 
-    Widths of two significant bits are tried from the longest sample up, then of three and so on; those of five fit.
+    Widths with two significant bits are tried from the longest sample upwards, then with three and so on; five fit.
+
+    Args:
+        lengths: length of each sample.
+
+    Returns:
+        Numbers of the samples in each row, and (rows, width) of the rectangle.
     """
     for bits in range(ROUND, FINE + 1):
         width, rows = 0, [[0], [0]]
@@ -93,13 +141,29 @@ def rows_of_few_shapes(lengths: Sequence[int]) -> tuple[list[list[int]], tuple[i
 
 
 def round_up(n: int, bits: int) -> int:
-    """The least number not below ``n`` of which only the first ``bits`` bits are not 0."""
+    """Round up to a number with few significant bits.
+
+    Args:
+        n: a positive number.
+        bits: how many leading bits may differ from 0.
+
+    Returns:
+        The least such number not below ``n``.
+    """
     step = 1 << max(0, n.bit_length() - bits)
     return -(-n // step) * step
 
 
 def buckets(lengths: Sequence[int], few_shapes: bool = False) -> list[list[int]]:
-    """Samples by length, longest first, cut wherever one more would pad its bucket beyond ``MOST_PADDING``."""
+    """Group samples by length, longest first, so that no bucket is padded beyond ``MOST_PADDING``.
+
+    Args:
+        lengths: length of each sample.
+        few_shapes: whether buckets are rounded up to shapes that recur.
+
+    Returns:
+        Numbers of the samples in each bucket.
+    """
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rows = [[j] for j in [*found[-1], i]] if found else []
@@ -111,9 +175,13 @@ def buckets(lengths: Sequence[int], few_shapes: bool = False) -> list[list[int]]
 
 
 def can_share_rows(model: nn.Module) -> bool:
-    """Whether this model keeps samples in one row apart, given positions and a mask: tried out on random tokens.
+    """Return whether a model keeps samples in one row apart, given positions and a mask; it is tried on random tokens.
 
-    Only for causal models with one kind of attention, in an implementation that takes a mask of its own.
+    Args:
+        model: body of the base.
+
+    Returns:
+        True only for causal models with one kind of attention, in an implementation that takes a mask.
     """
     config: Any = model.config
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -161,9 +229,15 @@ def _sample_weights(lengths: Sequence[int], tasks: Sequence[int]) -> list[float]
 
 
 def _rectangle(
-    samples: Sequence[Sequence[int]], tasks: Sequence[int], weights: Sequence[float], rows: Sequence[Sequence[int]],
-    shape: tuple[int, int], pad_id: int, causal: bool, counted: Sequence[slice] | None = None,
-) -> Batch:  # fmt: skip
+    samples: Sequence[Sequence[int]],
+    tasks: Sequence[int],
+    weights: Sequence[float],
+    rows: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    pad_id: int,
+    causal: bool,
+    counted: Sequence[slice] | None = None,
+) -> Batch:
     """One batch of this shape with these samples in each row, from the left, and rows of padding alone below."""
     ids = torch.full(shape, pad_id)
     task, position = torch.zeros(2, *shape, dtype=torch.int64)

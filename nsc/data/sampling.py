@@ -6,7 +6,17 @@ import random
 
 
 def draw(count: int, batch_size: int, step: int, key: str) -> list[int]:
-    """Which of ``count`` samples a step takes: the next ones of a permutation, another from ``key`` each time round."""
+    """Return which samples a step takes: the next ones of a permutation, which is another each time round.
+
+    Args:
+        count: number of samples.
+        batch_size: samples of a step.
+        step: from 0.
+        key: seed of the permutations.
+
+    Returns:
+        Numbers of samples.
+    """
     if count == 0:
         return []
     drawn = []

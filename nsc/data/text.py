@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +42,54 @@ TEXTS = Kind(
 )
 
 
+Pick = tuple[str, int]  # task and number of a sample
+
+
 @dataclass(frozen=True)
 class TextBatches:
-    """Batches as a pure function of the step, the same in every process and after every resume.
+    """Batches of texts as a pure function of the step, the same in every process and after every resume.
 
-    tokens: task -> token ids of each sample.  Task k takes ``batch_size`` samples a step from a permutation of its own,
-    reshuffled each time round from (seed, task).  causal, shares_rows, few_shapes: what ``pack`` may do with them.
+    Attributes:
+        tokens: task -> token ids of each sample.
+        batch_size: samples of each task in a step, drawn from a permutation that is reshuffled each time round.
+        pad_id: id of the padding token.
+        seed: seed of the permutations.
+        causal: whether the body is causal, so that right padding reaches no token and needs no mask.
+        shares_rows: whether the body keeps several samples in one row apart.
+        few_shapes: whether steps are replayed where their shapes recur.
+        counted: task -> which tokens of each sample count; None for all.
     """
 
     tokens: dict[str, list[list[int]]]
     batch_size: int
     pad_id: int
     seed: int = 0
-    causal: bool = True  # right padding cannot reach a real token, so the model needs no mask
-    shares_rows: bool = False  # the model keeps samples in one row apart
-    few_shapes: bool = False  # steps are replayed where their shapes recur
+    causal: bool = True
+    shares_rows: bool = False
+    few_shapes: bool = False
     counted: dict[str, list[slice]] | None = None
 
     def __call__(self, step: int) -> list[Batch]:
-        """The batches of one step, on the CPU; their losses add up to the step's."""
+        """Return the batches of a step.
+
+        Args:
+            step: from 0.
+
+        Returns:
+            Batches on the CPU, whose losses add up to the step's.
+        """
         return self.packed([(task, i) for task, row in self.drawn(step).items() for i in row], self.few_shapes)
 
-    def packed(self, picks: Sequence[tuple[str, int]], few_shapes: bool = False) -> list[Batch]:
-        """The batches of these samples, each by its task and number."""
+    def packed(self, picks: Sequence[Pick], few_shapes: bool = False) -> list[Batch]:
+        """Return the batches of some samples.
+
+        Args:
+            picks: task and number of each sample.
+            few_shapes: whether the shapes should be those of other steps.
+
+        Returns:
+            Batches on the CPU, whose losses add up to that of all samples.
+        """
         places = list(self.tokens)
         return pack(
             [self.tokens[task][i] for task, i in picks],
@@ -76,15 +101,66 @@ class TextBatches:
             counted=[self.counted[task][i] for task, i in picks] if self.counted else None,
         )
 
+    @property
+    def rows(self) -> Mapping[str, Sequence[Any]]:
+        """Task -> its samples."""
+        return self.tokens
+
+    def prompts_of(self, picks: Sequence[Pick]) -> tuple[list[list[int]], None]:
+        """Return what is continued for generated positions.
+
+        Args:
+            picks: task and number of each sample.
+
+        Returns:
+            Token ids of each sample, and no images.
+        """
+        return [self.tokens[task][i] for task, i in picks], None
+
+    def with_answers(self, answers: Mapping[Pick, Sequence[int]], positions: str) -> TextBatches:
+        """Return the same batches with answers behind some samples, of which only what computed them counts.
+
+        Args:
+            answers: task and number of a sample -> token ids of its answer.
+            positions: "last" or "full".
+
+        Returns:
+            The batches.
+        """
+        tokens = {task: list(rows) for task, rows in self.tokens.items()}
+        counted = {task: [slice(0, len(ids)) for ids in rows] for task, rows in tokens.items()}
+        for (task, i), answer in answers.items():
+            tokens[task][i], counted[task][i] = with_answer(tokens[task][i], answer, positions)
+        return replace(self, tokens=tokens, counted=counted)
+
     def drawn(self, step: int) -> dict[str, list[int]]:
-        """Which samples of each task a step takes."""
+        """Return which samples of each task a step takes.
+
+        Args:
+            step: from 0.
+
+        Returns:
+            Task -> numbers of samples.
+        """
         return {
             task: draw(len(rows), self.batch_size, step, f"{self.seed}/{task}") for task, rows in self.tokens.items()
         }
 
 
 def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int) -> dict[str, list[list[int]]]:
-    """Token ids of every sample, cut at ``max_length``. Raises DataError naming a sample that has no token."""
+    """Tokenise every sample, cut at ``max_length``.
+
+    Args:
+        tokenizer: tokenizer of the base.
+        texts: task -> its texts.
+        max_length: tokens of a sample, at most.
+
+    Returns:
+        Task -> token ids of each sample.
+
+    Raises:
+        DataError: naming a sample that has no token.
+    """
     tokens = {}
     for task, rows in texts.items():
         tokens[task] = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"] if rows else []
@@ -95,11 +171,27 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
 
 
 def pad_id_of(tokenizer: Any) -> int:
-    """What fills rows up: no matter which token, where it weighs nothing."""
+    """Return the id of the padding token; any token will do, since padding weighs nothing.
+
+    Args:
+        tokenizer: tokenizer of the base.
+
+    Returns:
+        A token id.
+    """
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def with_answer(prompt: Sequence[int], answer: Sequence[int], positions: str) -> tuple[list[int], slice]:
-    """The tokens of a row, and which of them count: at "full" those that computed the answer, at "last" the last."""
+    """Return a prompt with its answer, and which of the tokens count.
+
+    Args:
+        prompt: token ids.
+        answer: token ids; the last is computed and never read.
+        positions: "full" counts all tokens that computed the answer, "last" the last of them.
+
+    Returns:
+        Token ids of the row, and the tokens that count.
+    """
     ids = [*prompt, *answer[:-1]]
     return ids, slice(len(prompt) - 1 if positions == "full" else len(ids) - 1, len(ids))

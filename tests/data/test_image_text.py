@@ -10,9 +10,10 @@ import transformers
 from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
-from nsc.data.image_text import Prompt, Writer, read_prompts
+from nsc.data.image_text import Prompt, read_prompts
 from nsc.data.images import as_image
 from nsc.data.modalities import feed_of
+from nsc.data.prompt_writer import Writer
 from nsc.data.sources import text_of
 from nsc.errors import DataError, NSCError
 from tests.tiny import save_llava_base

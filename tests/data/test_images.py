@@ -60,8 +60,11 @@ def folder(tmp_path, pictures) -> Path:
 def test_a_folder(folder, pictures):
     images = read_images(folder)
     assert [Path(image.name).relative_to(folder).as_posix() for image in images] == [
-        "a.png", "b/0.PNG", "b/1.png", "c.jpeg"
-    ]  # fmt: skip
+        "a.png",
+        "b/0.PNG",
+        "b/1.png",
+        "c.jpeg",
+    ]
     assert same(images[:3], pictures[:3]) and images[3].decode().size == (16, 16)
     assert read_images(str(folder)) == images and len(set(images)) == 4
 

@@ -11,7 +11,7 @@ from nsc.adapters.stack import stack_adapters, whitened
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import structure
 from nsc.config import MergeConfig
-from nsc.data.packing import (  # fmt: skip
+from nsc.data.packing import (
     MOST_PADDING,
     _rectangle,
     buckets,

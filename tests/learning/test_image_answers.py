@@ -13,9 +13,10 @@ from nsc.bases.image_tower import ImageTower
 from nsc.bases.llava import places
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data.image_text import Prompts, Sample, Writer, image_features, read_prompts
+from nsc.data.image_text import Prompts, Sample, read_prompts
 from nsc.data.images import as_image
 from nsc.data.modalities import feed_of
+from nsc.data.prompt_writer import Writer, image_features
 from nsc.errors import DataError, NSCError
 from nsc.learning.entropy import entropy_of
 from nsc.learning.generation import continue_prompts, generator

@@ -17,8 +17,9 @@ from nsc.bases.base_model import Base
 from nsc.bases.image_tower import ImageTower
 from nsc.bases.llava import ImageTextBody, places
 from nsc.cli import app
-from nsc.data.image_text import Prompt, Writer, read_prompts
+from nsc.data.image_text import Prompt, read_prompts
 from nsc.data.images import pixels_by
+from nsc.data.prompt_writer import Writer
 from nsc.errors import NSCError
 from nsc.runtime import cuda_graphs
 from tests.tape import TapeRecorder
