@@ -151,13 +151,6 @@ def plan_shrink(
     return launches, (out, row_energy, dc)
 
 
-def shrink_columns(x: Tensor, w: Tensor, u: Tensor, c: Tensor, values: bool) -> tuple[Tensor, Tensor]:
-    """c * v (n, R), empty unless ``values``, and the sum over rows of u * v (R,): the backward of weighted columns."""
-    launches, (out, _, dc) = plan_shrink(x, w, u, c.contiguous(), values=values)
-    run_all(launches)
-    return out, dc.sum(0)  # type: ignore[union-attr]  # u is given
-
-
 def _plan_sum(parts: Tensor, energies: Tensor | None, out: Tensor, row_energy: Tensor) -> Launch:
     splits, n, r = parts.shape
     settings = {"BLOCK_N": 4, "BLOCK_R": 128, "num_warps": 4}
