@@ -203,7 +203,7 @@ class Siblings:
         ValueError: if the layers' ``lora_A`` do not agree in width, dtype and device.
 
     Example:
-        >>> Siblings([q_proj, k_proj, v_proj])  # each a MergedLoRALinear, which keeps the object alive
+        >>> siblings = Siblings([q_proj, k_proj, v_proj])  # each a MergedLoRALinear
     """
 
     def __init__(self, members: Sequence[MergedLoRALinear]) -> None:
