@@ -1,10 +1,10 @@
-"""The null-space ratio of every LoRA layer while somebody else's code trains it.
+"""The null-space ratio of every LoRA layer of a model while other code trains it.
 
     om(z) = |(I - P) z| / |z|        P projects onto the rows of A, z is what enters A
 
 ``track`` turns each plain ``lora_A`` of a PEFT model into a ``WatchedLinear``, in place and on that instance only: the
 same module, parameters, hooks and state dict, with another ``forward``, which takes ``u = A z`` and ``|z|^2`` from one
-pass over z. Forward hooks of the model say when a forward begins and ends, and what its attention mask was.
+pass over z. Forward hooks of the model tell when a forward begins and ends, and what its attention mask was.
 ``RatioTracker.remove`` undoes all of it.
 
 Paper: https://arxiv.org/abs/2603.26317, Eq. 3 (fine-tuning compresses what A does not see).
@@ -16,53 +16,43 @@ import inspect
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from nsc.errors import AdapterError, UnsupportedAdapter
-from nsc_kernels import gram_inverse, lora_down, ratio_from_energy
-
-
-class WatchedLinear(nn.Linear):
-    """A ``lora_A`` that also appends the ratios of the rows it is given, (...,), to ``seen`` while that is a list."""
-
-    seen: list[Tensor] | None
-    differentiable: bool
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z: (..., d) -> u: (..., r), as ``nn.Linear`` without bias."""
-        u, energy = lora_down(z, self.weight)
-        # A checkpointed block runs again in the backward, unseen, and must show autograd the same operations.
-        if self.differentiable or self.seen is not None:
-            with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-                # A in the dtype autocast gave it: only so is u' G u the energy of a projection.
-                rows = ratio_from_energy(energy, u, gram_inverse(self.weight.to(u.dtype)))
-            if self.seen is not None:
-                self.seen.append(rows)
-        return u
+from nsc.watched_lora import WatchedLinear, refuse_lost_gradient, unwatch, watch, watchable_layers
 
 
 class RatioTracker:
-    """What ``track`` returns: the ratios of the last forward, and their means over the training forwards since a read.
+    """The ratios of a model's last forward, and their means over its training forwards since the last ``read``.
 
-    Layers are named as in the base model, with ``.adapter`` appended for one that is not PEFT's ``default``.
-    layers: name -> the watched ``lora_A``.  skipped: name -> why it has no ratio.
-    Leave its ``with`` block, or call ``remove``, to restore the model.
+    ``track`` makes it. Leave its ``with`` block, or call ``remove``, to restore the model. Layers are named as in the
+    base model, with ``.adapter`` appended for an adapter that is not PEFT's ``default``.
+
+    Attributes:
+        layers: name -> the watched ``lora_A``.
+        skipped: name -> why that layer has no ratio.
+
+    Args:
+        model: the module whose forwards are measured.
+        watchable: name -> a plain ``lora_A``, which is turned into a ``WatchedLinear``.
+        skipped: name -> why that layer has no ratio.
+        differentiable: whether the ratios have a gradient.
     """
 
     def __init__(
-        self, model: nn.Module, found: Mapping[str, nn.Linear], skipped: Mapping[str, str], differentiable: bool
+        self, model: nn.Module, watchable: Mapping[str, nn.Linear], skipped: Mapping[str, str], differentiable: bool
     ) -> None:
         self.skipped = dict(skipped)
         names = _arguments(model)
         self._mask_at = names.index("attention_mask") if names else sys.maxsize
-        self.layers = {name: _watch(linear, differentiable) for name, linear in found.items()}
+        self.layers: dict[str, WatchedLinear] = {
+            name: watch(linear, differentiable) for name, linear in watchable.items()
+        }
         device = next(iter(self.layers.values())).weight.device
-        self._totals = torch.zeros(2, len(found), device=device)  # sums of ratios and numbers of rows
+        self._totals = torch.zeros(2, len(watchable), device=device)  # sums of ratios and numbers of rows
         self._ran: list[str] = []
         self._values = torch.empty(0)
         begin, end = model.register_forward_pre_hook, model.register_forward_hook
@@ -70,33 +60,46 @@ class RatioTracker:
 
     @property
     def ratios(self) -> dict[str, Tensor]:
-        """Layer -> 0-d mean over the rows of the last forward, for the layers that ran in it.
+        """The mean ratio over the rows of the last forward, a 0-d tensor for each layer that ran in it.
 
-        Empty before the first. With ``differentiable`` it has a gradient to A, and through z to the layers before.
+        Empty before the first forward. With ``differentiable`` the ratios have a gradient to A, and through z to the
+        layers before.
         """
         return dict(zip(self._ran, self._values.unbind(), strict=True))
 
     def mean(self) -> Tensor:
-        """0-d mean of ``ratios`` over layers. Raises ValueError while there are none."""
+        """Return the mean of ``ratios`` over layers.
+
+        Returns:
+            A 0-d tensor, with a gradient if the tracker is ``differentiable``.
+
+        Raises:
+            ValueError: if no LoRA layer has run yet.
+        """
         if not self._ran:
             raise ValueError("no LoRA layer has run yet: call the very model that was given to track()")
         return self._values.mean()
 
     def read(self) -> dict[str, float]:
-        """Layer -> mean over all rows of the training forwards since the last ``read``, which starts anew.
+        """Return the mean ratio over all rows of the training forwards since the last ``read``, and start anew.
 
-        A forward in ``eval()`` mode does not enter. Waits for the device once, for all layers together.
+        Forwards in ``eval()`` mode do not count. Waits for the device once, for all layers together.
+
+        Returns:
+            Layer -> mean, for the layers that have run.
         """
         sums, counts = self._totals.tolist()
         self._totals.zero_()
         return {name: total / n for name, total, n in zip(self.layers, sums, counts, strict=True) if n}
 
     def remove(self) -> None:
-        """Make the model what it was before ``track``; a second call does nothing. What was measured stays readable."""
+        """Restore the model to what it was before ``track``; what was measured stays readable.
+
+        A second call does nothing.
+        """
         if self._handles:
             for layer in self.layers.values():
-                del layer.seen, layer.differentiable
-                layer.__class__ = nn.Linear  # type: ignore[assignment]
+                unwatch(layer)
         while self._handles:
             self._handles.pop().remove()
 
@@ -115,7 +118,7 @@ class RatioTracker:
         for layer in self.layers.values():
             layer.seen = None
         for name, rows in seen.items():
-            _refuse_lost_gradient(name, self.layers[name], rows)
+            refuse_lost_gradient(name, self.layers[name], rows)
         if seen:
             mask = args[self._mask_at] if len(args) > self._mask_at else kwargs.get("attention_mask")
             self._keep({name: _sum_and_count(rows, mask) for name, rows in seen.items()}, model.training)
@@ -131,39 +134,48 @@ class RatioTracker:
 
 
 def track(model: nn.Module, *, differentiable: bool = False) -> RatioTracker:
-    """Measure the null-space ratio of every LoRA layer of ``model`` in each of its forwards, at no extra pass over z.
+    """Measure the null-space ratio of every LoRA layer of a model in each of its forwards, without another pass over z.
 
     z is what enters ``lora_A``: with LoRA dropout and in ``train()`` mode, what dropout left of the rows. A row whose
     ``attention_mask`` (b, L) is 0 does not count; without such a mask, or where it is not one number for each row of z,
-    all rows do. Outputs, gradients, parameters and state dict stay those of the model.
+    all rows count. Outputs, gradients, parameters and state dict stay those of the model.
 
     Args:
-        model: a ``PeftModel``, or any module with PEFT LoRA layers in it: the very one that will be called. It may be
-            wrapped by ``torch.compile``, or by accelerate, before or after.
+        model: a ``PeftModel``, or any module with PEFT LoRA layers in it: the very module that will be called. It may
+            be wrapped by ``torch.compile`` or by accelerate, before or after.
         differentiable: whether ``ratios`` and ``mean()`` have a gradient, for a term of the loss.
 
     Returns:
         A ``RatioTracker``, whose ``with`` block restores the model at its end.
 
     Raises:
-        AdapterError: there is no LoRA layer.
-        UnsupportedAdapter: there are only such as compute more or less than ``s B A z`` from a linear A. Beside others
-            they are skipped, with a warning.
-        ValueError: the model is tracked already, or has an encoder and a decoder, each with its own padding.
+        AdapterError: if there is no LoRA layer.
+        UnsupportedAdapter: if every LoRA layer computes something else than ``s B A z`` with a linear A. If only some
+            do, those are skipped with a warning.
+        ValueError: if the model is tracked already, or has an encoder and a decoder, each with its own padding.
+
+    Example:
+        >>> with track(model) as tracker:
+        ...     model(**batch).loss.backward()
+        >>> tracker.ratios  # {"model.layers.0.self_attn.q_proj": tensor(0.9), ...}
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 3.
     """
     model = getattr(model, "_orig_mod", model)
     if "decoder_input_ids" in _arguments(model):
         raise ValueError("encoder and decoder differ in padding: track(model.get_encoder()), or the decoder, alone")
-    found, skipped = _find(model)
+    watchable, skipped = watchable_layers(model)
     for name, reason in skipped.items():
         warnings.warn(f"{name} has no null-space ratio: {reason}", stacklevel=2)
-    return RatioTracker(model, found, skipped, differentiable)
+    return RatioTracker(model, watchable, skipped, differentiable)
 
 
 def untrack(model: nn.Module) -> None:
-    """Remove every tracker from ``model``, such as that of a training that was cut short; there need not be one."""
+    """Remove every tracker from a model, such as that of a training that was interrupted.
+
+    Args:
+        model: it need not be tracked.
+    """
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     for owner in (getattr(hook, "__self__", None) for hook in hooks):
         if isinstance(owner, RatioTracker):
@@ -171,10 +183,16 @@ def untrack(model: nn.Module) -> None:
 
 
 class NullSpaceCallback(TrainerCallback):
-    """Logs ``null_space_ratio/LAYER``, and ``null_space_ratio`` for their mean, beside every training loss.
+    """A ``Trainer`` callback that logs the ratio of every LoRA layer beside every training loss.
 
-    Each is the mean over the rows of all training forwards since the last log, of this process. Tracks the model from
-    the beginning of a training to its end; a ``tracker`` that it is given is only read. ``tracker``: the one in use.
+    It logs ``null_space_ratio/LAYER``, the mean over the rows of all training forwards of this process since the last
+    log, and ``null_space_ratio``, the mean over layers. It tracks the model from the beginning of training to its end.
+
+    Attributes:
+        tracker: the tracker in use, or None outside a training.
+
+    Args:
+        tracker: a tracker to be read only; by default the callback makes and removes its own.
     """
 
     def __init__(self, tracker: RatioTracker | None = None) -> None:
@@ -182,26 +200,48 @@ class NullSpaceCallback(TrainerCallback):
         self._own = tracker is None
 
     def add_to(self, trainer: Any) -> None:
-        """Put this before all other callbacks of a ``Trainer``, so that TensorBoard, W&B and the like see the ratios.
+        """Put this callback before all others of a ``Trainer``, so that TensorBoard, W&B and the like see the ratios.
 
-        With ``Trainer(callbacks=[...])`` it comes after those: only the console and ``state.log_history`` have them.
+        Given as ``Trainer(callbacks=[...])`` it comes after those: then only the console and ``state.log_history`` show
+        the ratios.
+
+        Args:
+            trainer: a transformers ``Trainer``.
         """
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start tracking. Raises as ``track``."""
+        """Start tracking, unless a tracker was given.
+
+        Args:
+            args, state, control, kwargs: not used.
+            model: the model that will be trained.
+
+        Raises:
+            NSCError, ValueError: as ``track``.
+        """
         if self._own:
             self.on_train_end(args, state, control)  # of a training that was cut short
             self.tracker = track(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the model."""
+        """Restore the model, unless the tracker was given.
+
+        Args:
+            args, state, control, kwargs: not used.
+        """
         if self._own and self.tracker is not None:
             self.tracker.remove()
             self.tracker = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the ratios to ``logs`` and to the entry of ``state.log_history`` that was made of them."""
+        """Add the ratios to a log of the training loss.
+
+        Args:
+            args, control, kwargs: not used.
+            state: of the ``Trainer``; the ratios are added to the last entry of its ``log_history``, too.
+            logs: what will be logged; without "loss" it is left alone.
+        """
         if self.tracker is None or "loss" not in (logs or {}):
             return
         means = self.tracker.read()
@@ -215,7 +255,7 @@ class NullSpaceCallback(TrainerCallback):
 
 
 def _arguments(model: nn.Module) -> list[str]:
-    """The model's arguments by name, in order, if ``attention_mask`` is one; a plain ``PeftModel`` passes them on."""
+    """Return the names of the model's arguments in order, or none if ``attention_mask`` is not one of them."""
     for candidate in (model, getattr(model, "get_base_model", lambda: model)()):
         names = list(inspect.signature(candidate.forward).parameters)
         if "attention_mask" in names:
@@ -223,61 +263,11 @@ def _arguments(model: nn.Module) -> list[str]:
     return []
 
 
-def _find(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Name -> the ``lora_A`` to watch, and name -> why not."""
-    found: dict[str, nn.Linear] = {}
-    skipped: dict[str, str] = {}
-    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    for path, layer in layers:
-        for adapter, linear in [*layer.lora_A.items(), *layer.lora_embedding_A.items()]:
-            reason = _reason_to_skip(layer, adapter, linear)
-            if reason is None:
-                found[_name(path, adapter)] = linear
-            else:
-                skipped[_name(path, adapter)] = reason
-    if not layers:
-        raise AdapterError("the model has no LoRA layer: make it one with peft.get_peft_model first")
-    if not found:
-        raise UnsupportedAdapter("; ".join(f"{name} has no null-space ratio: {why}" for name, why in skipped.items()))
-    return found, skipped
-
-
-def _name(path: str, adapter: str) -> str:
-    layer = path.replace("_orig_mod.", "").rpartition("base_model.model.")[2]
-    return ".".join(part for part in (layer, adapter) if part and part != "default") or adapter
-
-
-def _reason_to_skip(layer: Any, adapter: str, linear: Any) -> str | None:
-    if isinstance(linear, WatchedLinear):
-        raise ValueError("the model is tracked already: use that tracker, or call untrack(model) first")
-    if layer.use_dora.get(adapter) or adapter in getattr(layer, "lora_variant", ()):
-        return "its adapter is a variant, such as DoRA, that computes more than s B A z"
-    if type(linear) is not nn.Linear or linear.bias is not None:
-        return f"its A is a {type(linear).__name__}, not a plain nn.Linear without bias"
-    if "forward" in vars(linear):
-        return "its A has a forward of its own, as accelerate gives to a model spread over devices"
-    return None
-
-
-def _watch(linear: nn.Linear, differentiable: bool) -> WatchedLinear:
-    linear.__class__ = WatchedLinear
-    watched = cast(WatchedLinear, linear)
-    watched.seen, watched.differentiable = None, differentiable
-    return watched
-
-
-def _refuse_lost_gradient(name: str, layer: WatchedLinear, seen: Sequence[Tensor]) -> None:
-    """A reentrant checkpoint runs the forward without gradient: what was seen of it can train nothing."""
-    wanted = layer.differentiable and layer.weight.requires_grad and torch.is_grad_enabled()
-    if wanted and not all(rows.requires_grad for rows in seen):
-        raise ValueError(
-            f"the ratio of {name} has no gradient: with differentiable=True, enable gradient checkpointing with "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}'
-        )
-
-
 def _sum_and_count(seen: Sequence[Tensor], mask: Any) -> Tensor:
-    """(2,): the sum of the ratios of the rows that count, and their number. seen: (...,) each, mask: (b, L) or any."""
+    """Return (2,): the sum of the ratios of the rows that count, and their number.
+
+    seen holds the ratios (...,) of every call; a mask that is not one number for each row is not used.
+    """
     total = seen[0].new_zeros(2)
     for rows in seen:
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == rows.numel():

@@ -1,6 +1,6 @@
-"""Fused operations for null-space compression of LoRA adapters. Imports torch, triton (if there is one), nothing else.
+"""Fused operations for null-space compression of LoRA adapters, on torch and, where it is installed, Triton.
 
-One alphabet of shapes everywhere:
+The shapes have the same names everywhere:
 
     z (n, d)   rows entering a linear layer          A_k, B_k (r_k, d), (m, r_k)   the factors of adapter k
     u (n, R)   z A', all adapters stacked            lam (K,)                      coefficients, s_k the LoRA scales

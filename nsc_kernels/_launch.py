@@ -12,7 +12,14 @@ MIN_PROGRAMS = 256  # enough to occupy every multiprocessor of a large GPU about
 
 
 class RowBlocks(NamedTuple):
-    """How a kernel that walks over rows is cut: the constexpr block sizes and the warps of one program."""
+    """How a kernel that walks over rows is cut into programs.
+
+    Attributes:
+        BLOCK_N: rows of a program.
+        BLOCK_D: columns of z that it reads at a time.
+        BLOCK_R: columns of u that it reads at a time.
+        num_warps: warps of a program.
+    """
 
     BLOCK_N: int
     BLOCK_D: int
@@ -21,16 +28,31 @@ class RowBlocks(NamedTuple):
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two not below ``n``; 1 for ``n <= 1``."""
+    """Return the least power of two that is not below ``n``.
+
+    Args:
+        n: any integer.
+
+    Returns:
+        1 for ``n <= 1``.
+    """
     return 1 << max(n - 1, 0).bit_length()
 
 
 @lru_cache(maxsize=1024)
 def row_blocks(n: int, d: int, r: int) -> RowBlocks:
-    """Cut ``n`` rows of width ``d``, with ``r`` columns of ``u`` beside each, into programs.
+    """Cut rows into programs.
 
     A tile has at most ``TILE`` elements, so that a thread's share stays in registers whatever ``d`` is. Narrow rows are
     taken many at a time, unless that would leave multiprocessors idle; few rows are taken in wider strips instead.
+
+    Args:
+        n: rows.
+        d: their width.
+        r: columns of u beside each row.
+
+    Returns:
+        The blocks, the same for every call with these sizes.
     """
     width = next_power_of_2(d)
     by_width = max(TILE // width, 4)
@@ -42,12 +64,28 @@ def row_blocks(n: int, d: int, r: int) -> RowBlocks:
 
 
 def row_programs(n: int, blocks: RowBlocks) -> int:
-    """The grid: how many programs cover ``n`` rows. 0 for ``n = 0``, which must not be launched."""
+    """Return how many programs cover some rows: the grid of a launch.
+
+    Args:
+        n: rows.
+        blocks: as ``row_blocks`` returns them.
+
+    Returns:
+        0 for ``n = 0``, which must not be launched.
+    """
     return -(-n // blocks.BLOCK_N)
 
 
 class ShrinkBlocks(NamedTuple):
-    """Blocks of ``X W'``: BLOCK_N rows of X by BLOCK_R rows of W, summed BLOCK_D at a time."""
+    """How ``X W'`` is cut into programs.
+
+    Attributes:
+        BLOCK_N: rows of X.
+        BLOCK_D: columns that are summed at a time.
+        BLOCK_R: rows of W.
+        num_warps: warps of a program.
+        num_stages: stages of Triton's software pipeline.
+    """
 
     BLOCK_N: int
     BLOCK_D: int
@@ -57,7 +95,15 @@ class ShrinkBlocks(NamedTuple):
 
 
 class ExpandBlocks(NamedTuple):
-    """Blocks of ``U W``: BLOCK_N rows by BLOCK_M columns, summed over BLOCK_R of the rank at a time."""
+    """How ``U W`` is cut into programs.
+
+    Attributes:
+        BLOCK_N: rows of U.
+        BLOCK_M: columns of W.
+        BLOCK_R: columns of U that are summed at a time.
+        num_warps: warps of a program.
+        num_stages: stages of Triton's software pipeline.
+    """
 
     BLOCK_N: int
     BLOCK_M: int
@@ -68,11 +114,20 @@ class ExpandBlocks(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def shrink_blocks(n: int, d: int, r: int, itemsize: int) -> tuple[ShrinkBlocks, int, int]:
-    """Blocks, the number of parts into which d is split, and the columns of each part.
+    """Cut ``X W'`` into programs, so that no target spills (``make aot``).
 
-    Chosen so that no target spills (``make aot``). The whole rank goes into one program, in float32 up to 256 of it, so
-    that X is read once; W is read once a program, so rows are taken many at a time. Where that leaves multiprocessors
-    idle, d is split, never below ``MIN_SPAN`` columns.
+    The whole rank goes into one program, up to 512 of it or 256 in float32, so that X is read once; W is read once a
+    program, so rows are taken many at a time. Where that leaves multiprocessors idle, d is split, never below
+    ``MIN_SPAN`` columns.
+
+    Args:
+        n: rows of X.
+        d: columns of X.
+        r: rows of W.
+        itemsize: bytes of an element, 2 or 4.
+
+    Returns:
+        The blocks, the number of parts into which d is split, and the columns of each part.
     """
     block_r = min(max(next_power_of_2(r), 16), 512 if itemsize == 2 else 256)
     if itemsize == 2:
@@ -90,9 +145,19 @@ def shrink_blocks(n: int, d: int, r: int, itemsize: int) -> tuple[ShrinkBlocks, 
 
 @lru_cache(maxsize=1024)
 def expand_blocks(n: int, m: int, r: int, itemsize: int) -> ExpandBlocks:
-    """Blocks for n rows, m columns and rank r; chosen so that no target spills (``make aot``)."""
+    """Cut ``U W`` into programs, so that no target spills (``make aot``).
+
+    Args:
+        n: rows of U.
+        m: columns of W.
+        r: the rank, over which is summed.
+        itemsize: bytes of an element, 2 or 4.
+
+    Returns:
+        The blocks.
+    """
     block_n, block_m = (16 if n <= 16 else 64), min(max(next_power_of_2(m), 16), 128)
-    if r % 16:  # rows of u are then not aligned, and loading them takes registers
+    if r % 16:  # rows of u are then not aligned, and loading them takes more registers
         block_m = min(block_m, 64)
     block_r, num_warps = (32, 4) if itemsize == 2 else (16, 8)
     return ExpandBlocks(block_n, block_m, min(max(next_power_of_2(r), 16), block_r), num_warps, 2)

@@ -15,7 +15,16 @@ PLAIN = {Tensor, nn.Parameter}  # anything else may stand for a tensor without b
 
 
 class Launch(NamedTuple):
-    """A kernel with everything it is called with. Running it and compiling it ahead of time read the same fields."""
+    """A kernel with everything that it is called with.
+
+    A run and a compilation ahead of time read the same fields.
+
+    Attributes:
+        kernel: the ``triton.jit`` function.
+        grid: programs along each axis.
+        args: parameter of the kernel -> tensor, number or None.
+        settings: block sizes, and Triton's ``num_warps`` and ``num_stages``.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -23,7 +32,7 @@ class Launch(NamedTuple):
     settings: dict[str, int]
 
     def run(self) -> None:
-        """Launch on the current stream of the device that holds the arguments; nothing for an empty grid."""
+        """Launch the kernel on the current stream of the device that holds the arguments, unless the grid is empty."""
         if 0 in self.grid:
             return
         device = next(value for value in self.args.values() if isinstance(value, Tensor)).device
@@ -35,7 +44,14 @@ class Launch(NamedTuple):
 
 
 def without_autocast(function: Callable) -> Callable:
-    """``function``, computing in the dtypes it chose: autocast would re-dispatch the matmuls inside an op."""
+    """Keep autocast from changing the dtypes in which a function computes.
+
+    Args:
+        function: takes at least one tensor, by position.
+
+    Returns:
+        The same function with autocast disabled on the device of its first tensor.
+    """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -47,11 +63,23 @@ def without_autocast(function: Callable) -> Callable:
 
 
 class Op:
-    """An operator with two doors: the registered one, which whoever traces can see, and a direct one.
+    """An operator that can be called in two ways: as a registered torch operator, or directly.
 
-    ``reference`` and ``launch`` take the same positional arguments and return fresh contiguous tensors. Triton runs on
-    CUDA and ROCm, and on the CPU under ``TRITON_INTERPRET=1``; float64 always takes the reference. The direct door
-    skips torch's dispatcher, which in Python costs more than a launch; values and gradients are the same.
+    Compilers, modes and transforms see the registered operator. A call on plain tensors goes directly to the kernel,
+    past torch's dispatcher, which in Python costs more than a launch; values and gradients are the same. Triton runs on
+    CUDA and ROCm, and on the CPU under ``TRITON_INTERPRET=1``; float64 always takes the reference.
+
+    Attributes:
+        reference: the plain torch function: schema, fake, CPU kernel and test oracle.
+        launch: the same by Triton.
+        registered: the ``torch.library`` operator.
+        function, transformable: autograd functions of the direct way, the second for ``torch.func``; None without
+            gradient.
+
+    Args:
+        name: of the registered operator, "namespace::name".
+        reference: in plain torch; its annotations are the schema.
+        launch: takes the same positional arguments; both return fresh contiguous tensors.
     """
 
     def __init__(self, name: str, reference: Callable, launch: Callable) -> None:
@@ -65,7 +93,12 @@ class Op:
             self.registered.register_kernel(["cpu", "cuda"] if INTERPRET else "cuda")(self.direct)
 
     def differentiable(self, save: Callable, backward: Callable) -> None:
-        """Give both doors a gradient: ``save(ctx, inputs, output)``, ``backward(ctx, *gradients)``, once."""
+        """Give the operator a gradient, the same in both ways; it can be differentiated once.
+
+        Args:
+            save: ``save(ctx, inputs, output)`` keeps what the backward needs.
+            backward: ``backward(ctx, *gradients)`` returns a gradient or None for each input.
+        """
         self.registered.register_autograd(backward, setup_context=save)
         once = once_differentiable(backward)
 
@@ -83,6 +116,14 @@ class Op:
         return type(name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in rules.items()})
 
     def __call__(self, *args: Any) -> Any:
+        """Call the operator in the way that suits the arguments.
+
+        Args:
+            args: as the reference takes them.
+
+        Returns:
+            What the reference returns.
+        """
         if self.function is not None and torch._C._are_functorch_transforms_active():
             return self.transformable.apply(*args)  # torch.func does not know the gradient of a registered operator
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -93,7 +134,16 @@ class Op:
         return self.direct(*args)
 
     def direct(self, *args: Any) -> Any:
-        """Values only, by Triton where it runs and by the reference elsewhere; a profiler sees the op's name."""
+        """Compute the values alone, by Triton where it runs and by the reference elsewhere.
+
+        While a profiler runs, the call opens a range with the operator's name.
+
+        Args:
+            args: as the reference takes them.
+
+        Returns:
+            What the reference returns, without a gradient.
+        """
         function = self.launch if runs_triton(args) else self.reference
         if not torch.autograd._profiler_enabled():
             return function(*args)
@@ -102,7 +152,14 @@ class Op:
 
 
 def runs_triton(args: tuple[Any, ...]) -> bool:
-    """Whether these arguments go to a kernel: on a GPU or interpreted, and none of them float64."""
+    """Return whether a call goes to a Triton kernel.
+
+    Args:
+        args: of the call; at least one is a tensor.
+
+    Returns:
+        True on a GPU or under ``TRITON_INTERPRET=1``, if Triton is installed and no tensor is float64.
+    """
     if not HAS_TRITON:
         return False
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -110,12 +167,28 @@ def runs_triton(args: tuple[Any, ...]) -> bool:
 
 
 def fresh(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor for a kernel to fill, on the device of ``like``, in its dtype or another."""
+    """Return an uninitialised contiguous tensor for a kernel to fill.
+
+    Args:
+        like: a tensor on the device where it must be.
+        shape: its shape, or its length.
+        dtype: its dtype; that of ``like`` by default.
+
+    Returns:
+        The tensor.
+    """
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def is_traced(tensors: Iterable[Tensor]) -> bool:
-    """Whether a compiler, a transform, a mode or a tensor subclass must see the operator itself."""
+    """Return whether a compiler, a transform, a mode or a tensor subclass must see the registered operator.
+
+    Args:
+        tensors: the tensors of the call.
+
+    Returns:
+        False for plain tensors and parameters outside of all of these.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

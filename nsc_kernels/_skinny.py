@@ -24,10 +24,40 @@ from nsc_kernels._tl import narrow, program_rows, tile_dot, tl, triton
 
 @triton.jit(do_not_specialize=["N"])
 def shrink_kernel(
-    x_ptr, w_ptr, c_ptr, u_ptr, out_ptr, energy_ptr, dc_ptr, N, D, R, SPAN, x_stride, w_stride, w_step, u_stride,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """out: (splits, N, R), energy: (splits, N), dc: (blocks of N, splits, R). Grid: blocks of N, splits, of R."""
+    x_ptr,
+    w_ptr,
+    c_ptr,
+    u_ptr,
+    out_ptr,
+    energy_ptr,
+    dc_ptr,
+    N,
+    D,
+    R,
+    SPAN,
+    x_stride,
+    w_stride,
+    w_step,
+    u_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Write V = X W' or c * V over one part of d, with |x|^2 and the sum over rows of U * V where they are wanted.
+
+    The grid is (blocks of N, parts of d, blocks of R).
+
+    Args:
+        x_ptr, w_ptr: (N, D) and (R, D), any floating dtype but float64.
+        c_ptr: (R,) float32, or None for V itself.
+        u_ptr: (N, R), or None.
+        out_ptr: (parts, N, R), or None.
+        energy_ptr: (parts, N) float32, or None.
+        dc_ptr: (blocks of N, parts, R) float32, or None: the sums of U * V over the rows of each block.
+        N, D, R, BLOCK_N, BLOCK_D, BLOCK_R: sizes.
+        SPAN: columns of a part.
+        x_stride, w_stride, w_step, u_stride: strides of rows, and of W's columns, in elements.
+    """
     rows, exists = program_rows(N, BLOCK_N)
     split = tl.program_id(1)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -67,7 +97,17 @@ def shrink_kernel(
 def sum_parts_kernel(
     parts_ptr, energies_ptr, out_ptr, energy_ptr, N, R, SPLITS, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """out: (N, R) and energy: (N,), the sums of (SPLITS, N, R) and (SPLITS, N) float32."""
+    """Add up the parts that ``shrink_kernel`` wrote, in a fixed order.
+
+    The grid is (blocks of N, blocks of R).
+
+    Args:
+        parts_ptr: (SPLITS, N, R) float32.
+        energies_ptr: (SPLITS, N) float32, with ``energy_ptr``.
+        out_ptr: (N, R).
+        energy_ptr: (N,) float32, or None.
+        N, R, SPLITS, BLOCK_N, BLOCK_R: sizes.
+    """
     rows, exists = program_rows(N, BLOCK_N)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = exists[:, None] & (r < R)[None, :]
@@ -86,10 +126,39 @@ def sum_parts_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def expand_kernel(
-    y_ptr, u_ptr, c_ptr, w_ptr, z_ptr, e_ptr, out_ptr, N, R, M, y_stride, u_stride, w_stride, w_step, z_stride,
-    out_stride, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """out: (N, M), every element written. Grid: blocks of N and of M. Wide tiles are asked for first, to wait once."""
+    y_ptr,
+    u_ptr,
+    c_ptr,
+    w_ptr,
+    z_ptr,
+    e_ptr,
+    out_ptr,
+    N,
+    R,
+    M,
+    y_stride,
+    u_stride,
+    w_stride,
+    w_step,
+    z_stride,
+    out_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Write every element of Y + (U * c) W + 2 e * Z.
+
+    The grid is (blocks of N, blocks of M). The wide tiles are loaded first, so that the program waits for them once.
+
+    Args:
+        y_ptr: (N, M), or None for 0.
+        u_ptr, w_ptr: (N, R) and (R, M), any floating dtype but float64.
+        c_ptr: (R,) float32, or None for 1.
+        z_ptr, e_ptr: (N, M) and (N,) float32, or both None; rows of Z where e is 0 are not read.
+        out_ptr: (N, M).
+        N, R, M, BLOCK_N, BLOCK_M, BLOCK_R: sizes.
+        y_stride, u_stride, w_stride, w_step, z_stride, out_stride: strides of rows, and of W's columns, in elements.
+    """
     rows, exists = program_rows(N, BLOCK_N)
     cols = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_row = cols < M
@@ -128,9 +197,18 @@ def plan_shrink(
     values: bool = True,
     energy: bool = False,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor | None]]:
-    """Launches that fill v, or c * v, (n, R) in x's dtype, |x|^2 (n,), and parts of sum u * v (parts, R), float32.
+    """Prepare the launches of ``shrink``; with meta tensors, for a compilation ahead of time.
 
-    Values and energy that are not wanted are empty. With meta tensors, to compile ahead of time.
+    Args:
+        x, w: the factors of V = X W', any strides.
+        u: given if the sum over rows of U * V is wanted.
+        c: given if c * V is wanted instead of V.
+        values: whether V or c * V is wanted at all.
+        energy: whether ``|x|^2`` is wanted.
+
+    Returns:
+        The launches, one or two, and what they fill: V or c * V (n, R) in the dtype of ``x``, ``|x|^2`` (n,) float32,
+        each empty if it is not wanted, and None or (parts, R) float32, which add up to the sum of U * V.
     """
     x, (n, d), r = unit_stride(x), x.shape, w.shape[0]
     blocks, splits, span = shrink_blocks(n, d, r, x.element_size())
@@ -151,28 +229,13 @@ def plan_shrink(
     return launches, (out, row_energy, dc)
 
 
-def shrink_columns(x: Tensor, w: Tensor, u: Tensor, c: Tensor, values: bool) -> tuple[Tensor, Tensor]:
-    """c * v (n, R), empty unless ``values``, and the sum over rows of u * v (R,): the backward of weighted columns."""
-    launches, (out, _, dc) = plan_shrink(x, w, u, c.contiguous(), values=values)
-    run_all(launches)
-    return out, dc.sum(0)  # type: ignore[union-attr]  # u is given
-
-
 def _plan_sum(parts: Tensor, energies: Tensor | None, out: Tensor, row_energy: Tensor) -> Launch:
     splits, n, r = parts.shape
     settings = {"BLOCK_N": 4, "BLOCK_R": 128, "num_warps": 4}
-    args: dict[str, Any] = {
-        "parts_ptr": parts,
-        "energies_ptr": energies,
-        "out_ptr": out,
-        "N": n,
-        "R": r,
-        "SPLITS": splits,
-    }
-    args |= {"energy_ptr": None if energies is None else row_energy}
-    return Launch(
-        sum_parts_kernel, (-(-n // settings["BLOCK_N"]), max(-(-r // settings["BLOCK_R"]), 1)), args, settings
-    )
+    grid = (-(-n // settings["BLOCK_N"]), max(-(-r // settings["BLOCK_R"]), 1))
+    args: dict[str, Any] = {"parts_ptr": parts, "energies_ptr": energies, "out_ptr": out, "N": n, "R": r}
+    args |= {"SPLITS": splits, "energy_ptr": None if energies is None else row_energy}
+    return Launch(sum_parts_kernel, grid, args, settings)
 
 
 def plan_expand(
@@ -184,7 +247,18 @@ def plan_expand(
     z: Tensor | None = None,  # (n, m), with e
     out: Tensor | None = None,  # (n, m), unit stride along m
 ) -> tuple[list[Launch], Tensor]:
-    """The launch that fills y + (u * c) w + 2 e z, (n, m) in w's dtype, in ``out`` or a fresh tensor."""
+    """Prepare the launch of ``expand``; with meta tensors, for a compilation ahead of time.
+
+    Args:
+        y: added to the product, or None.
+        u, w: the factors, any strides.
+        c: weights of the columns of u, or None for 1.
+        e, z: given together, to add 2 e z.
+        out: a buffer to fill, or None for a new tensor.
+
+    Returns:
+        The launch, in a list, and the (n, m) tensor that it fills, in the dtype of ``w`` or of ``out``.
+    """
     u, (n, r), m = unit_stride(u), u.shape, w.shape[1]
     y, z = (None if x is None else unit_stride(x) for x in (y, z))
     out = fresh(w, (n, m)) if out is None else out
@@ -198,13 +272,24 @@ def plan_expand(
 
 
 def expand(*args: Any, **kwargs: Any) -> Tensor:
-    """Run what ``plan_expand`` plans for these arguments, and return what it fills."""
+    """Compute y + (u * c) w + 2 e z by ``expand_kernel``.
+
+    Args:
+        args, kwargs: as ``plan_expand`` takes them.
+
+    Returns:
+        (n, m), in ``out`` or a new tensor.
+    """
     launches, out = plan_expand(*args, **kwargs)
     run_all(launches)
     return out
 
 
 def run_all(launches: Sequence[Launch]) -> None:
-    """One after the other, on the current stream."""
+    """Run launches one after the other, on the current stream.
+
+    Args:
+        launches: as ``plan_shrink`` and ``plan_expand`` return them.
+    """
     for launch in launches:
         launch.run()

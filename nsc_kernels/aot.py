@@ -1,8 +1,8 @@
-"""Compile every kernel ahead of time, as it would be launched, for GPUs this machine need not have.
+"""Compile every kernel ahead of time, as it would be launched, for GPUs that this machine need not have.
 
     python -m nsc_kernels.aot [sm_80 sm_90 sm_100 gfx942]
 
-prints what the compilers say of each: registers, shared memory, spills, and the widest global load and store.
+prints what the compilers report of each kernel: registers, shared memory, spills, and the widest global load and store.
 """
 
 import importlib
@@ -36,7 +36,15 @@ POINTERS |= {torch.int64: "*i64", torch.int32: "*i32"}
 
 
 class Report(NamedTuple):
-    """What a compiled kernel takes of one multiprocessor, in registers a thread and bytes."""
+    """What a compiled kernel takes of one multiprocessor.
+
+    Attributes:
+        registers: of a thread; vector registers on AMD.
+        shared: bytes of shared memory of a program.
+        spills: bytes spilled to local memory; registers spilled on AMD.
+        load_bytes: bytes that a thread moves in the widest global load.
+        store_bytes: bytes that a thread moves in the widest global store.
+    """
 
     registers: int
     shared: int
@@ -46,12 +54,32 @@ class Report(NamedTuple):
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without memory: what a plan needs of it is its shape, strides and dtype."""
+    """Return a tensor without memory: a plan needs only its shape, strides and dtype.
+
+    Args:
+        shape: sizes.
+        dtype: any.
+
+    Returns:
+        A contiguous tensor on the meta device.
+    """
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def ratio_launches(n: int, d: int, r: int, dtype: torch.dtype, *, gram: bool, routed: bool) -> list[Launch]:
-    """Both ratios, forward and backward; ``routed``: with adapters, offsets and weights."""
+    """Return the launches of both ratios, forward and backward.
+
+    Args:
+        n: rows.
+        d: their width.
+        r: ranks of all adapters, added up.
+        dtype: of z and u.
+        gram: whether there is an inverse Gram.
+        routed: whether there are adapters, offsets and weights.
+
+    Returns:
+        Four launches on meta tensors.
+    """
     row, z, u = meta(n), meta(n, d, dtype=dtype), meta(n, r, dtype=dtype)
     adapter, offsets = (meta(n, dtype=torch.int64), meta(7, dtype=torch.int64)) if routed else (None, None)
     given = (meta(r, r) if gram else None, adapter, offsets, row if routed else None)
@@ -65,7 +93,18 @@ def ratio_launches(n: int, d: int, r: int, dtype: torch.dtype, *, gram: bool, ro
 
 
 def lora_launches(n: int, d: int, m: int, r: int, dtype: torch.dtype) -> dict[str, list[Launch]]:
-    """The LoRA ops of one layer, by pass."""
+    """Return the launches of the LoRA ops of one layer.
+
+    Args:
+        n: rows.
+        d: inputs of the layer.
+        m: outputs of the layer.
+        r: ranks of all adapters, added up.
+        dtype: of rows and factors.
+
+    Returns:
+        Op and pass -> its launches, on meta tensors.
+    """
     z, y, u, A, B, W = (meta(*shape, dtype=dtype) for shape in [(n, d), (n, m), (n, r), (r, d), (m, r), (m, d)])
     c, e = meta(r), meta(n)
     return {
@@ -79,7 +118,11 @@ def lora_launches(n: int, d: int, m: int, r: int, dtype: torch.dtype) -> dict[st
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """Every kernel in the variants that differ in code, once: form, routing, dtype, rank, many, few and wide rows."""
+    """List every kernel in the variants that differ in code: form, routing, dtype, rank, many, few and wide rows.
+
+    Yields:
+        The variant in words, and a launch; no two launches compile to the same code.
+    """
     seen: list[tuple[Any, ...]] = []
     for variant, launch in _all_launches():
         code = (launch.kernel, launch.settings, specialise(launch))
@@ -109,9 +152,15 @@ def _name(n: int, d: int, r: int, dtype: torch.dtype) -> str:
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
-    """Signature, constants and positions of arguments divisible by 16, as Triton's JIT derives them at the launch.
+    """Derive from a launch what Triton's JIT derives from it.
 
     Tensors are taken as 16-byte aligned, which torch's allocators guarantee for whole tensors.
+
+    Args:
+        launch: with arguments that may be meta tensors.
+
+    Returns:
+        The signature and the constants by parameter, and the positions of arguments divisible by 16.
     """
     signature, constants, aligned = {}, {}, []
     for position, parameter in enumerate(launch.kernel.params):
@@ -127,7 +176,18 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int
 
 
 def compile_for(launch: Launch, target: str) -> Any:
-    """The Triton compiled kernel of ``launch`` for a name in ``TARGETS``. Raises RuntimeError where Triton cannot."""
+    """Compile a launch for a target.
+
+    Args:
+        launch: with arguments that may be meta tensors.
+        target: a name in ``TARGETS``.
+
+    Returns:
+        Triton's compiled kernel.
+
+    Raises:
+        RuntimeError: if Triton is not installed or interprets its kernels.
+    """
     if not HAS_TRITON or INTERPRET:
         raise RuntimeError("ahead-of-time compilation needs Triton installed and TRITON_INTERPRET unset")
     from triton.backends.compiler import GPUTarget
@@ -149,7 +209,14 @@ def _source(launch: Launch) -> Any:
 
 
 def report(kernel: Any) -> Report:
-    """Read off a compiled kernel, the very binary that would be launched."""
+    """Read registers, memory and widths off a compiled kernel, the very binary that would be launched.
+
+    Args:
+        kernel: as ``compile_for`` returns it.
+
+    Returns:
+        The report.
+    """
     if "cubin" in kernel.asm:
         text, (registers, spills) = kernel.asm["ptx"], parse_resource_usage(_resource_usage(kernel.asm["cubin"]))
     else:
@@ -169,19 +236,41 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def parse_resource_usage(dump: str) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory (these kernels have no arrays: all spills), from cuobjdump."""
+    """Read registers and spills off the output of ``cuobjdump --dump-resource-usage``.
+
+    Args:
+        dump: the output for one kernel.
+
+    Returns:
+        Registers of a thread, and bytes of stack and local memory: all spills, since the kernels have no arrays.
+    """
     used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
 def parse_amdgcn(assembly: str) -> tuple[int, int]:
-    """Vector registers, and registers spilled (vector and scalar), from the metadata of an AMD assembly."""
+    """Read registers and spills off the metadata of an AMD assembly.
+
+    Args:
+        assembly: of one kernel.
+
+    Returns:
+        Vector registers, and the number of registers spilled, vector and scalar.
+    """
     spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly)
     return int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0]), sum(map(int, spills))
 
 
 def width(assembly: str, access: str) -> int:
-    """Bytes a thread moves in the widest global ``access``, "load" or "store", in PTX or AMD assembly; 0 if none."""
+    """Return how many bytes a thread moves in its widest access to global memory.
+
+    Args:
+        assembly: PTX or AMD assembly.
+        access: "load" or "store".
+
+    Returns:
+        Bytes; 0 if there is no such access.
+    """
     short = {"load": "ld", "store": "st"}[access]
     nvidia = re.findall(rf"\b{short}\.global(?:\.[a-zL][\w:]*)*?(?:\.v(\d))?\.[bf](\d+)", assembly)
     amd = re.findall(rf"\b(?:global|buffer)_{access}_(?:dword(?:x(\d))?|b(\d+))\b", assembly)
@@ -193,14 +282,21 @@ def width(assembly: str, access: str) -> int:
 
 
 def main(targets: Sequence[str]) -> int:
-    """Print the table for these targets; returns how many of the kernels spill."""
+    """Compile every kernel and print the table.
+
+    Args:
+        targets: names in ``TARGETS``.
+
+    Returns:
+        How many of the kernels spill.
+    """
     print(f"{'kernel':34}{'variant':52}{'target':8}" + "".join(f"{name:>13}" for name in Report._fields))
     spilled = 0
     for variant, launch in launches():
         for target in targets:
-            found = report(compile_for(launch, target))
-            spilled += found.spills > 0
-            print(f"{launch.kernel.__name__:34}{variant:52}{target:8}" + "".join(f"{x:13}" for x in found), flush=True)
+            usage = report(compile_for(launch, target))
+            spilled += usage.spills > 0
+            print(f"{launch.kernel.__name__:34}{variant:52}{target:8}" + "".join(f"{x:13}" for x in usage), flush=True)
     print(f"{spilled} of them spill")
     return spilled
 

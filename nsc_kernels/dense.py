@@ -23,11 +23,31 @@ from nsc_kernels._rows import accumulator_dtype
 
 
 class MergedDenseLinear(nn.Module):
-    """``base`` plus the differences of those P of K tasks that fine-tuned it whole, weighted by ``lam``.
+    """A frozen linear layer plus the differences of those P of K tasks that fine-tuned it whole, weighted by ``lam``.
 
-    base: any module mapping (..., d) to (..., m), left as it is.  deltas: (P, m, d).  bias_deltas: (P, m), or None for
-    a layer without bias.  present: K flags, P of them set: whose the deltas are.  lam: (K,) coefficients, of which the
-    others get no gradient. Raises ValueError when the shapes do not follow one another.
+    Only ``lam`` trains. The differences are buffers that are left out of the state dict. The weighted sum is formed in
+    float32 at least, also under autocast, and cast to the dtype of z.
+
+    Attributes:
+        deltas: (P, m, d), buffer.
+        bias_deltas: (P, m), buffer, or None.
+        tasks: (P,) int, buffer: which of the K tasks each difference belongs to.
+        siblings: always None; the layer shares its input with no other.
+
+    Args:
+        base: any module mapping (..., d) to (..., m), left as it is; it may be quantised, offloaded or sharded.
+        deltas: (P, m, d), W_k - W0 of the tasks that have one.
+        bias_deltas: (P, m), b_k - b0 of the same tasks, or None for a layer without bias.
+        present: K flags, P of them True: the tasks that have a difference.
+        lam: (K,) coefficients; those of the other tasks get no gradient.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example:
+        >>> base, lam = torch.nn.Linear(64, 3), torch.nn.Parameter(torch.full((2,), 0.5))
+        >>> layer = MergedDenseLinear(base, torch.randn(1, 3, 64), torch.randn(1, 3), (False, True), lam)
+        >>> layer(torch.randn(32, 64)).sum().backward()  # lam.grad[0] == 0
     """
 
     deltas: Tensor
@@ -54,7 +74,14 @@ class MergedDenseLinear(nn.Module):
         self.register_buffer("tasks", tasks, persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z: (..., d) -> (..., m)."""
+        """Return the output of the merged layer.
+
+        Args:
+            z: (..., d), any floating dtype that the base takes.
+
+        Returns:
+            (..., m) in the dtype of the base's output. Differentiable in z and ``lam``.
+        """
         with torch.autocast(z.device.type, enabled=False):  # it would round the coefficients
             lam = self.lam.index_select(0, self.tasks)
             weight = weighted_sum(lam, self.deltas).to(z.dtype)
@@ -63,12 +90,20 @@ class MergedDenseLinear(nn.Module):
 
 
 def weighted_sum(lam: Tensor, deltas: Tensor) -> Tensor:
-    """lam: (P,)  deltas: (P, ...) frozen  ->  (...) in float32 at least, differentiable, once, in ``lam``."""
+    """Return the sum of ``lam[k] * deltas[k]``, converting no more than one delta at a time.
+
+    Args:
+        lam: (P,) coefficients.
+        deltas: (P, ...), frozen, any floating dtype.
+
+    Returns:
+        (...) in float32 (float64 for float64). Differentiable once in ``lam``.
+    """
     return _WeightedSum.apply(lam, deltas)
 
 
 class _WeightedSum(torch.autograd.Function):
-    """One delta at a time: none but ``deltas`` itself is kept, and no more than one is converted."""
+    """Keeps nothing but ``deltas`` itself for the backward."""
 
     @staticmethod
     def forward(ctx: Any, lam: Tensor, deltas: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gram factors of LoRA down-projections: what the null-space ratio needs to know about ``A``, computed once.
+"""Gram factors of LoRA down-projections: what the null-space ratio needs to know of ``A``, computed once.
 
     A A' = L L'        G = (A A')^-1 = L^-T L^-1        A~ = L^-1 A (orthonormal rows)        B~ = B L,  B~ A~ = B A
 
@@ -26,11 +26,14 @@ CHUNK_BYTES = 1 << 26  # float64 copies of A made at once
 
 @dataclass(frozen=True)
 class GramFactor:
-    """One ``A`` of shape (r, d), factored.
+    """The factors of one down-projection ``A`` of shape (r, d), all in float64.
 
-    rank: dimension of the row space.  condition: largest over smallest singular value on it (inf for an all-zero A).
-    inverse: (r, r) float64, (A A')^-1, or the pseudo-inverse.  whiten: (r, r) float64 ``W``, the first ``rank`` rows of
-    ``W A`` orthonormal, the others zero.  unwhiten: (r, r) float64 ``L``, ``L W A == A``.
+    Attributes:
+        rank: dimension of the row space of A.
+        condition: largest over smallest singular value on the row space; inf for an all-zero A.
+        inverse: (r, r), ``(A A')^-1``, or the pseudo-inverse where A is rank-deficient.
+        whiten: (r, r) ``W``: the first ``rank`` rows of ``W A`` are orthonormal, the others zero.
+        unwhiten: (r, r) ``L``, with ``L W A == A``.
     """
 
     rank: int
@@ -41,20 +44,35 @@ class GramFactor:
 
 
 class GramCache:
-    """Factors every ``A`` once, all of one rank in one batched Cholesky, and again whenever its values change.
+    """A cache that factors every ``A`` once, and again only when its values change.
 
     An entry is kept with a copy of the ``A`` it was made from and served only while both are equal, so neither an
     optimiser step, ``load_state_dict``, nor a write through ``.data`` can leave a stale inverse behind. On CUDA that
-    comparison waits for the device; ask for all modules in one call where it matters.
+    comparison waits for the device; ask for all modules in one call where it matters. An entry goes when its ``A``
+    goes. All ``A`` of one rank are factored in one batched Cholesky, in float64; a rank-deficient or ill-conditioned
+    ``A`` by its SVD.
+
+    Example:
+        >>> cache, z, A = GramCache(), torch.randn(32, 64), torch.nn.Parameter(torch.randn(8, 64))
+        >>> null_space_ratio(z, z @ A.T, cache.inverse(A)).mean().backward()  # A.grad: the whole closed form
+
+    Source: https://arxiv.org/abs/2603.26317, Eq. 4 (Fast NSC).
     """
 
     def __init__(self) -> None:
         self._entries = WeakIdKeyDictionary()
 
     def factor(self, lora_A: Sequence[Tensor]) -> list[GramFactor]:
-        """Factors of many ``A``, each (r, d) of any rank, width, floating dtype and device, in the order given.
+        """Return the factors of many down-projections.
 
-        Raises ValueError for an ``A`` that is not a floating matrix or holds NaN or infinity, naming its position.
+        Args:
+            lora_A: each (r, d), of any rank, width, floating dtype and device.
+
+        Returns:
+            One entry for each ``A``, in the order given.
+
+        Raises:
+            ValueError: if an ``A`` is not a floating matrix or holds NaN or infinity; the message names its position.
         """
         tensors = [a.detach() for a in lora_A]
         stale = [i for i, a in enumerate(lora_A) if not self._is_fresh(a)]
@@ -63,10 +81,19 @@ class GramCache:
         return [self._entries[a][1] for a in lora_A]
 
     def inverse(self, *lora_A: Tensor) -> Tensor:
-        """Block-diagonal (R, R) inverse Gram of the stacked adapters, float32 (float64 if an ``A`` is).
+        """Return the block-diagonal inverse Gram of stacked adapters, as the ratios take it.
 
-        Differentiable in every ``A`` that requires a gradient: with ``u = z A'`` computed by autograd as well,
-        ``null_space_ratio(z, u, cache.inverse(A)).sum().backward()`` gives ``A`` the whole closed-form gradient.
+        Args:
+            lora_A: each (r, d), of any rank and floating dtype, on one device.
+
+        Returns:
+            (R, R), R the sum of ranks, in float32 (float64 if an ``A`` is). Differentiable in every ``A`` that requires
+            a gradient: with ``u = z A'`` computed by autograd as well, the backward of
+            ``null_space_ratio(z, u, cache.inverse(A))`` gives ``A`` the whole closed-form gradient. A rank-deficient
+            ``A`` gives its pseudo-inverse.
+
+        Raises:
+            ValueError: if none is given, or as ``factor``.
         """
         if not lora_A:
             raise ValueError("inverse() needs at least one lora_A")
@@ -79,9 +106,18 @@ class GramCache:
         return torch.block_diag(*blocks).to(dtype)
 
     def whiten(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """``(A~, B~)`` of shapes (r, d) and (m, r) with ``B~ A~ == B A`` and orthonormal (or zero) rows in ``A~``.
+        """Return factors of the same product whose down-projection has orthonormal rows.
 
-        The product is formed in float64 and returned in each factor's own dtype. Raises ValueError if ranks differ.
+        Args:
+            lora_A: (r, d), any floating dtype.
+            lora_B: (m, r), any floating dtype.
+
+        Returns:
+            ``A~`` (r, d) and ``B~`` (m, r) with ``B~ A~ == B A``, each formed in float64 and returned in the dtype of
+            its factor. The rows of ``A~`` are orthonormal, or zero beyond the rank of A. No gradient.
+
+        Raises:
+            ValueError: if the ranks differ, or as ``factor``.
         """
         if lora_B.ndim != 2 or lora_B.shape[1] != lora_A.shape[0]:
             raise ValueError(f"lora_B {tuple(lora_B.shape)} does not follow lora_A {tuple(lora_A.shape)}: ranks differ")
@@ -90,7 +126,7 @@ class GramCache:
         return whitened_A, (lora_B.detach().double() @ factor.unwhiten).to(lora_B.dtype)
 
     def clear(self) -> None:
-        """Forget every factor."""
+        """Forget the factors of every ``A``."""
         self._entries.clear()
 
     def _is_fresh(self, a: Tensor) -> bool:
@@ -118,16 +154,24 @@ class _DifferentiableInverse(torch.autograd.Function):
 
 
 def gram_inverse(*lora_A: Tensor) -> Tensor:
-    """Block-diagonal (R, R) inverse Gram of stacked adapters, without a cache and without waiting for the device.
+    """Return the block-diagonal inverse Gram of stacked adapters, without a cache or a wait for the device.
 
-    For an ``A`` that changes every step, and inside ``torch.compile``: float64 Cholesky, returned in float32 (float64
-    if an ``A`` is), differentiable. A rank-deficient ``A`` gives NaN; ``GramCache.inverse`` serves those.
+    Meant for an ``A`` that changes in every step, and for use inside ``torch.compile``. A rank-deficient ``A`` gives
+    NaN; ``GramCache.inverse`` serves those.
 
     Args:
-        lora_A: each (r, d), of any rank and floating dtype.
+        lora_A: each (r, d), of any rank and floating dtype, on one device.
+
+    Returns:
+        (R, R), R the sum of ranks, by a float64 Cholesky, in float32 (float64 if an ``A`` is). Differentiable in every
+        ``A``.
 
     Raises:
-        ValueError: none is given.
+        ValueError: if none is given.
+
+    Example:
+        >>> z, A = torch.randn(32, 64), torch.nn.Parameter(torch.randn(8, 64))
+        >>> null_space_ratio(z, z @ A.T, gram_inverse(A)).mean().backward()  # A.grad: the whole closed form
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 4 (Fast NSC).
     """
@@ -148,7 +192,7 @@ def _plain_inverse(lora_A: Tensor) -> Tensor:
 
 
 def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[tuple[Tensor, GramFactor]]:
-    """A copy of every ``A``, and its factors."""
+    """Return a copy of every ``A`` and its factors; ``positions`` name them in messages."""
     for position, a in zip(positions, lora_A, strict=True):
         if a.ndim != 2 or not a.is_floating_point():
             raise ValueError(
@@ -169,7 +213,7 @@ def _factor_all(lora_A: list[Tensor], positions: list[int]) -> list[tuple[Tensor
 
 
 def _grams(lora_A: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """(b, r, r) float64 Grams of matrices of one rank, and copies of these; float64 is made a chunk at a time.
+    """Return (b, r, r) float64 Grams of matrices of one rank, and copies of these; float64 is made a chunk at a time.
 
     Widths may differ. Copies share the memory of their chunk: one launch makes them all.
     """
@@ -192,7 +236,7 @@ def _grams(lora_A: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _cholesky_factors(gram: Tensor) -> list[GramFactor | None]:
-    """One batched Cholesky; None where the Gram is too ill-conditioned to be trusted."""
+    """Factor all Grams in one batched Cholesky; None where one is too ill-conditioned to be trusted."""
     count, rank = gram.shape[:2]
     if rank == 0:
         return [GramFactor(0, math.inf, g, g, g) for g in gram]
@@ -210,7 +254,7 @@ def _cholesky_factors(gram: Tensor) -> list[GramFactor | None]:
 
 
 def _singular_factor(lora_A: Tensor) -> GramFactor:
-    """From the SVD of ``A`` itself, whose small singular values a Gram would have squared away."""
+    """Factor ``A`` by its own SVD, whose small singular values a Gram would have squared away."""
     r = lora_A.shape[0]
     left, sigma, _ = torch.linalg.svd(lora_A.double(), full_matrices=False)
     eps = torch.finfo(torch.promote_types(lora_A.dtype, torch.float32)).eps

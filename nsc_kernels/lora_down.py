@@ -23,7 +23,16 @@ from nsc_kernels._skinny import expand, plan_shrink, run_all
 
 
 def lora_down_reference(z: Tensor, lora_A: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
-    """z: (n, d)  lora_A: (R, d)  ->  (n, R) in z's dtype; (n,) in ``accumulator_dtype``, (0,) without ``energy``."""
+    """Compute ``lora_down`` of flat rows in plain torch.
+
+    Args:
+        z: (n, d).
+        lora_A: (R, d), in the dtype of ``z``.
+        energy: whether the energy is wanted.
+
+    Returns:
+        u (n, R) in the dtype of ``z``, and ``|z|^2`` (n,) in ``accumulator_dtype``, or (0,) if it is not wanted.
+    """
     u = F.linear(z, lora_A)
     if not energy:
         return u, z.new_empty(0, dtype=accumulator_dtype(z))
@@ -37,7 +46,18 @@ def lora_down_backward_reference(
     z: Tensor | None,  # (n, d), with de
     lora_A: Tensor,  # (R, d)
 ) -> Tensor:
-    """(n, d) in lora_A's dtype: the sum of the terms that are given, of which one must be."""
+    """Compute dz = dz_base + du A + 2 de z in plain torch.
+
+    Args:
+        dz_base: the gradient that comes back from the base layer, or None.
+        du: the gradient to u, or None.
+        de: the gradient to the energy, or None. At least one of the three is given.
+        z: the rows, needed with ``de``; those where ``de`` is 0 are not read.
+        lora_A: as the forward took it.
+
+    Returns:
+        (n, d) in the dtype of ``lora_A``: the sum of the terms that are given.
+    """
     dtype = accumulator_dtype(lora_A)
     total = torch.zeros((), dtype=dtype, device=lora_A.device)
     if du is not None and dz_base is not None:
@@ -106,19 +126,24 @@ class _Fork(torch.autograd.Function):
 
 
 def lora_down(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
-    """``u = z A^T`` for all adapters, and the energy ``|z|^2`` of each row, which reads z once for both.
+    """Return ``u = z A^T`` for all adapters and the energy ``|z|^2`` of each row, from one pass over z.
 
     Args:
-        z: (..., d) rows that enter the linear; float64, float32, bfloat16 or float16.
+        z: (..., d) rows that enter the linear layer; float64, float32, bfloat16 or float16.
         lora_A: (R, d) the adapters' down-projections, stacked, in z's dtype. Under autocast both are cast as by
             ``F.linear``, and the energy is that of the cast rows.
 
     Returns:
-        u (..., R) in that dtype, and the energy (...,) in float32 (float64 for float64): infinite beyond |z| = 1.8e19,
-        0 below 1e-23. Both differentiable, once, in z and lora_A.
+        u (..., R) in that dtype, summed in float32 (float64 for float64), and the energy (...,) in float32 (float64 for
+        float64): infinite beyond |z| = 1.8e19, 0 below 1e-23. Both differentiable once in z and lora_A; the backward
+        makes dz = du A + 2 de z in one pass.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: if shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> z, A = torch.randn(32, 64, requires_grad=True), torch.randn(8, 64)
+        >>> u, energy = lora_down(z, A)  # (32, 8), (32,)
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 3.
     """
@@ -129,20 +154,28 @@ def lora_down(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lora_fork(z: Tensor, lora_A: Tensor, *, energy: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``lora_down`` that also returns z, to be given to the base layer in its place.
+    """Return what ``lora_down`` returns, and z itself to be given to the base layer.
 
     The values are the same. In the backward the gradients through the base, through u and through the energy are added
-    in one pass, where autograd would make a tensor of each.
+    in one pass, dz = dz_base + du A + 2 de z, where autograd would make a tensor of each.
 
     Args:
-        z: (..., d), lora_A: (R, d), as for ``lora_down``.
-        energy: whether the energy is wanted. Without it z need not be kept for the backward.
+        z: (..., d) rows that enter the linear layer; float64, float32, bfloat16 or float16.
+        lora_A: (R, d) the adapters' down-projections, stacked, in z's dtype.
+        energy: whether the energy is wanted. Without it z is kept for the backward only if lora_A trains.
 
     Returns:
-        z (..., d), cast if autocast casts it; u (..., R); energy (...,) or None.
+        z (..., d), cast if autocast casts it; u (..., R); the energy (...,), or None if it is not wanted.
 
     Raises:
-        ValueError: as ``lora_down``.
+        ValueError: if shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> base, A, B = torch.nn.Linear(64, 48), torch.randn(8, 64), torch.randn(48, 8)
+        >>> z, u, energy = lora_fork(torch.randn(32, 64, requires_grad=True), A)
+        >>> y = lora_up(base(z), u, torch.full((8,), 0.4), B)  # (32, 48)
+
+    Source: https://arxiv.org/abs/2603.26317, Eq. 3.
     """
     z, lora_A = _checked(z, lora_A)
     rows, shape = shaped(z, (math.prod(z.shape[:-1]), z.shape[-1])), z.shape

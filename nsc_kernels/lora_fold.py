@@ -3,7 +3,7 @@
     out = W + B diag(c) A
     T = dout A^T (m, R)     dW = dout     dc = sum over rows of T * B     dB = T diag(c)     dA = (B diag(c))^T dout
 
-One pass over W. Into a given buffer the fold allocates nothing, which is what the weight plan and an export need.
+One pass over W. Into a given buffer the kernel allocates nothing, which is what the weight plan and an export need.
 
 Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged weight).
 """
@@ -13,71 +13,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_kernels import _weighted_columns
 from nsc_kernels._op import Op, is_traced, runs_triton
 from nsc_kernels._rows import accumulator_dtype, expect
-from nsc_kernels._skinny import expand, shrink_columns
 
 
 def lora_fold_reference(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor) -> Tensor:
-    """weight: (m, d)  lora_B: (m, R)  c: (R,) in ``accumulator_dtype``  lora_A: (R, d)  ->  (m, d) in weight's dtype"""
-    return torch.addmm(weight, (lora_B * c).to(lora_B.dtype), lora_A)
+    """Compute ``lora_fold`` in plain torch.
+
+    Args:
+        weight: (m, d).
+        lora_B: (m, R), in the dtype of ``weight``.
+        c: (R,) in ``accumulator_dtype``.
+        lora_A: (R, d), in the dtype of ``weight``.
+
+    Returns:
+        (m, d) in the dtype of ``weight``.
+    """
+    return _weighted_columns.weighted_reference(weight, lora_B, c, lora_A)
 
 
 def lora_fold_backward_reference(
     dout: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, to_B: bool
 ) -> tuple[Tensor, Tensor]:
-    """dB (m, R) in lora_B's dtype, empty unless ``to_B``; dc (R,) in ``accumulator_dtype``."""
-    t = (dout @ lora_A.T).to(c.dtype)
-    return (t * c).to(lora_B.dtype) if to_B else lora_B.new_empty(0, lora_B.shape[1]), (lora_B * t).sum(0)
+    """Compute the gradients of ``lora_fold`` to lora_B and to c in plain torch.
+
+    Args:
+        dout: (m, d), the incoming gradient.
+        lora_B, c, lora_A: as the forward took them.
+        to_B: whether dB is wanted.
+
+    Returns:
+        dB (m, R) in the dtype of ``lora_B``, empty if it is not wanted, and dc (R,) in ``accumulator_dtype``.
+    """
+    return _weighted_columns.weighted_backward_reference(dout, lora_B, c, lora_A, to_B)
 
 
-def _launch_forward(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, out: Tensor | None = None) -> Tensor:
-    return expand(weight, lora_B, lora_A, c.contiguous(), out=out)
-
-
-def _launch_backward(dout: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, to_B: bool) -> tuple[Tensor, Tensor]:
-    return shrink_columns(dout, lora_A, lora_B, c, to_B)
-
-
-_forward_op = Op("nsc::lora_fold", lora_fold_reference, _launch_forward)
-_backward_op = Op("nsc::lora_fold_backward", lora_fold_backward_reference, _launch_backward)
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[1:])
+_forward_op = Op("nsc::lora_fold", lora_fold_reference, _weighted_columns.launch_weighted)
+_backward_op = Op("nsc::lora_fold_backward", lora_fold_backward_reference, _weighted_columns.launch_weighted_backward)
 
 
 def _backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 4
-    lora_B, c, lora_A = ctx.saved_tensors
-    to_weight, to_B, to_c, to_A = ctx.needs_input_grad
-    dB = dc = None
-    if to_B or to_c:
-        dB, dc = _backward_op(dout, lora_B, c, lora_A, to_B)
-    dA = (lora_B * c).to(lora_B.dtype).T @ dout if to_A else None
-    return dout if to_weight else None, dB if to_B else None, dc if to_c else None, dA
+    return _weighted_columns.gradients(ctx, dout, _backward_op, lambda dout, weighted: weighted.T @ dout)
 
 
-_forward_op.differentiable(_save, _backward)
+_forward_op.differentiable(_weighted_columns.save, _backward)
 
 
 def lora_fold(weight: Tensor, lora_B: Tensor, c: Tensor, lora_A: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """``W + B diag(c) A``: all adapters in one weight.
+    """Return ``W + B diag(c) A``: all adapters folded into one weight.
+
+    The kernel makes one pass over the weight, and allocates nothing where ``out`` is given.
 
     Args:
         weight: (m, d) float64, float32, bfloat16 or float16.
-        lora_B: (m, R), lora_A: (R, d) the stacked factors, in weight's dtype.
-        c: (R,) coefficient times LoRA scale of each column of lora_B.
+        lora_B: (m, R) the adapters' up-projections side by side, in weight's dtype.
+        c: (R,) coefficient times LoRA scale of each column of lora_B, any floating dtype.
+        lora_A: (R, d) the adapters' down-projections, stacked, in weight's dtype. Autocast casts none of them.
         out: (m, d) a buffer to fill, of weight's dtype and with contiguous rows; it may be ``weight`` itself.
 
     Returns:
         (m, d) in weight's dtype, summed in float32 (float64 for float64): ``out`` if it is given, else a new tensor,
-        differentiable, once, in everything.
+        differentiable once in weight, lora_B, c and lora_A.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or a gradient asked for through ``out``.
+        ValueError: if shapes, dtypes or devices do not fit together, or if a gradient is asked for through ``out``.
+
+    Example:
+        >>> W, A, B = torch.randn(48, 64), torch.randn(20, 64), torch.randn(48, 20)
+        >>> merged = lora_fold(W, B, torch.full((20,), 0.4), A)  # (48, 64), W + 0.4 B A
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 5.
     """
@@ -107,6 +111,6 @@ def _fold_into(out: Tensor, *args: Tensor) -> Tensor:
     if is_traced((*args, out)) or not runs_triton(args):
         return out.copy_(_forward_op(*args))
     weight, lora_B, c, lora_A = args
-    _launch_forward(weight, lora_B, c, lora_A, out)
+    _weighted_columns.launch_weighted(weight, lora_B, c, lora_A, out)
     torch.autograd.graph.increment_version(out)
     return out

@@ -12,72 +12,86 @@ Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged model).
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from nsc_kernels import _weighted_columns
 from nsc_kernels._op import Op
 from nsc_kernels._rows import accumulator_dtype, autocast_to, expect, shaped
-from nsc_kernels._skinny import expand, shrink_columns
 
 
 def lora_up_reference(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
-    """y: (n, m)  u: (n, R)  c: (R,) in ``accumulator_dtype``  lora_B: (m, R)  ->  (n, m) in y's dtype"""
-    return torch.addmm(y, (u * c).to(u.dtype), lora_B.T)
+    """Compute ``lora_up`` of flat rows in plain torch.
+
+    Args:
+        y: (n, m).
+        u: (n, R), in the dtype of ``y``.
+        c: (R,) in ``accumulator_dtype``.
+        lora_B: (m, R), in the dtype of ``y``.
+
+    Returns:
+        (n, m) in the dtype of ``y``.
+    """
+    return _weighted_columns.weighted_reference(y, u, c, lora_B.T)
 
 
 def lora_up_backward_reference(dout: Tensor, u: Tensor, c: Tensor, lora_B: Tensor, to_u: bool) -> tuple[Tensor, Tensor]:
-    """du (n, R) in u's dtype, empty unless ``to_u``; dc (R,) in ``accumulator_dtype``."""
-    v = (dout @ lora_B).to(c.dtype)
-    return (v * c).to(u.dtype) if to_u else u.new_empty(0, u.shape[1]), (u * v).sum(0)
+    """Compute the gradients of ``lora_up`` to u and to c in plain torch.
+
+    Args:
+        dout: (n, m), the incoming gradient.
+        u, c, lora_B: as the forward took them.
+        to_u: whether du is wanted.
+
+    Returns:
+        du (n, R) in the dtype of ``u``, empty if it is not wanted, and dc (R,) in ``accumulator_dtype``.
+    """
+    return _weighted_columns.weighted_backward_reference(dout, u, c, lora_B.T, to_u)
 
 
 def _launch_forward(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
-    return expand(y, u, lora_B.T, c.contiguous())
+    return _weighted_columns.launch_weighted(y, u, c, lora_B.T)
 
 
 def _launch_backward(dout: Tensor, u: Tensor, c: Tensor, lora_B: Tensor, to_u: bool) -> tuple[Tensor, Tensor]:
-    return shrink_columns(dout, lora_B.T, u, c, to_u)
+    return _weighted_columns.launch_weighted_backward(dout, u, c, lora_B.T, to_u)
 
 
 _forward_op = Op("nsc::lora_up", lora_up_reference, _launch_forward)
 _backward_op = Op("nsc::lora_up_backward", lora_up_backward_reference, _launch_backward)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[1:])
-
-
 def _backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 4
-    u, c, lora_B = ctx.saved_tensors
-    to_y, to_u, to_c, to_B = ctx.needs_input_grad
-    du = dc = None
-    if to_u or to_c:
-        du, dc = _backward_op(dout, u, c, lora_B, to_u)
-    dB = dout.T @ (u * c).to(u.dtype) if to_B else None
-    return dout if to_y else None, du if to_u else None, dc if to_c else None, dB
+    return _weighted_columns.gradients(ctx, dout, _backward_op, lambda dout, weighted: dout.T @ weighted)
 
 
-_forward_op.differentiable(_save, _backward)
+_forward_op.differentiable(_weighted_columns.save, _backward)
 
 
 def lora_up(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
-    """``y + (u * c) B^T``: the base layer's output with all adapters added, column j of u weighted by ``c[j]``.
+    """Return ``y + (u * c) B^T``: the base layer's output with all adapters added, column j of u weighted by ``c[j]``.
+
+    ``u * c`` is never materialised. The backward makes du and dc in one pass over the incoming gradient, and dc is
+    summed in a fixed order, so it is the same from run to run.
 
     Args:
         y: (..., m) the output of the base layer; float64, float32, bfloat16 or float16.
         u: (..., R) from ``lora_down``, in y's dtype.
-        c: (R,) weights of u's columns: coefficient times LoRA scale, the same along an adapter's segment.
+        c: (R,) weights of u's columns, any floating dtype: coefficient times LoRA scale, the same along an adapter's
+            segment.
         lora_B: (m, R) the adapters' up-projections side by side, in y's dtype. Under autocast y, u and lora_B are cast
             as by ``F.linear``; c never is.
 
     Returns:
-        (..., m) in y's dtype, summed in float32 (float64 for float64). Differentiable, once, in everything.
+        (..., m) in y's dtype, summed in float32 (float64 for float64). Differentiable once in every argument.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: if shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> base, z = torch.nn.Linear(64, 48), torch.randn(32, 64)
+        >>> A, B = torch.randn(20, 64), torch.randn(48, 20)  # two adapters, of ranks 4 and 16
+        >>> c = torch.tensor([0.4, 0.8]).repeat_interleave(torch.tensor([4, 16]))
+        >>> y = lora_up(base(z), lora_down(z, A)[0], c, B)  # (32, 48)
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 5.
     """

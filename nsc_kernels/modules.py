@@ -9,7 +9,10 @@ Only ``lam`` trains. With frozen factors autograd keeps ``u`` and the frozen mat
 Layers that read the same tensor, such as q, k and v, can share the pass over it, forward and backward: ``Siblings``.
 
 That is plan "factors". Plan "weights" makes W = W0 + B diag(c) A in every forward instead, and dc from dW = dy' z:
-fewer FLOPs where the ranks add up to more than about a quarter of the width. Both compute the same.
+fewer FLOPs where the ranks add up to more than about a quarter of the width. Both compute the same. For n rows they add
+to the FLOPs of the frozen layer, forward and backward,
+
+    factors: 4 n R (d + m)          weights: 2 n d m + 4 R d m
 
 Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged model W0 + sum_k lam_k B_k A_k).
 """
@@ -27,16 +30,76 @@ from nsc_kernels.lora_down import lora_fork
 from nsc_kernels.lora_fold import lora_fold
 from nsc_kernels.lora_up import lora_up
 
+PLANS = ("factors", "weights")
+
+
+def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
+    """Return the FLOPs that the adapters of a merged layer add to those of the frozen layer, forward and backward.
+
+    Args:
+        plan: one of ``PLANS``.
+        n: rows, such as the tokens of a step.
+        d: inputs of the layer.
+        m: outputs of the layer; 0 with plan "factors" for a layer of which only u is needed.
+        R: the ranks of all adapters on the layer, added up.
+
+    Returns:
+        Two for each multiplication and addition.
+    """
+    return 4 * n * R * (d + m) if plan == "factors" else 2 * n * d * m + 4 * R * d * m
+
+
+def layer_plan(n: int, d: int, m: int, R: int) -> str:
+    """Return the plan that takes fewer FLOPs.
+
+    With many rows and d = m that is "factors" up to R = d/4.
+
+    Args:
+        n, d, m, R: as ``extra_flops`` takes them.
+
+    Returns:
+        One of ``PLANS``.
+    """
+    return min(PLANS, key=lambda plan: extra_flops(plan, n, d, m, R))
+
 
 class MergedLoRALinear(nn.Module):
-    """``base`` plus K stacked adapters, weighted by ``lam``.
+    """A frozen linear layer plus K stacked adapters, weighted by ``lam``.
 
-    base: any module mapping (..., d) to (..., m), left as it is.  lora_A: (R, d).  lora_B: (m, R).  ranks: r_k of each
-    adapter, R in sum, 0 where an adapter does not touch this layer.  scales: s_k, alpha over r, of each adapter.
-    lam: (K,) coefficients; an ``nn.Parameter``, or a row of a larger one; with ``by_rank`` (R,), one for every row of
-    lora_A.  watch: called in every forward, before the
-    base layer runs, with u (..., R) and the energy ``|z|^2`` (...,), for ``ratio_from_energy``.  plan: "factors", or
-    "weights", for which base must be an ``nn.Linear``. Raises ValueError when the shapes do not follow one another.
+    Only ``lam`` trains. The factors are buffers that are left out of the state dict; they are cast to the dtype of z in
+    every forward. The coefficients are computed in their own dtype, also under autocast.
+
+    Attributes:
+        lora_A: (R, d), buffer; a view of a shared one where the layer has ``siblings``.
+        lora_B: (m, R), buffer.
+        spread: buffer, (K, R), or (R, R) by rank: ``lam @ spread`` is the weight of each column of u.
+        offsets: (K + 1,) int, buffer: adapter k owns columns ``offsets[k]:offsets[k + 1]`` of u.
+        base, lam, watch, plan: as given; ``lam`` and ``watch`` may be replaced between forwards.
+        siblings: the ``Siblings`` that the layer belongs to, or None.
+
+    Args:
+        base: any module mapping (..., d) to (..., m), left as it is; an ``nn.Linear`` for plan "weights".
+        lora_A: (R, d) the adapters' down-projections, stacked.
+        lora_B: (m, R) the adapters' up-projections side by side.
+        ranks: r_k of each adapter, R in sum; 0 where an adapter does not touch this layer.
+        scales: s_k of each adapter, alpha over r.
+        lam: (K,) coefficients, an ``nn.Parameter`` or a row of a larger one; with ``by_rank`` (R,).
+        watch: called in every forward before the base layer runs, with u (..., R) and the energy ``|z|^2`` (...,), for
+            ``ratio_from_energy``.
+        plan: "factors" or "weights", see ``layer_plan``.
+        by_rank: whether there is a coefficient for every row of lora_A instead of every adapter.
+
+    Raises:
+        ValueError: if the shapes do not fit together, or the plan is unknown or does not suit the base.
+
+    Example:
+        >>> base = torch.nn.Linear(64, 48).requires_grad_(False)
+        >>> lam = torch.nn.Parameter(torch.full((2,), 0.4))
+        >>> A, B = torch.randn(20, 64), torch.randn(48, 20)  # of ranks 4 and 16, side by side
+        >>> layer = MergedLoRALinear(base, A, B, ranks=(4, 16), scales=(1.0, 2.0), lam=lam)
+        >>> layer(torch.randn(32, 64)).sum().backward()  # lam.grad: (2,)
+
+    Source: https://arxiv.org/abs/2603.26317, Eq. 5.
     """
 
     lora_A: Tensor
@@ -58,7 +121,7 @@ class MergedLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         _check_shapes(lora_A, lora_B, ranks, scales, lam, by_rank)
-        if plan not in ("factors", "weights"):
+        if plan not in PLANS:
             raise ValueError(f"plan must be factors or weights, not {plan!r}")
         if plan == "weights" and type(base) is not nn.Linear:
             raise ValueError(f"plan weights needs an nn.Linear as base, not {type(base).__name__}; use plan factors")
@@ -79,7 +142,14 @@ class MergedLoRALinear(nn.Module):
         self.register_buffer("offsets", torch.tensor(offsets, device=lora_A.device), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z: (..., d) -> (..., m)."""
+        """Return the output of the merged layer, after ``watch`` has been called.
+
+        Args:
+            z: (..., d), any floating dtype that the base takes.
+
+        Returns:
+            (..., m) in the dtype of the base's output. Differentiable in z and ``lam``.
+        """
         lora_B = self.lora_B.to(z.dtype)
         with torch.autocast(z.device.type, enabled=False):  # it would round the coefficients
             c = self.lam @ self.spread  # (R,)
@@ -91,16 +161,19 @@ class MergedLoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's alone, as PEFT's layers have it: torch's MultiheadAttention reads it and never runs the layer."""
+        """The weight of the base alone (m, d), as PEFT's layers show it.
+
+        torch's MultiheadAttention reads it and never runs the layer.
+        """
         return self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """Likewise."""
+        """The bias of the base (m,), or None."""
         return self.base.bias  # type: ignore[return-value]
 
     def _down(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z for the base layer, and u where anybody wants it. The watch has been called."""
+        """Return z for the base layer, and u where it is needed; ``watch`` has been called."""
         if self.siblings is not None and (shared := self.siblings.down(self, z)) is not None:
             return shared
         if self.watch is None and self.plan == "weights":
@@ -112,13 +185,25 @@ class MergedLoRALinear(nn.Module):
 
 
 class Siblings:
-    """Layers that read the very same tensor: one pass over it makes u of them all, and one the gradient that returns.
+    """Layers that read the very same tensor, such as q, k and v, and share one pass over it, forward and backward.
 
-    members: in the order in which they run; their ``lora_A`` become views of one buffer. When the first is entered, u
-    of all is made and every watch called. Each of the others checks that it is given that same tensor, and else works
-    alone. ``ends``: set by a watcher that will end the forward here; then only u of watched members is made. Nothing is
-    kept once all members have run; ``clear`` is for a forward that did not get so far. Raises ValueError when the
-    members do not agree in width, dtype and device.
+    When the first layer is entered, u of all layers is made and every ``watch`` called; the gradients that return
+    through all of them are added to dz in one pass. Each of the other layers checks that it is given that same tensor,
+    unchanged, and works alone if not. Nothing is kept once all layers have run.
+
+    Attributes:
+        members: the layers, as given.
+        lora_A: (sum of R, d), of which every layer's ``lora_A`` becomes a view.
+        ends: set to True by a watcher that will end the forward here; then only u of watched layers is made.
+
+    Args:
+        members: the layers in the order in which they run.
+
+    Raises:
+        ValueError: if the layers' ``lora_A`` do not agree in width, dtype and device.
+
+    Example:
+        >>> siblings = Siblings([q_proj, k_proj, v_proj])  # each a MergedLoRALinear
     """
 
     def __init__(self, members: Sequence[MergedLoRALinear]) -> None:
@@ -133,13 +218,21 @@ class Siblings:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the tensor that was read."""
+        """Forget the tensor that was read, after a forward that did not reach all layers."""
         self._read: tuple[Tensor, int] | None = None
         self._handed: Tensor | None = None
         self._u: dict[MergedLoRALinear, Tensor] = {}
 
     def down(self, member: MergedLoRALinear, z: Tensor) -> tuple[Tensor, Tensor] | None:
-        """z for the base layer of ``member`` and its u, or None where it must make its own."""
+        """Return what one layer needs of the shared pass, making that pass if the layer is the first.
+
+        Args:
+            member: the layer that runs.
+            z: (..., d), the tensor that it was given.
+
+        Returns:
+            z for its base layer and its u (..., R), or None if it must make its own.
+        """
         if member is self.members[0]:
             self._fork(z)
         handed, read = self._handed, self._read
@@ -167,7 +260,7 @@ def _widths(layers: Sequence[MergedLoRALinear]) -> list[int]:
 
 
 def _version(z: Tensor) -> int:
-    """Counts writes into z; inference tensors do not count them."""
+    """How often z has been written to; inference tensors do not count."""
     return 0 if z.is_inference() else z._version
 
 

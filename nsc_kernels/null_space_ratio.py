@@ -11,17 +11,16 @@ Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6. Edges: q/s is clamped to [
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsc_kernels import _rows
-from nsc_kernels._launch import RowBlocks, row_blocks, row_programs
+from nsc_kernels import _ratio
+from nsc_kernels._launch import row_blocks, row_programs
 from nsc_kernels._op import Launch, Op, fresh
-from nsc_kernels._tl import (
-    narrow,
-    program_rows,
+from nsc_kernels._ratio_tl import (
     row_captured,
     row_inverse_norm,
     row_segment,
@@ -29,9 +28,9 @@ from nsc_kernels._tl import (
     row_weight,
     store_du,
     store_ratio,
-    tl,
-    triton,
-)  # fmt: skip
+)
+from nsc_kernels._rows import accumulator_dtype, expect, unit_stride
+from nsc_kernels._tl import narrow, program_rows, tl, triton
 
 
 def null_space_ratio_reference(
@@ -42,52 +41,99 @@ def null_space_ratio_reference(
     offsets: Tensor | None,  # (K + 1,)
     weight: Tensor | None,  # (n,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``null_space_ratio`` of flat rows in plain torch.
+    """Compute ``null_space_ratio`` of flat rows in plain torch.
 
-    Returns the value, (n,) or 0-d with ``weight``, and what its backward needs: q/s (n,) and 1/|z| (n,). All in
-    ``accumulator_dtype``; ``gram_inverse`` and ``weight`` have that dtype already. Rows of weight 0 count as zero rows.
+    Args:
+        z, u: any floating dtype.
+        gram_inverse, weight: in ``accumulator_dtype``. Rows of weight 0 count as zero rows.
+        adapter, offsets: int.
+
+    Returns:
+        The value, (n,) or 0-d with ``weight``, and what the backward needs: q/s (n,) and 1/|z| (n,), all in
+        ``accumulator_dtype``.
     """
-    z = z.to(_rows.accumulator_dtype(z, u))
-    inverse_norm = _rows.row_inverses(z if weight is None else torch.where(weight[:, None] == 0, 0.0, z))
-    v, _, known = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
-    captured = _rows.captured_share(v, gram_inverse, inverse_norm.isfinite() & known)
-    return _rows.ratio_value(captured, weight), captured, inverse_norm
+    inverse_norm = _inverse_norm(z.to(accumulator_dtype(z, u)), weight)
+    value, captured = _ratio.ratio_of_rows(inverse_norm, u, gram_inverse, adapter, offsets, weight)
+    return value, captured, inverse_norm
 
 
 def null_space_ratio_backward_reference(
     grad: Tensor,  # (n,), or 0-d with weight
-    z: Tensor,
-    u: Tensor,
-    gram_inverse: Tensor | None,
-    adapter: Tensor | None,
-    offsets: Tensor | None,
-    weight: Tensor | None,
+    z: Tensor,  # (n, d)
+    u: Tensor,  # (n, R)
+    gram_inverse: Tensor | None,  # (R, R)
+    adapter: Tensor | None,  # (n,)
+    offsets: Tensor | None,  # (K + 1,)
+    weight: Tensor | None,  # (n,)
     captured: Tensor,  # (n,): q/s
     inverse_norm: Tensor,  # (n,): 1/|z|
     to_z: bool,
     to_u: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The direct gradient to z, (n, d) in z's dtype, and the gradient to u, (n, R) in u's dtype; both contiguous.
+    """Compute the gradients of ``null_space_ratio`` to z (the direct part) and to u in plain torch.
 
-    to_z, to_u: which of the two are wanted; the other is an empty tensor.
+    Args:
+        grad: the incoming gradient, in ``accumulator_dtype``.
+        z, u, gram_inverse, adapter, offsets, weight: as the forward took them.
+        captured, inverse_norm: as the forward returned them.
+        to_z, to_u: which of the two gradients are wanted.
+
+    Returns:
+        dz (n, d) in z's dtype and du (n, R) in u's dtype, both contiguous; one that is not wanted is empty.
     """
     dz, du = z.new_empty(0), u.new_empty(0)
-    slope = (_rows.ratio_slope(grad, weight, captured) * inverse_norm)[:, None]
+    slope = _ratio.ratio_slope(grad, weight, captured) * inverse_norm
     if to_z:
-        along = slope * captured[:, None]
-        dz = torch.where(along == 0, 0.0, along * (z * inverse_norm[:, None])).to(z.dtype)
+        along = (slope * captured)[:, None]
+        dz = torch.where(along == 0, 0.0, along * (z * inverse_norm[:, None])).to(z.dtype).contiguous()
     if to_u:
-        v, inside, _ = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
-        du = torch.where(inside, -slope * _rows.gram_product(v, gram_inverse), 0.0).to(u.dtype)
-    return dz.contiguous(), du.contiguous()
+        du = _ratio.u_gradient(slope, inverse_norm, u, gram_inverse, adapter, offsets, weight)
+    return dz, du
+
+
+def _inverse_norm(z: Tensor, weight: Tensor | None) -> Tensor:
+    """(n,): 1/|z|, scaled so that no square overflows; 0 for a zero row and one of weight 0, NaN if not finite."""
+    if weight is not None:
+        z = torch.where(weight[:, None] == 0, 0.0, z)
+    tiny = torch.finfo(z.dtype).tiny
+    peak = z.abs().amax(-1, keepdim=True).clamp(tiny, 1 / tiny)
+    norm = (z / peak).square().sum(-1).sqrt() * peak.squeeze(-1)
+    inverse = torch.where(norm <= 1 / tiny, 1 / norm, math.nan)
+    return torch.where(norm < tiny, 0.0, inverse)
 
 
 @triton.jit(do_not_specialize=["N"])
 def null_space_ratio_kernel(  # type: ignore[no-untyped-def]
-    z_ptr, u_ptr, gram_inverse_ptr, adapter_ptr, offsets_ptr, weight_ptr, value_ptr, captured_ptr, inverse_norm_ptr,
-    N, D, R, K, z_stride, u_stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """value: (N,), or with weight one partial sum a program; captured, inverse_norm: (N,). All float32."""
+    z_ptr,
+    u_ptr,
+    gram_inverse_ptr,
+    adapter_ptr,
+    offsets_ptr,
+    weight_ptr,
+    value_ptr,
+    captured_ptr,
+    inverse_norm_ptr,
+    N,
+    D,
+    R,
+    K,
+    z_stride,
+    u_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Write the ratio of BLOCK_N rows, or their weighted sum, and what the backward needs.
+
+    Args:
+        z_ptr, u_ptr: (N, D) and (N, R), any floating dtype but float64.
+        gram_inverse_ptr: (R, R) float32 or None.
+        adapter_ptr, offsets_ptr: (N,) and (K + 1,) int, or both None.
+        weight_ptr: (N,) float32 or None.
+        value_ptr: (N,) float32, or with ``weight_ptr`` one partial sum a program.
+        captured_ptr, inverse_norm_ptr: (N,) float32: q/s and 1/|z|.
+        N, D, R, K, z_stride, u_stride, BLOCK_N, BLOCK_D, BLOCK_R: sizes and row strides in elements.
+    """
     rows, exists = program_rows(N, BLOCK_N)
     b_weight, keep = row_weight(weight_ptr, rows, exists)
     start, stop, known = row_segment(adapter_ptr, offsets_ptr, rows, keep, K, R)
@@ -101,11 +147,37 @@ def null_space_ratio_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["N"])
 def null_space_ratio_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, z_ptr, u_ptr, gram_inverse_ptr, adapter_ptr, offsets_ptr, weight_ptr, captured_ptr, inverse_norm_ptr,
-    dz_ptr, du_ptr, N, D, R, K, grad_stride, z_stride, u_stride,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """dz: (N, D), du: (N, R), every element written; grad_stride is 0 where one gradient serves all rows."""
+    grad_ptr,
+    z_ptr,
+    u_ptr,
+    gram_inverse_ptr,
+    adapter_ptr,
+    offsets_ptr,
+    weight_ptr,
+    captured_ptr,
+    inverse_norm_ptr,
+    dz_ptr,
+    du_ptr,
+    N,
+    D,
+    R,
+    K,
+    grad_stride,
+    z_stride,
+    u_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Write every element of dz and du for BLOCK_N rows.
+
+    Args:
+        grad_ptr: (N,) float32, or one element with ``grad_stride`` 0 where one gradient serves all rows.
+        z_ptr, u_ptr, gram_inverse_ptr, adapter_ptr, offsets_ptr, weight_ptr: as in the forward.
+        captured_ptr, inverse_norm_ptr: as the forward wrote them.
+        dz_ptr, du_ptr: (N, D) and (N, R), contiguous; None for one that is not wanted.
+        N, D, R, K, grad_stride, z_stride, u_stride, BLOCK_N, BLOCK_D, BLOCK_R: sizes and row strides in elements.
+    """
     rows, exists = program_rows(N, BLOCK_N)
     b_weight, _keep = row_weight(weight_ptr, rows, exists)
     b_captured = tl.load(captured_ptr + rows, mask=exists, other=0.0)
@@ -124,75 +196,70 @@ def null_space_ratio_backward_kernel(  # type: ignore[no-untyped-def]
     if du_ptr is not None:
         start, stop, _known = row_segment(adapter_ptr, offsets_ptr, rows, exists & (b_slope != 0), K, R)
         store_du(
-            du_ptr, u_ptr, u_stride, gram_inverse_ptr, b_slope, b_inverse, rows, exists, start, stop, R,
-            BLOCK_N, BLOCK_R,
-        )  # fmt: skip
+            du_ptr,
+            u_ptr,
+            u_stride,
+            gram_inverse_ptr,
+            b_slope,
+            b_inverse,
+            rows,
+            exists,
+            start,
+            stop,
+            R,
+            BLOCK_N,
+            BLOCK_R,
+        )
 
 
 def plan_forward(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
-    """The forward launch and what it fills; arguments of the reference. With meta tensors, to compile ahead of time."""
-    args, blocks = _shared_args(z, u, *given)
-    n, programs = z.shape[0], row_programs(z.shape[0], blocks)
+    """Prepare the forward launch; with meta tensors, for a compilation ahead of time.
+
+    Args:
+        z, u, given: the arguments of the reference.
+
+    Returns:
+        The launch, and the tensors that it fills: value ((n,), or partial sums with a weight), q/s (n,), 1/|z| (n,).
+    """
+    args, blocks, programs = _shared_args(z, u, *given)
     value, captured, inverse_norm = (
-        fresh(z, size, torch.float32) for size in (n if given[-1] is None else programs, n, n)
+        fresh(z, size, torch.float32) for size in (len(z) if given[-1] is None else programs, len(z), len(z))
     )
     args |= {"value_ptr": value, "captured_ptr": captured, "inverse_norm_ptr": inverse_norm}
-    return Launch(null_space_ratio_kernel, (programs,), args, blocks._asdict()), (value, captured, inverse_norm)
+    return Launch(null_space_ratio_kernel, (programs,), args, blocks), (value, captured, inverse_norm)
 
 
-def plan_backward(
-    grad: Tensor,
-    z: Tensor,
-    u: Tensor,
-    gram_inverse: Tensor | None,
-    adapter: Tensor | None,
-    offsets: Tensor | None,
-    weight: Tensor | None,
-    captured: Tensor,
-    inverse_norm: Tensor,
-    to_z: bool,
-    to_u: bool,
-) -> tuple[Launch, tuple[Tensor, Tensor]]:
-    """The backward launch and the gradients it fills; arguments of the backward reference."""
-    args, blocks = _shared_args(z, u, gram_inverse, adapter, offsets, weight)
+def plan_backward(grad: Tensor, z: Tensor, u: Tensor, *rest: Any) -> tuple[Launch, tuple[Tensor, Tensor]]:
+    """Prepare the backward launch; with meta tensors, for a compilation ahead of time.
+
+    Args:
+        grad, z, u, rest: the arguments of the backward reference.
+
+    Returns:
+        The launch, and the gradients that it fills: to z (n, d) and to u (n, R), empty where not wanted.
+    """
+    *given, captured, inverse_norm, to_z, to_u = rest
+    args, blocks, programs = _shared_args(z, u, *given)
     dz, du = fresh(z, z.shape if to_z else 0), fresh(u, u.shape if to_u else 0)
-    args |= {"grad_ptr": grad, "grad_stride": grad.stride(0) if grad.dim() else 0}
-    args |= {"captured_ptr": captured, "inverse_norm_ptr": inverse_norm}
+    args |= _ratio.backward_args(grad, captured) | {"inverse_norm_ptr": inverse_norm}
     args |= {"dz_ptr": dz if to_z else None, "du_ptr": du if to_u else None}
-    programs = row_programs(z.shape[0], blocks)
-    return Launch(null_space_ratio_backward_kernel, (programs,), args, blocks._asdict()), (dz, du)
+    return Launch(null_space_ratio_backward_kernel, (programs,), args, blocks), (dz, du)
 
 
-def _shared_args(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[dict[str, Any], RowBlocks]:
-    z, u = _rows.unit_stride(z), _rows.unit_stride(u)
-    gram_inverse, adapter, offsets, weight = (x if x is None else x.contiguous() for x in given)
-    args: dict[str, Any] = {"z_ptr": z, "u_ptr": u, "gram_inverse_ptr": gram_inverse, "weight_ptr": weight}
-    args |= {"adapter_ptr": adapter, "offsets_ptr": offsets, "K": 0 if offsets is None else offsets.shape[0] - 1}
-    args |= {"N": z.shape[0], "D": z.shape[1], "R": u.shape[1], "z_stride": z.stride(0), "u_stride": u.stride(0)}
-    return args, row_blocks(z.shape[0], z.shape[1], u.shape[1])
+def _shared_args(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[dict[str, Any], dict[str, int], int]:
+    """Arguments of both kernels, their settings, and the number of programs."""
+    z, (n, d) = unit_stride(z), z.shape
+    blocks = row_blocks(n, d, u.shape[1])
+    args = _ratio.launch_args(u, *given) | {"z_ptr": z, "D": d, "z_stride": z.stride(0)}
+    return args, blocks._asdict(), row_programs(n, blocks)
 
 
-def _launch_forward(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    launch, (value, captured, inverse_norm) = plan_forward(z, u, *given)
-    launch.run()
-    return value if given[-1] is None else value.sum(), captured, inverse_norm
-
-
-def _launch_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    launch, gradients = plan_backward(*args)
-    launch.run()
-    return gradients
-
-
-_forward_op = Op("nsc::null_space_ratio", null_space_ratio_reference, _launch_forward)
-_backward_op = Op("nsc::null_space_ratio_backward", null_space_ratio_backward_reference, _launch_backward)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, captured, inverse_norm = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(captured, inverse_norm)
-    ctx.save_for_backward(*inputs, captured, inverse_norm)
+_forward_op = Op("nsc::null_space_ratio", null_space_ratio_reference, partial(_ratio.launch_forward, plan_forward))
+_backward_op = Op(
+    "nsc::null_space_ratio_backward",
+    null_space_ratio_backward_reference,
+    partial(_ratio.launch_backward, plan_backward),
+)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
@@ -200,14 +267,13 @@ def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | No
         return (None,) * 6
     saved = ctx.saved_tensors  # read once: a checkpoint unpacks it once
     _, u, _, adapter, offsets, weight, captured, inverse_norm = saved
-    wanted = ctx.needs_input_grad[:2]
-    dz, du = _backward_op(grad, *saved, *wanted)
-    needed = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
-    dgram, dweight = _rows.side_gradients(needed, grad, u, inverse_norm, adapter, offsets, weight, captured)
-    return dz if wanted[0] else None, du if wanted[1] else None, dgram, None, None, dweight
+    to_z, to_u = ctx.needs_input_grad[:2]
+    dz, du = _backward_op(grad, *saved, to_z, to_u)
+    dgram, dweight = _ratio.side_gradients(ctx, grad, u, adapter, offsets, weight, captured, lambda: inverse_norm)
+    return dz if to_z else None, du if to_u else None, dgram, None, None, dweight
 
 
-_forward_op.differentiable(_save, _backward)
+_forward_op.differentiable(_ratio.save, _backward)
 
 
 def null_space_ratio(
@@ -219,41 +285,43 @@ def null_space_ratio(
     offsets: Tensor | None = None,  # (K + 1,) int
     weight: Tensor | None = None,  # (...,)
 ) -> Tensor:
-    """The share of each row's length that its adapter does not see: om = sqrt(1 - u_k^T G_k u_k / z.z), in [0, 1].
+    """Return the share of each row's length that its adapter does not see: om = sqrt(1 - u_k^T G_k u_k / z.z).
+
+    The ratio lies in [0, 1]: 0 for a row inside the row space of A_k, 1 for a row orthogonal to it. It does not depend
+    on the scale of z or on any invertible mixing of A_k's rows. A zero row has om = 1 and no gradient; a row that is
+    not finite gives NaN. Where om < 1e-4 the gradient is that of om = 1e-4.
 
     Args:
-        z: (..., d) rows that enter the linear, of any floating dtype.
-        u: (..., R) ``z @ A.T`` for all adapters stacked, R the sum of their ranks.
+        z: (..., d), any floating dtype: the rows that enter the linear layer.
+        u: (..., R), any floating dtype: ``z @ A.T`` for all adapters stacked, R the sum of their ranks.
         gram_inverse: (R, R) block-diagonal ``(A_k A_k^T)^-1``, symmetric; None where each A_k has orthonormal rows.
         adapter: (...,) int, the adapter that each row is measured against; None means one adapter of rank R. A row
             whose adapter is not in ``[0, K)`` gives NaN.
-        offsets: (K + 1,) int, ascending to R: adapter k owns columns ``offsets[k]:offsets[k + 1]`` of u. Ranks may
-            differ; rank 0 gives om = 1 and no gradient.
+        offsets: (K + 1,) int, ascending from 0 to R: adapter k owns columns ``offsets[k]:offsets[k + 1]`` of u. Ranks
+            may differ; rank 0 gives om = 1 and no gradient.
         weight: (...,) row weights. A row of weight 0 is not read: whatever it holds, it adds 0 and all its gradients
             are 0, that of its weight included.
 
     Returns:
         om (...,), or with ``weight`` the 0-d sum of weight * om; float64 if z or u is, else float32, also under
-        autocast. Differentiable once in z (the direct part; the rest flows through u), u, gram_inverse and weight.
+        autocast; sums are accumulated in the same dtype. Differentiable once in z (the direct part; the rest flows
+        through u), u, gram_inverse and weight.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together. Values are not looked at.
+        ValueError: if shapes, dtypes or devices do not fit together. Values are not looked at.
+
+    Example:
+        >>> z, A = torch.randn(32, 64), torch.randn(8, 64)
+        >>> om = null_space_ratio(z, z @ A.T, gram_inverse(A))  # (32,)
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 3 and 6.
     """
     rows = z.shape[:-1]
     if z.dim() == 0 or z.shape[-1] == 0:
         raise ValueError(f"z must be (..., d) with d >= 1, got shape {tuple(z.shape)}")
-    _rows.expect("z", z, z.shape, "rows of width d", z)
-    _rows.expect_beside(rows, u, gram_inverse, adapter, offsets, weight, z)
-    dtype = _rows.accumulator_dtype(z, u)
+    expect("z", z, z.shape, "rows of width d", z)
+    _ratio.expect_beside(rows, u, gram_inverse, adapter, offsets, weight, z)
+    given = _ratio.flattened(accumulator_dtype(z, u), gram_inverse, adapter, offsets, weight)
     n = math.prod(rows)
-    value, _, _ = _forward_op(
-        z.reshape(n, z.shape[-1]),
-        u.reshape(n, u.shape[-1]),
-        None if gram_inverse is None else gram_inverse.to(dtype),
-        None if adapter is None else adapter.reshape(n),
-        offsets,
-        None if weight is None else weight.reshape(n).to(dtype),
-    )
+    value, _, _ = _forward_op(z.reshape(n, z.shape[-1]), u.reshape(n, u.shape[-1]), *given)
     return value.reshape(rows) if weight is None else value

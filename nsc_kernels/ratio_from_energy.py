@@ -7,59 +7,73 @@ Paper: https://arxiv.org/abs/2603.26317, Eq. 3 and 6. Edges as in ``null_space_r
 smallest normal number (|z| below 1e-19 in float32) counts as that of a zero row, one that is not finite gives NaN.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsc_kernels import _rows
-from nsc_kernels._launch import RowBlocks, row_blocks, row_programs
+from nsc_kernels import _ratio
+from nsc_kernels._launch import row_blocks, row_programs
 from nsc_kernels._op import Launch, Op, fresh
-from nsc_kernels._tl import (
+from nsc_kernels._ratio_tl import (
     energy_inverse_norm,
-    program_rows,
     row_captured,
     row_segment,
     row_slope,
     row_weight,
     store_du,
     store_ratio,
-    tl,
-    triton,
-)  # fmt: skip
+)
+from nsc_kernels._rows import accumulator_dtype, expect
+from nsc_kernels._tl import program_rows, tl, triton
 
 
 def ratio_from_energy_reference(
-    energy: Tensor,  # (n,) in accumulator_dtype
+    energy: Tensor,  # (n,)
     u: Tensor,  # (n, R)
     gram_inverse: Tensor | None,  # (R, R), block-diagonal
     adapter: Tensor | None,  # (n,)
     offsets: Tensor | None,  # (K + 1,)
     weight: Tensor | None,  # (n,)
 ) -> tuple[Tensor, Tensor]:
-    """``ratio_from_energy`` of flat rows in plain torch: the value, (n,) or 0-d with ``weight``, and q/s (n,)."""
-    inverse_norm = _inverse_norm(energy, weight)
-    v, _, known = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
-    captured = _rows.captured_share(v, gram_inverse, inverse_norm.isfinite() & known)
-    return _rows.ratio_value(captured, weight), captured
+    """Compute ``ratio_from_energy`` of flat rows in plain torch.
+
+    Args:
+        energy, gram_inverse, weight: in ``accumulator_dtype``. Rows of weight 0 count as zero rows.
+        u: any floating dtype.
+        adapter, offsets: int.
+
+    Returns:
+        The value, (n,) or 0-d with ``weight``, and q/s (n,), both in ``accumulator_dtype``.
+    """
+    return _ratio.ratio_of_rows(_inverse_norm(energy, weight), u, gram_inverse, adapter, offsets, weight)
 
 
 def ratio_from_energy_backward_reference(
     grad: Tensor,  # (n,), or 0-d with weight
-    energy: Tensor,
-    u: Tensor,
-    gram_inverse: Tensor | None,
-    adapter: Tensor | None,
-    offsets: Tensor | None,
-    weight: Tensor | None,
+    energy: Tensor,  # (n,)
+    u: Tensor,  # (n, R)
+    gram_inverse: Tensor | None,  # (R, R)
+    adapter: Tensor | None,  # (n,)
+    offsets: Tensor | None,  # (K + 1,)
+    weight: Tensor | None,  # (n,)
     captured: Tensor,  # (n,): q/s
 ) -> tuple[Tensor, Tensor]:
-    """The gradients to energy (n,) and to u (n, R) in u's dtype."""
+    """Compute the gradients of ``ratio_from_energy`` to energy and to u in plain torch.
+
+    Args:
+        grad: the incoming gradient, in ``accumulator_dtype``.
+        energy, u, gram_inverse, adapter, offsets, weight: as the forward took them.
+        captured: as the forward returned it.
+
+    Returns:
+        (n,) in ``accumulator_dtype``, and (n, R) in u's dtype.
+    """
     inverse_norm = _inverse_norm(energy, weight)
-    slope = _rows.ratio_slope(grad, weight, captured) * inverse_norm
-    v, inside, _ = _rows.row_vectors(u, inverse_norm, adapter, offsets, weight)
-    du = torch.where(inside, -slope[:, None] * _rows.gram_product(v, gram_inverse), 0.0)
-    return 0.5 * slope * captured * inverse_norm, du.to(u.dtype).contiguous()
+    slope = _ratio.ratio_slope(grad, weight, captured) * inverse_norm
+    du = _ratio.u_gradient(slope, inverse_norm, u, gram_inverse, adapter, offsets, weight)
+    return 0.5 * slope * captured * inverse_norm, du
 
 
 def _inverse_norm(energy: Tensor, weight: Tensor | None) -> Tensor:
@@ -72,10 +86,33 @@ def _inverse_norm(energy: Tensor, weight: Tensor | None) -> Tensor:
 
 @triton.jit(do_not_specialize=["N"])
 def ratio_from_energy_kernel(  # type: ignore[no-untyped-def]
-    energy_ptr, u_ptr, gram_inverse_ptr, adapter_ptr, offsets_ptr, weight_ptr, value_ptr, captured_ptr,
-    N, R, K, u_stride, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """value: (N,), or with weight one partial sum a program; captured: (N,). All float32."""
+    energy_ptr,
+    u_ptr,
+    gram_inverse_ptr,
+    adapter_ptr,
+    offsets_ptr,
+    weight_ptr,
+    value_ptr,
+    captured_ptr,
+    N,
+    R,
+    K,
+    u_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Write the ratio of BLOCK_N rows, or their weighted sum, and q/s for the backward.
+
+    Args:
+        energy_ptr: (N,) float32.
+        u_ptr: (N, R), any floating dtype but float64.
+        gram_inverse_ptr: (R, R) float32 or None.
+        adapter_ptr, offsets_ptr: (N,) and (K + 1,) int, or both None.
+        weight_ptr: (N,) float32 or None.
+        value_ptr: (N,) float32, or with ``weight_ptr`` one partial sum a program.
+        captured_ptr: q/s, (N,) float32.
+        N, R, K, u_stride, BLOCK_N, BLOCK_R: sizes, and the row stride of u in elements.
+    """
     rows, exists = program_rows(N, BLOCK_N)
     b_weight, keep = row_weight(weight_ptr, rows, exists)
     start, stop, known = row_segment(adapter_ptr, offsets_ptr, rows, keep, K, R)
@@ -88,10 +125,33 @@ def ratio_from_energy_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["N"])
 def ratio_from_energy_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, energy_ptr, u_ptr, gram_inverse_ptr, adapter_ptr, offsets_ptr, weight_ptr, captured_ptr, de_ptr, du_ptr,
-    N, R, K, grad_stride, u_stride, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """de: (N,) float32, du: (N, R), every element written; grad_stride is 0 where one gradient serves all rows."""
+    grad_ptr,
+    energy_ptr,
+    u_ptr,
+    gram_inverse_ptr,
+    adapter_ptr,
+    offsets_ptr,
+    weight_ptr,
+    captured_ptr,
+    de_ptr,
+    du_ptr,
+    N,
+    R,
+    K,
+    grad_stride,
+    u_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Write every element of the gradients to energy and to u for BLOCK_N rows.
+
+    Args:
+        grad_ptr: (N,) float32, or one element with ``grad_stride`` 0 where one gradient serves all rows.
+        energy_ptr, u_ptr, gram_inverse_ptr, adapter_ptr, offsets_ptr, weight_ptr: as in the forward.
+        captured_ptr: q/s, as the forward wrote it.
+        de_ptr, du_ptr: (N,) float32 and (N, R), contiguous.
+        N, R, K, grad_stride, u_stride, BLOCK_N, BLOCK_R: sizes and strides in elements.
+    """
     rows, exists = program_rows(N, BLOCK_N)
     b_weight, keep = row_weight(weight_ptr, rows, exists)
     b_captured = tl.load(captured_ptr + rows, mask=exists, other=0.0)
@@ -105,60 +165,51 @@ def ratio_from_energy_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def plan_forward(energy: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Launch, tuple[Tensor, Tensor]]:
-    """The forward launch and what it fills; arguments of the reference. With meta tensors, to compile ahead of time."""
-    args, settings = _shared_args(energy, u, *given)
-    n, programs = u.shape[0], row_programs(u.shape[0], RowBlocks(**settings))
-    value = fresh(u, n if given[-1] is None else programs, torch.float32)
-    captured = fresh(u, n, torch.float32)
+    """Prepare the forward launch; with meta tensors, for a compilation ahead of time.
+
+    Args:
+        energy, u, given: the arguments of the reference.
+
+    Returns:
+        The launch, and the tensors that it fills: value ((n,), or partial sums with a weight) and q/s (n,).
+    """
+    args, blocks, programs = _shared_args(energy, u, *given)
+    value = fresh(u, len(u) if given[-1] is None else programs, torch.float32)
+    captured = fresh(u, len(u), torch.float32)
     args |= {"value_ptr": value, "captured_ptr": captured}
-    return _launch(ratio_from_energy_kernel, programs, args, settings), (value, captured)
+    return Launch(ratio_from_energy_kernel, (programs,), args, blocks), (value, captured)
 
 
-def plan_backward(
-    grad: Tensor, energy: Tensor, u: Tensor, *given: Tensor | None
-) -> tuple[Launch, tuple[Tensor, Tensor]]:
-    """The backward launch and the gradients it fills; arguments of the backward reference."""
-    args, settings = _shared_args(energy, u, *given[:-1])
-    de, du = fresh(u, u.shape[0], torch.float32), fresh(u, u.shape)
-    args |= {"grad_ptr": grad, "grad_stride": grad.stride(0) if grad.dim() else 0}
-    args |= {"captured_ptr": given[-1], "de_ptr": de, "du_ptr": du}
-    programs = row_programs(u.shape[0], RowBlocks(**settings))
-    return _launch(ratio_from_energy_backward_kernel, programs, args, settings), (de, du)
+def plan_backward(grad: Tensor, energy: Tensor, u: Tensor, *rest: Any) -> tuple[Launch, tuple[Tensor, Tensor]]:
+    """Prepare the backward launch; with meta tensors, for a compilation ahead of time.
+
+    Args:
+        grad, energy, u, rest: the arguments of the backward reference.
+
+    Returns:
+        The launch, and the gradients that it fills: to energy (n,) float32 and to u (n, R).
+    """
+    *given, captured = rest
+    args, blocks, programs = _shared_args(energy, u, *given)
+    de, du = fresh(u, len(u), torch.float32), fresh(u, u.shape)
+    args |= _ratio.backward_args(grad, captured) | {"de_ptr": de, "du_ptr": du}
+    return Launch(ratio_from_energy_backward_kernel, (programs,), args, blocks), (de, du)
 
 
-def _shared_args(energy: Tensor, u: Tensor, *given: Tensor | None) -> tuple[dict[str, Any], dict[str, int]]:
-    u = _rows.unit_stride(u)
-    gram_inverse, adapter, offsets, weight = (x if x is None else x.contiguous() for x in given)
-    args: dict[str, Any] = {"energy_ptr": energy.contiguous(), "u_ptr": u, "gram_inverse_ptr": gram_inverse}
-    args |= {"weight_ptr": weight, "adapter_ptr": adapter, "offsets_ptr": offsets, "u_stride": u.stride(0)}
-    args |= {"N": u.shape[0], "R": u.shape[1], "K": 0 if offsets is None else offsets.shape[0] - 1}
-    return args, row_blocks(u.shape[0], max(u.shape[1], 1), u.shape[1])._asdict()
+def _shared_args(energy: Tensor, u: Tensor, *given: Tensor | None) -> tuple[dict[str, Any], dict[str, int], int]:
+    """Arguments of both kernels, their block sizes and warps, and the number of programs."""
+    n, r = u.shape
+    blocks = row_blocks(n, max(r, 1), r)
+    settings = {name: size for name, size in blocks._asdict().items() if name != "BLOCK_D"}
+    return _ratio.launch_args(u, *given) | {"energy_ptr": energy.contiguous()}, settings, row_programs(n, blocks)
 
 
-def _launch(kernel: Any, programs: int, args: dict[str, Any], settings: dict[str, int]) -> Launch:
-    return Launch(kernel, (programs,), args, {k: v for k, v in settings.items() if k != "BLOCK_D"})
-
-
-def _launch_forward(energy: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-    launch, (value, captured) = plan_forward(energy, u, *given)
-    launch.run()
-    return value if given[-1] is None else value.sum(), captured
-
-
-def _launch_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    launch, gradients = plan_backward(*args)
-    launch.run()
-    return gradients
-
-
-_forward_op = Op("nsc::ratio_from_energy", ratio_from_energy_reference, _launch_forward)
-_backward_op = Op("nsc::ratio_from_energy_backward", ratio_from_energy_backward_reference, _launch_backward)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, output[1])
+_forward_op = Op("nsc::ratio_from_energy", ratio_from_energy_reference, partial(_ratio.launch_forward, plan_forward))
+_backward_op = Op(
+    "nsc::ratio_from_energy_backward",
+    ratio_from_energy_backward_reference,
+    partial(_ratio.launch_backward, plan_backward),
+)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
@@ -167,15 +218,13 @@ def _backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | No
     saved = ctx.saved_tensors  # read once: a checkpoint unpacks it once
     energy, u, _, adapter, offsets, weight, captured = saved
     de, du = _backward_op(grad, *saved)
-    dgram = dweight = None
-    needed = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
-    if any(needed):
-        inverse_norm = _inverse_norm(energy, weight)
-        dgram, dweight = _rows.side_gradients(needed, grad, u, inverse_norm, adapter, offsets, weight, captured)
+    dgram, dweight = _ratio.side_gradients(
+        ctx, grad, u, adapter, offsets, weight, captured, lambda: _inverse_norm(energy, weight)
+    )
     return de, du, dgram, None, None, dweight
 
 
-_forward_op.differentiable(_save, _backward)
+_forward_op.differentiable(_ratio.save, _backward)
 
 
 def ratio_from_energy(
@@ -187,33 +236,41 @@ def ratio_from_energy(
     offsets: Tensor | None = None,  # (K + 1,) int
     weight: Tensor | None = None,  # (...,)
 ) -> Tensor:
-    """``null_space_ratio`` of rows z given by their energy ``|z|^2``, as ``lora_down`` and ``lora_fork`` return it.
+    """Return ``null_space_ratio`` of rows z given by their energy ``|z|^2``: om = sqrt(1 - u_k^T G_k u_k / energy).
+
+    ``lora_down`` and ``lora_fork`` return u and the energy from one pass over z, so this needs no further pass. Edges
+    are those of ``null_space_ratio``, but in float32 |z| below 1e-19 counts as a zero row and above 1.8e19 gives NaN,
+    since its energy is then 0 or infinite.
 
     Args:
         energy: (...,) ``|z|^2`` of each row, in float32 (float64 for float64).
-        u, gram_inverse, adapter, offsets, weight: as for ``null_space_ratio``.
+        u: (..., R), any floating dtype: ``z @ A.T`` for all adapters stacked, R the sum of their ranks.
+        gram_inverse: (R, R) block-diagonal ``(A_k A_k^T)^-1``, symmetric; None where each A_k has orthonormal rows.
+        adapter: (...,) int, the adapter that each row is measured against, as for ``null_space_ratio``.
+        offsets: (K + 1,) int: adapter k owns columns ``offsets[k]:offsets[k + 1]`` of u.
+        weight: (...,) row weights; a row of weight 0 is not read and has no gradient.
 
     Returns:
-        om (...,), or with ``weight`` the 0-d sum of weight * om; float64 if energy or u is, else float32.
-        Differentiable once in energy, u, gram_inverse and weight; z gets its gradient through energy and u.
+        om (...,), or with ``weight`` the 0-d sum of weight * om; float64 if energy or u is, else float32; sums are
+        accumulated in the same dtype. Differentiable once in energy, u, gram_inverse and weight; z gets its gradient
+        through energy and u.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together. Values are not looked at.
+        ValueError: if shapes, dtypes or devices do not fit together. Values are not looked at.
+
+    Example:
+        >>> z, A = torch.randn(32, 64), torch.randn(8, 64)
+        >>> u, energy = lora_down(z, A)
+        >>> om = ratio_from_energy(energy, u, gram_inverse(A))  # (32,)
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 3 and 6.
     """
     rows = energy.shape
     if u.dim() == 0 or energy.dim() != u.dim() - 1:
         raise ValueError(f"energy must have one number for each row of u {tuple(u.shape)}, got {tuple(rows)}")
-    _rows.expect("energy", energy, rows, "|z|^2 of each row of u", u)
-    _rows.expect_beside(rows, u, gram_inverse, adapter, offsets, weight, u)
-    dtype = _rows.accumulator_dtype(energy, u)
-    value, _ = _forward_op(
-        energy.reshape(-1).to(dtype),
-        u.reshape(energy.numel(), u.shape[-1]),
-        None if gram_inverse is None else gram_inverse.to(dtype),
-        None if adapter is None else adapter.reshape(-1),
-        offsets,
-        None if weight is None else weight.reshape(-1).to(dtype),
-    )
+    expect("energy", energy, rows, "|z|^2 of each row of u", u)
+    _ratio.expect_beside(rows, u, gram_inverse, adapter, offsets, weight, u)
+    dtype = accumulator_dtype(energy, u)
+    given = _ratio.flattened(dtype, gram_inverse, adapter, offsets, weight)
+    value, _ = _forward_op(energy.reshape(-1).to(dtype), u.reshape(energy.numel(), u.shape[-1]), *given)
     return value.reshape(rows) if weight is None else value

@@ -20,6 +20,7 @@ HEAVY = {
     "nsc/performance/plan.py",
     "nsc/runtime/quantization.py",
     "nsc/tracking.py",
+    "nsc/watched_lora.py",
 }
 
 

@@ -177,7 +177,7 @@ def test_models_without_a_ratio_are_refused_by_name():
         with pytest.raises(ValueError, match="already"):
             track(model)
     lora_As(model)[0].forward = print
-    with pytest.warns(UserWarning, match="forward of its own"), track(model) as tracker:
+    with pytest.warns(UserWarning, match="custom forward"), track(model) as tracker:
         assert len(tracker.layers) == 3
     lora = peft.LoraConfig(target_modules=["q"])
     shape = dict(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9, decoder_start_token_id=0)

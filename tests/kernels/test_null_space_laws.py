@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsc_kernels._tl import MIN_RATIO
+from nsc_kernels._ratio_tl import MIN_RATIO
 from nsc_kernels.null_space_ratio import null_space_ratio
 from tests.ops import BF16, DEVICES, F16, F32, F64, Case, make
 
