@@ -61,7 +61,8 @@ METHODS = {
         on_matrices=sum_matrices,
         on_factors=task_arithmetic,
         spaces=("full", "core", "knots"),
-        spectral=True,
+        basis_free=True,
+        whole_layers=True,
     ),
     "linear": Method(
         "the product of summed factors, cross terms and all, at one adapter's rank",

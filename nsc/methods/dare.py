@@ -135,6 +135,8 @@ METHODS = {
         DareSettings,
         on_matrices=dare,
         spaces=("full", "core", "knots"),
+        whole_layers=True,
+        takes_masks=True,
     ),
     "dare-ties": Method(
         "drop entries at random, enlarge the others, join them by TIES",
@@ -143,5 +145,7 @@ METHODS = {
         on_matrices=dare_ties,
         survey=survey,
         spaces=("full", "core", "knots"),
+        whole_layers=True,
+        takes_masks=True,
     ),
 }

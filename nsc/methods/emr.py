@@ -100,5 +100,6 @@ METHODS = {
         EmrSettings,
         on_matrices=emr,
         survey=survey,
+        whole_layers=True,
     ),
 }

@@ -129,7 +129,9 @@ class Method:
     line: what it does, for a list.  source: where it is from.  settings: a frozen dataclass of what can be chosen.
     on_matrices: X (K, p, q), settings, place -> (p, q).  on_factors: updates, settings -> LowRank, instead.  survey:
     where one layer depends on all others: every layer's X, settings -> settings that know of them.  spaces: in which it
-    can run.  spectral: whether a change of basis goes through it, so that in full space it runs in the factors' span.
+    can run.  basis_free: whether a change of orthonormal basis goes through it, so that in full space it runs in the
+    factors' span.  whole_layers: whether it also merges layers that adapters fine-tuned whole, which have no factors.
+    takes_masks: whether the caller may say which entries it keeps.
     """
 
     line: str
@@ -139,4 +141,6 @@ class Method:
     on_factors: Callable[[Updates, Any], LowRank] | None = None
     survey: Callable[[Matrices, Any], Any] | None = None
     spaces: tuple[str, ...] = ("full",)
-    spectral: bool = False
+    basis_free: bool = False
+    whole_layers: bool = False
+    takes_masks: bool = False

@@ -204,7 +204,7 @@ METHODS = {
         NoSettings,
         on_matrices=tsv,
         spaces=("full", "core"),
-        spectral=True,
+        basis_free=True,
     ),
     "cart": Method(
         "the mean, and of each task's difference from it the part of low rank",
@@ -212,20 +212,20 @@ METHODS = {
         CartSettings,
         on_matrices=cart,
         spaces=("full", "core"),
-        spectral=True,
+        basis_free=True,
     ),
     "iso-c": Method(
         "the sum with equal singular values",
         "https://arxiv.org/abs/2502.04959",
         NoSettings,
         on_matrices=iso_c,
-        spectral=True,
+        basis_free=True,
     ),
     "iso-cts": Method(
         "the sum's first directions and some of each task's own, with equal singular values",
         "https://arxiv.org/abs/2502.04959",
         IsoCtsSettings,
         on_matrices=iso_cts,
-        spectral=True,
+        basis_free=True,
     ),
 }

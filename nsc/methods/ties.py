@@ -195,5 +195,6 @@ METHODS = {
         on_matrices=ties,
         survey=survey,
         spaces=("full", "core", "knots"),
+        whole_layers=True,
     ),
 }

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from nsc.adapters.stack import ModuleStack, Stack
 from nsc.errors import NSCError
-from nsc.methods import LowRank, Place, Updates
+from nsc.methods import METHODS, LowRank, Place, Updates
 from nsc.methods.spectral import isotropize
 from nsc.recipes.spaces import SPACES, View
 from nsc.recipes.spec import Recipe, with_scale
 from nsc.recipes.updates import run_as_one
-
-ON_WHOLE_LAYERS = ("task-arithmetic", "ties", "dare", "dare-ties", "emr")  # what needs no factors
 
 
 class Combination:
@@ -99,10 +97,10 @@ class Combination:
         return method.on_matrices(view.X, self.settings, view.place) * self.recipe.scale
 
     def _view(self, updates: Updates) -> View:
-        """In the recipe's space; a spectral method sees the full space in the factors' span."""
-        spectral = self.recipe.space == "full" and self.recipe.method.spectral
-        view = SPACES["core" if spectral else self.recipe.space](updates)
-        size = min(updates.shape) if spectral else view.place.size
+        """In the recipe's space; a basis-free method sees the full space in the factors' span."""
+        in_span = self.recipe.space == "full" and self.recipe.method.basis_free
+        view = SPACES["core" if in_span else self.recipe.space](updates)
+        size = min(updates.shape) if in_span else view.place.size
         return self._placed(view, view.place._replace(size=size, space=self.recipe.space))
 
     def _whole(self, name: str) -> list[View]:
@@ -145,12 +143,13 @@ class Combination:
         stack, recipe = self.stack, self.recipe
         if strange := sorted(set(recipe.weights) - set(stack.tasks)):
             raise NSCError(f"weights names {strange[0]}, which is no task; there are {', '.join(stack.tasks)}")
-        if stack.dense and (recipe.full_name not in ON_WHOLE_LAYERS or recipe.isotropize):
+        if stack.dense and not recipe.merges_whole_layers:
+            able = [name for name, method in METHODS.items() if method.whole_layers]
             raise NSCError(
                 f"{recipe.full_name} works on the factors of LoRA, but adapters fine-tuned {', '.join(stack.dense)}"
-                f" whole; keep those for their own tasks with keep_modules, or take one of {', '.join(ON_WHOLE_LAYERS)}"
+                f" whole; keep those for their own tasks with keep_modules, or take one of {', '.join(able)}"
             )
-        if self.masks and not hasattr(recipe.settings, "drop"):
+        if self.masks and not recipe.method.takes_masks:
             raise NSCError(
                 f"{recipe.full_name} takes no masks: they are for methods that drop entries at random, as dare"
             )

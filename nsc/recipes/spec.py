@@ -28,7 +28,7 @@ class Recipe:
 
     name: of METHODS.  space: of SPACES.  settings: the method's own.  scale: lambda, outside of everything, once.
     weights: task -> w_k, 1 where it is not named.  isotropize: all singular values of the merged matrix become their
-    mean, in core space, or in full where the method is spectral.  learned: of LEARNED, whose coefficients are the
+    mean, in core space, or in full where the method is basis-free.  learned: of LEARNED, whose coefficients are the
     weights of each layer.
     """
 
@@ -44,7 +44,7 @@ class Recipe:
         for name, value in {"scale": self.scale, **{f"the weight of {t}": w for t, w in self.weights.items()}}.items():
             if not math.isfinite(value):
                 raise NSCError(f"{name} must be a finite number, not {value}")
-        if self.isotropize and self.space != "core" and not (self.space == "full" and self.method.spectral):
+        if self.isotropize and self.space != "core" and not (self.space == "full" and self.method.basis_free):
             remedy = f"give core-{self.name}, or leave it out" if "core" in self.method.spaces else "leave it out"
             raise NSCError(f"isotropize does not go with {self.full_name}: it needs the core space; {remedy}")
 
@@ -66,7 +66,12 @@ class Recipe:
     @property
     def is_dense(self) -> bool:
         """Whether a layer's update is no product of small factors, so that no exact adapter holds it."""
-        return self.space == "full" and not (self.method.on_factors or self.method.spectral)
+        return self.space == "full" and not (self.method.on_factors or self.method.basis_free)
+
+    @property
+    def merges_whole_layers(self) -> bool:
+        """Whether it also merges layers that adapters fine-tuned whole, which have no factors."""
+        return self.space == "full" and self.method.whole_layers and not self.isotropize
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: ``read_recipe(**recipe.to_dict())`` is the recipe again."""

@@ -253,7 +253,7 @@ def test_cuda_gives_what_the_cpu_gives(name):
 
 def test_another_process_gives_the_same():
     """With other hashes of strings, so that no set's order is in a result."""
-    code = "import json, test_method_laws as t; print(json.dumps(t.probes()))"
+    code = "import json, tests.methods.test_method_laws as t; print(json.dumps(t.probes()))"
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
