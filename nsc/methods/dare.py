@@ -35,7 +35,7 @@ class DareSettings:
     rescale: str = "inverse"
 
     def __post_init__(self) -> None:
-        require_fraction("drop", self.drop, zero=True)
+        require_fraction("drop", self.drop, below_one=True)
         require_choice("rescale", self.rescale, RESCALES)
 
 
@@ -54,7 +54,7 @@ class DareTiesSettings(TiesSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_fraction("drop", self.drop, zero=True)
+        require_fraction("drop", self.drop, below_one=True)
         require_choice("rescale", self.rescale, (None, *RESCALES))
         if self.density < 1 and self.preset in ("peft", "mergekit"):
             raise NSCError(f"in {self.preset}'s dare-ties dropping replaces trimming: leave density out, or be it 1")

@@ -29,7 +29,7 @@ class FrSettings:
     side: str = "min"
 
     def __post_init__(self) -> None:
-        require_fraction("ratio", self.ratio, zero=False)
+        require_fraction("ratio", self.ratio, above_zero=True)
         require_choice("side", self.side, ("min", "max"))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.errors import NSCError
+from nsc.checks import require_fraction
 from nsc.methods.protocol import LowRank, Method, Updates
 
 
@@ -30,10 +30,8 @@ class RobustMergeSettings:
     fuse: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise NSCError(f"density must lie in (0, 1], not {self.density}: it is the share kept, not a percentage")
-        if not 0 <= self.gain_quantile < 1:
-            raise NSCError(f"gain_quantile must lie in [0, 1), not {self.gain_quantile}")
+        require_fraction("density", self.density, above_zero=True)
+        require_fraction("gain_quantile", self.gain_quantile, below_one=True)
 
 
 def robustmerge(updates: Updates, settings: RobustMergeSettings) -> LowRank:

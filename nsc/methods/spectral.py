@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.checks import require_choice
+from nsc.checks import require_choice, require_fraction
 from nsc.errors import NSCError
 from nsc.methods.protocol import LowRank, Method, Place, Updates, decomposed
 
@@ -44,7 +44,7 @@ class CartSettings:
     rounding: str | None = None
 
     def __post_init__(self) -> None:
-        _require_share("ratio", self.ratio)
+        require_fraction("ratio", self.ratio, above_zero=True)
         require_choice("rounding", self.rounding, (None, "down", "up"))
 
 
@@ -55,7 +55,7 @@ class IsoCtsSettings:
     common: float = 0.8
 
     def __post_init__(self) -> None:
-        _require_share("common", self.common)
+        require_fraction("common", self.common, above_zero=True)
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,6 @@ def _divide(size: int, tasks: int, fraction: float) -> tuple[int, int]:
     own = round((size - int(size * fraction)) / max(tasks, 1))
     own = min(own, size // max(tasks, 1))
     return own, size - own * tasks
-
-
-def _require_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise NSCError(f"{name} must be a fraction above 0 and at most 1, not {value}; percent is not taken")
 
 
 METHODS = {

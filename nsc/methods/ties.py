@@ -90,7 +90,7 @@ class TiesSettings:
 
     def __post_init__(self) -> None:
         require_choice("preset", self.preset, tuple(PRESETS))
-        require_fraction("density", self.density, zero=False)
+        require_fraction("density", self.density, above_zero=True)
         require_choice("scope", self.scope, (None, "matrix", "model"))
         require_choice("elect", self.elect, (None, "mass", "count", "none"))
         require_choice("agg", self.agg, (None, "mean", "sum", "max"))

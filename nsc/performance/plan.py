@@ -27,7 +27,7 @@ from nsc.bases import loading
 from nsc.bases.base_config import body_config
 from nsc.bases.module_names import resolve
 from nsc.bases.roles import choose_targets
-from nsc.checks import choice, require_positive
+from nsc.checks import require_choice, require_positive
 from nsc.console import metric
 from nsc.errors import NSCError
 from nsc.performance.costs import LayerKind, Linear, Memory, Step, Work, linears_in_order
@@ -97,7 +97,7 @@ def plan_merge(
     sizes = dict(rank=rank, tasks=tasks, batch_size=batch_size, max_length=max_length, gpus=gpus, nodes=nodes)
     require_positive(sizes | {"steps": steps})
     device = get_hardware(hardware) if isinstance(hardware, str) else hardware
-    choice("layers", layers, dict.fromkeys(("auto", *PLANS)))
+    require_choice("layers", layers, ("auto", *PLANS))
     model, config, notes = meta_body(base)
     dtype = _dtype(config, dtype)
     linears = linears_in_order(model)
@@ -219,7 +219,7 @@ def _dtype(config: Any, dtype: str) -> str:
     inner = getattr(config, "text_config", config)
     stated = [getattr(c, key, None) for c in (config, inner) for key in ("dtype", "torch_dtype")]
     found = next((str(s).removeprefix("torch.") for s in stated if s), "float32") if dtype == "auto" else dtype
-    choice("dtype", found, BYTES)
+    require_choice("dtype", found, BYTES)
     return found
 
 

@@ -202,11 +202,11 @@ def test_robustmerge_stays_finite_where_trimming_empties_a_row():
 @pytest.mark.parametrize(
     ("method", "settings", "said"),
     [
-        ("linear", dict(agg="max"), "agg must be sum or mean"),
+        ("linear", dict(agg="max"), "agg must be one of sum, mean, not max"),
         ("lego", dict(clusters=0), "clusters must be 1 or more"),
         ("lego", dict(iterations=0), "iterations must be 1 or more"),
-        ("robustmerge", dict(density=20), r"density must lie in \(0, 1\].*not a percentage"),
-        ("robustmerge", dict(gain_quantile=1.0), r"gain_quantile must lie in \[0, 1\)"),
+        ("robustmerge", dict(density=20), "density must be a fraction above 0 and at most 1, not 20.0; percent is not"),
+        ("robustmerge", dict(gain_quantile=1.0), "gain_quantile must be a fraction at least 0 and below 1, not 1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(method, settings, said):

@@ -265,10 +265,10 @@ def test_iso_cts_refuses_a_direction_of_a_task_among_the_common_ones():
     [
         ("cart", {"ratio": 12.0}, "ratio must be a fraction above 0 and at most 1, not 12.0; percent is not taken"),
         ("cart", {"ratio": 0.0}, "ratio must be"),
-        ("cart", {"rounding": "even"}, "rounding must be down or up, not 'even'"),
-        ("iso-cts", {"common": 80}, "common must be a fraction"),
+        ("cart", {"rounding": "even"}, "rounding must be one of down, up, not even"),
+        ("iso-cts", {"common": 80}, "common must be a fraction above 0 and at most 1, not 80"),
         ("svd", {"rank": 0}, "rank must be at least 1, not 0"),
-        ("svd", {"split": "A"}, "split must be sqrt or B, not 'A'"),
+        ("svd", {"split": "A"}, "split must be one of sqrt, B, not A"),
         ("svd", {"isotropize": True}, "it needs the core space"),
     ],
 )
