@@ -14,7 +14,7 @@ from nsc.methods.dare import DareSettings, keep_mask
 from nsc.methods.emr import emr_tasks
 from nsc.methods.fr import FrSettings, band
 from nsc.recipes.spec import read_recipe
-from tests.entries import METHODS_HERE, both, every, noise, place_of, run
+from tests.entries import METHODS_HERE, both, every, layer_info, noise, run
 
 
 @every
@@ -22,9 +22,9 @@ from tests.entries import METHODS_HERE, both, every, noise, place_of, run
 def test_the_order_of_tasks_does_not_matter(name, dtype):
     method, settings = METHODS_HERE[name]
     X, order = noise(4, 13, 9, dtype=dtype), [2, 0, 3, 1]
-    place = place_of(4, [1.0, 0.5, 2.0, -0.7])
-    turned = place._replace(tasks=tuple(place.tasks[k] for k in order), weights=place.weights[order])
-    torch.testing.assert_close(run(method, X[order], turned, **settings), run(method, X, place, **settings))
+    layer = layer_info(4, [1.0, 0.5, 2.0, -0.7])
+    turned = layer._replace(tasks=tuple(layer.tasks[k] for k in order), weights=layer.weights[order])
+    torch.testing.assert_close(run(method, X[order], turned, **settings), run(method, X, layer, **settings))
 
 
 @every
@@ -47,17 +47,17 @@ def test_one_task_is_itself(name, dtype):
 
 @pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
 def test_dare_by_its_formula(rescale):
-    X, place = noise(3, 30, 20), place_of(3, [1.0, 0.5, -2.0])
-    keep = torch.stack([keep_mask(DareSettings(drop=0.7), "layer", task, (30, 20)) for task in place.tasks])
+    X, layer = noise(3, 30, 20), layer_info(3, [1.0, 0.5, -2.0])
+    keep = torch.stack([keep_mask(DareSettings(drop=0.7), "layer", task, (30, 20)) for task in layer.tasks])
     assert (keep.double().mean((1, 2)) - 0.3).abs().max() < 5 * (0.3 * 0.7 / 600) ** 0.5
     assert (keep[0] ^ keep[1]).any()
     kept = X * keep
     factor = {"inverse": 1 / 0.3, "l1": X.abs().sum((1, 2)) / kept.abs().sum((1, 2)), "none": 1.0}[rescale]
-    expected = (kept * (factor * place.weights)[:, None, None]).sum(0)
-    torch.testing.assert_close(run("dare", X, place, drop=0.7, rescale=rescale), expected)
-    given = place._replace(keep=~keep)
+    expected = (kept * (factor * layer.weights)[:, None, None]).sum(0)
+    torch.testing.assert_close(run("dare", X, layer, drop=0.7, rescale=rescale), expected)
+    given = layer._replace(keep=~keep)
     torch.testing.assert_close(
-        run("dare", X, given, drop=0.3, rescale="none"), (X * ~keep * place.weights[:, None, None]).sum(0)
+        run("dare", X, given, drop=0.3, rescale="none"), (X * ~keep * layer.weights[:, None, None]).sum(0)
     )
 
 
@@ -75,8 +75,8 @@ def test_masks_depend_on_seed_layer_and_task_alone():
     assert torch.equal(state, torch.get_rng_state())
     three, two = noise(3, 8, 8), [0.0, 1.0, 1.0]
     torch.testing.assert_close(
-        run("dare", three, place_of(3, two)),
-        run("dare", three[1:], place_of(3)._replace(tasks=("b", "c"), weights=torch.ones(2))),
+        run("dare", three, layer_info(3, two)),
+        run("dare", three[1:], layer_info(3)._replace(tasks=("b", "c"), weights=torch.ones(2))),
     )
 
 
@@ -117,16 +117,16 @@ def test_absent_adapters_and_empty_rows(name):
 def test_emr_recovers_tasks_that_agree_and_survives_those_without_update():
     base = noise(1, 7, 5).abs()
     X = torch.cat([base, 3 * base, torch.zeros_like(base)])
-    layers = [(place_of(3, name=n), X if n == "p" else 2 * X) for n in "pq"]
+    layers = [(layer_info(3, name=n), X if n == "p" else 2 * X) for n in "pq"]
     found = dict(emr_tasks(lambda: iter(layers)))
-    for place, updates in layers:
-        torch.testing.assert_close(found[place.name], updates)
+    for layer, updates in layers:
+        torch.testing.assert_close(found[layer.name], updates)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 8), (8, 9), (7, 15), (24, 40), (2, 3), (1, 6)])
 @pytest.mark.parametrize("settings", [dict(), dict(ratio=0.3), dict(align=True), dict(side="max", ratio=0.6)], ids=str)
 def test_fr_is_the_filter_of_its_code(shape, settings):
-    X, place = noise(3, *shape), place_of(3, [1.0, 0.5, 2.0])
+    X, layer = noise(3, *shape), layer_info(3, [1.0, 0.5, 2.0])
     H, W = shape
     side = (max if settings.get("side") == "max" else min)(shape)
     low, high = side // 10, settings.get("ratio", 0.7) * side
@@ -136,7 +136,7 @@ def test_fr_is_the_filter_of_its_code(shape, settings):
     if settings.get("align"):
         means = parts.abs().mean((1, 2))
         parts = parts * (means.max() / means)[:, None, None]
-    torch.testing.assert_close(run("fr", X, place, **settings), (parts * place.weights[:, None, None]).sum(0))
+    torch.testing.assert_close(run("fr", X, layer, **settings), (parts * layer.weights[:, None, None]).sum(0))
 
 
 def test_what_fr_removes():
@@ -177,7 +177,7 @@ def test_refusals(words):
 def test_a_mask_of_another_shape_is_refused():
     keep = torch.ones(3, 4, 5, dtype=torch.bool)
     with pytest.raises(NSCError, match=r"mask of layer must have shape \(3, 5, 4\), not \(3, 4, 5\)"):
-        run("dare", noise(3, 5, 4), place_of(3, keep=keep))
+        run("dare", noise(3, 5, 4), layer_info(3, keep=keep))
 
 
 @every

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nsc.errors import NSCError
-from nsc.methods import Place
+from nsc.methods import LayerInfo
 from nsc.methods.emr import emr_rescalers, emr_tasks
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import read_recipe
@@ -177,7 +177,7 @@ def test_masks_and_rescalers_of_the_original_emr(case):
 
 
 def test_emr_of_a_task_that_there_is_not_is_refused():
-    with pytest.raises(NSCError, match="emr is to be of task other, but there are task0, task1, task2"):
+    with pytest.raises(NSCError, match="the task of emr must be one of task0, task1, task2, not other"):
         combination(cases("emr_unified")[0], "emr", task="other").update("L0")
 
 
@@ -206,7 +206,7 @@ def test_knots_of_nsc_given_its_svd(case):
         kept = case["hyper"]["svd_tol"] < S
         X = torch.stack((S[kept, None] * Vh[kept]).split(SHAPES[layer][1], 1)).float()
         tasks = tuple(f"task{k}" for k in range(len(X)))
-        place = Place(layer, tasks, torch.ones(len(X)), min(X.shape[1:]), "knots", masks(case).get(layer))
-        found = U[:, kept].float() @ recipe.method.on_matrices(X, recipe.settings, place) * recipe.scale
+        info = LayerInfo(layer, tasks, torch.ones(len(X)), min(X.shape[1:]), "knots", masks(case).get(layer))
+        found = U[:, kept].float() @ recipe.method.on_matrices(X, recipe.settings, info) * recipe.scale
         expected = array(f"{case['id']}/{layer}")
         torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5 * expected.abs().max().item())

@@ -61,9 +61,9 @@ def test_goldens(case):
     require_golden(case, Combination(stack, read_recipe(method, **settings)))
 
 
-def of(place: str, layer: str, dtype: str = "f64") -> Updates:
+def of(input_set: str, layer: str, dtype: str = "f64") -> Updates:
     """The inputs of a set of goldens."""
-    return updates({"input_set": place, "run_dtype": dtype}, layer)
+    return updates({"input_set": input_set, "run_dtype": dtype}, layer)
 
 
 def run(given: Updates, method: str, **settings: Any) -> Tensor:
@@ -93,9 +93,9 @@ SCALED = dict(scales=(2.0, 0.5, 3.0), weights=(0.7, -0.4, 1.1))
 
 
 @pytest.mark.parametrize("method", FACTORS)
-@pytest.mark.parametrize("place", ["homog", "wide", "int", "pair"])
-def test_the_order_of_tasks_does_not_matter(method, place):
-    given = of(place, "L0")
+@pytest.mark.parametrize("input_set", ["homog", "wide", "int", "pair"])
+def test_the_order_of_tasks_does_not_matter(method, input_set):
+    given = of(input_set, "L0")
     K = len(given.tasks)
     given = replace(given, scales=SCALED["scales"][:K], weights=SCALED["weights"][:K])
     turned = reordered(given, list(range(K))[::-1])
@@ -162,8 +162,8 @@ def test_linear_has_cross_terms_with_the_sign_on_one_side():
 
 
 def test_lego_with_every_unit_a_cluster_is_task_arithmetic():
-    for place in ("hetero", "int"):
-        given = replace(of(place, "L1"), scales=SCALED["scales"])
+    for input_set in ("hetero", "int"):
+        given = replace(of(input_set, "L1"), scales=SCALED["scales"])
         found = run(given, "lego", clusters=12, output_reweighting=False)
         torch.testing.assert_close(found, run(given, "task-arithmetic"), rtol=0, atol=1e-10)
 
@@ -205,7 +205,11 @@ def test_robustmerge_stays_finite_where_trimming_empties_a_row():
         ("linear", dict(agg="max"), "agg must be one of sum, mean, not max"),
         ("lego", dict(clusters=0), "clusters must be 1 or more"),
         ("lego", dict(iterations=0), "iterations must be 1 or more"),
-        ("robustmerge", dict(density=20), "density must be a fraction above 0 and at most 1, not 20.0; percent is not"),
+        (
+            "robustmerge",
+            dict(density=20),
+            "density must be a fraction above 0 and at most 1, not 20.0; percent is not taken",
+        ),
         ("robustmerge", dict(gain_quantile=1.0), "gain_quantile must be a fraction at least 0 and below 1, not 1.0"),
     ],
 )

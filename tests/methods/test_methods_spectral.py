@@ -243,7 +243,7 @@ def test_a_trimmed_core_is_not_made_isotropic():
     matrix = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     matrix[3] = 0
     with pytest.raises(NSCError, match=re.escape("singular (rank 11 of 12)")):
-        isotropize(matrix, updates.place(12))
+        isotropize(matrix, updates.layer_info(12))
     if "ties" in METHODS:
         with pytest.raises(NSCError, match="singular"):
             merged("core-ties", updates, density=0.02, isotropize=True)

@@ -173,7 +173,7 @@ def test_rows_of_knots_are_the_right_half_of_the_dense_decomposition(shape, rank
     _, S, Vh = torch.linalg.svd(torch.cat(list(updates.deltas()), 1), full_matrices=False)
     X = torch.cat(list(knots(updates).X), 1)
     rank = min(shape[0], sum(min(r, *shape) for r in ranks))
-    assert X.shape == (rank, len(ranks) * shape[1]) and knots(updates).place.space == "knots"
+    assert X.shape == (rank, len(ranks) * shape[1]) and knots(updates).layer.space == "knots"
     torch.testing.assert_close(X.abs(), (S[:, None] * Vh)[:rank].abs(), rtol=0, atol=1e-9)
 
 
@@ -185,14 +185,14 @@ def test_core_is_what_the_stacks_singular_vectors_see(shape, ranks):
     seen = torch.stack([U.T @ D @ Vh.T for D in updates.deltas()])
     found = core(updates)
     assert found.X.shape == (len(ranks), min(shape[0], sum(ranks)), min(shape[1], sum(ranks)))
-    assert found.place.size == min(found.X.shape[1:]) and found.place.space == "core"
+    assert found.layer.size == min(found.X.shape[1:]) and found.layer.space == "core"
     torch.testing.assert_close(found.X.abs(), seen.abs(), rtol=0, atol=1e-9)
 
 
 def test_null_directions_hold_nothing():
     shared = random_vera(rank=6)
     found = core(shared)
-    assert found.X.shape == (3, 18, 18) and found.place.size == 18
+    assert found.X.shape == (3, 18, 18) and found.layer.size == 18
     assert not found.X[:, :, 6:].any() and found.X[:, :, :6].any(1).all()
     update = found.lift(found.X.sum(0))
     assert update.A.shape == (6, 20)
