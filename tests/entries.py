@@ -67,9 +67,9 @@ def plain_ties(flat: Tensor, density: float, agg: str = "mean") -> Tensor:
 
 def layers_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
     """Three layers, the last a bias, of unlike magnitudes; or integers full of ties and zero sums; or mostly zeros."""
-    found = [10.0**-i * noise(4, *shape, seed=i) for i, shape in enumerate([(9, 7), (5, 12), (1, 11)])]
+    layers = [10.0**-i * noise(4, *shape, seed=i) for i, shape in enumerate([(9, 7), (5, 12), (1, 11)])]
     if kind != "noise":
-        found = [(3 * 10.0**i * X).round().clamp(-2, 2) for i, X in enumerate(found)]
+        layers = [(3 * 10.0**i * X).round().clamp(-2, 2) for i, X in enumerate(layers)]
     if kind == "zeros":
-        found = [X * (noise(*X.shape, seed=9) > 1.5) for X in found]
-    return [X.to(dtype) for X in found]
+        layers = [X * (noise(*X.shape, seed=9) > 1.5) for X in layers]
+    return [X.to(dtype) for X in layers]

@@ -64,9 +64,9 @@ def dense(update: LowRank | Tensor) -> Tensor:
     return update.B @ update.A if isinstance(update, LowRank) else update
 
 
-def require_golden(case: dict[str, Any], found: Combination) -> None:
+def require_golden(case: dict[str, Any], merge: Combination) -> None:
     """Every layer is the original's, to the manifest's tolerance relative to the largest entry; integers exactly so."""
     for layer in LAYERS:
         expected = array(f"{case['id']}/{layer}").double()
         tolerance = case["suggested_max_abs_tol_relative_to_max"] * expected.abs().max().item()
-        torch.testing.assert_close(dense(found.update(layer)).double(), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(dense(merge.update(layer)).double(), expected, rtol=0, atol=tolerance)

@@ -66,9 +66,10 @@ def test_masks_depend_on_seed_layer_and_task_alone():
     one = keep_mask(DareSettings(), "layer", "a", **shapes)
     assert torch.equal(one, keep_mask(DareSettings(), "layer", "a", **shapes))
     others = [
-        keep_mask(DareSettings(seed=1), "layer", "a", **shapes), keep_mask(DareSettings(), "other", "a", **shapes),
+        keep_mask(DareSettings(seed=1), "layer", "a", **shapes),
+        keep_mask(DareSettings(), "other", "a", **shapes),
         keep_mask(DareSettings(), "layer", "b", **shapes),
-    ]  # fmt: skip
+    ]
     assert not any(torch.equal(one, other) for other in others)
     state = torch.get_rng_state()
     keep_mask(DareSettings(), "layer", "a", **shapes)
@@ -109,8 +110,8 @@ def test_absent_adapters_and_empty_rows(name):
     method, settings = METHODS_HERE[name]
     X = noise(3, 8, 6)
     X[1], X[:, 3] = 0, 0
-    found = run(method, X, **settings)
-    assert found.isfinite().all() and (name.startswith("fr") or not found[3].any())
+    merged = run(method, X, **settings)
+    assert merged.isfinite().all() and (name.startswith("fr") or not merged[3].any())
     assert run(method, torch.zeros(3, 8, 6), **settings).eq(0).all()
 
 
@@ -118,9 +119,9 @@ def test_emr_recovers_tasks_that_agree_and_survives_those_without_update():
     base = noise(1, 7, 5).abs()
     X = torch.cat([base, 3 * base, torch.zeros_like(base)])
     layers = [(layer_info(3, name=n), X if n == "p" else 2 * X) for n in "pq"]
-    found = dict(emr_tasks(lambda: iter(layers)))
+    of_tasks = dict(emr_tasks(lambda: iter(layers)))
     for layer, updates in layers:
-        torch.testing.assert_close(found[layer.name], updates)
+        torch.testing.assert_close(of_tasks[layer.name], updates)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 8), (8, 9), (7, 15), (24, 40), (2, 3), (1, 6)])

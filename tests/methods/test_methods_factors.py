@@ -83,9 +83,13 @@ def with_absent(given: Updates, d: int, m: int) -> Updates:
     """With a fourth task that does not touch the layer."""
     empty = torch.empty(0, d, dtype=torch.float64), torch.empty(m, 0, dtype=torch.float64)
     return Updates(
-        given.name, (*given.tasks, "none"), (*given.A, empty[0]), (*given.B, empty[1]), (*given.scales, 0.0),
+        given.name,
+        (*given.tasks, "none"),
+        (*given.A, empty[0]),
+        (*given.B, empty[1]),
+        (*given.scales, 0.0),
         (*given.weights, 1.0),
-    )  # fmt: skip
+    )
 
 
 FACTORS = ["task-arithmetic", "linear", "lego", "robustmerge"]
@@ -131,8 +135,8 @@ MEAN = {"agg": "mean"}
 def test_an_absent_adapter_is_left_out_but_counts_in_a_mean(method, settings):
     given = of("homog", "L0")
     share = 3 / 4 if settings else 1
-    found = run(with_absent(given, 40, 24), method, **settings)
-    torch.testing.assert_close(found, share * run(given, method, **settings), rtol=0, atol=1e-12)
+    merged = run(with_absent(given, 40, 24), method, **settings)
+    torch.testing.assert_close(merged, share * run(given, method, **settings), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", FACTORS)
@@ -164,8 +168,8 @@ def test_linear_has_cross_terms_with_the_sign_on_one_side():
 def test_lego_with_every_unit_a_cluster_is_task_arithmetic():
     for input_set in ("hetero", "int"):
         given = replace(of(input_set, "L1"), scales=SCALED["scales"])
-        found = run(given, "lego", clusters=12, output_reweighting=False)
-        torch.testing.assert_close(found, run(given, "task-arithmetic"), rtol=0, atol=1e-10)
+        merged = run(given, "lego", clusters=12, output_reweighting=False)
+        torch.testing.assert_close(merged, run(given, "task-arithmetic"), rtol=0, atol=1e-10)
 
 
 def test_lego_takes_all_units_of_unequal_ranks():
@@ -192,8 +196,8 @@ def test_robustmerge_stays_finite_where_trimming_empties_a_row():
     given = of("wide", "L2")
     left = trim(torch.stack(given.A), 0.2).abs().sum(2)
     assert (left == 0).any() and all(trim(torch.stack(of("wide", n).A), 0.2).any(2).all() for n in ("L0", "L1"))
-    found = run(given, "robustmerge")
-    assert found.isfinite().all() and found.abs().max() > 0.1
+    merged = run(given, "robustmerge")
+    assert merged.isfinite().all() and merged.abs().max() > 0.1
     row = int((left == 0).any(0).nonzero()[0])
     alone = replace(given, A=tuple(a.index_fill(0, torch.tensor(row), 0) for a in given.A))
     assert run(alone, "robustmerge").isfinite().all()  # no adapter has a gain there

@@ -21,9 +21,9 @@ from tests.entries import both, layer_info, layers_of, noise, plain_ties, preset
 def test_streamed_ties_of_a_model_is_the_flattened_one(kind, density, agg, dtype):
     layers = layers_of(kind, dtype)
     flat = torch.cat([X.flatten(1) for X in layers], 1)
-    found = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=density, agg=agg)])
-    torch.testing.assert_close(found, plain_ties(flat, density, agg))
-    assert found.dtype == dtype
+    merged = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=density, agg=agg)])
+    torch.testing.assert_close(merged, plain_ties(flat, density, agg))
+    assert merged.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["noise", "integers"])
@@ -42,23 +42,31 @@ def test_a_model_of_two_dtypes_is_trimmed_exactly():
     layers = layers_of("noise", torch.float64)
     layers[1] = layers[1].float()
     flat = torch.cat([X.flatten(1) for X in layers], 1)
-    found = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=0.3)])
-    torch.testing.assert_close(found, plain_ties(flat, 0.3), rtol=1e-6, atol=0)
+    merged = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=0.3)])
+    torch.testing.assert_close(merged, plain_ties(flat, 0.3), rtol=1e-6, atol=0)
 
 
 @both
 @pytest.mark.parametrize("k", [0, 1, 2, 100, 1199, 1200, 1201])
 def test_kth_largest_is_that_of_a_sort(k, dtype):
-    rows = torch.stack([
-        noise(1200), noise(1200).round(), noise(1200) * (noise(1200, seed=1) > 1), torch.zeros(1200).double(),
-        torch.full((1200,), -0.3).double(), noise(1200) * 1e-42, noise(1200).exp() ** 20, 1 + noise(1200) * 1e-13,
-    ]).to(dtype)  # fmt: skip
+    rows = torch.stack(
+        [
+            noise(1200),
+            noise(1200).round(),
+            noise(1200) * (noise(1200, seed=1) > 1),
+            torch.zeros(1200).double(),
+            torch.full((1200,), -0.3).double(),
+            noise(1200) * 1e-42,
+            noise(1200).exp() ** 20,
+            1 + noise(1200) * 1e-13,
+        ]
+    ).to(dtype)
     sizes = []
-    found = kth_largest(lambda: rows.split([1, 700, 499], 1), lambda d: sizes.append(d) or k)
+    largest = kth_largest(lambda: rows.split([1, 700, 499], 1), lambda d: sizes.append(d) or k)
     expected = rows.abs().sort(1, descending=True).values
     infinite = torch.full((len(rows), 1), torch.inf, dtype=dtype)
     expected = torch.cat([infinite, expected, torch.zeros_like(infinite)], 1)[:, k]
-    assert sizes == [1200] and torch.equal(found, expected) and found.dtype == dtype
+    assert sizes == [1200] and torch.equal(largest, expected) and largest.dtype == dtype
 
 
 @pytest.mark.parametrize("method", ["ties", "dare-ties", "emr"])
@@ -118,9 +126,9 @@ def test_where_weights_stand():
     """mergekit divides by them, peft votes without them, the others vote with them and count heads."""
     X = torch.tensor([[[3.0]], [[-1.0]], [[1.0]]], dtype=torch.float64)
     layer = layer_info(3, [0.1, 1.0, 0.5])
-    found = {preset: run("ties", X, layer, preset=preset, density=1.0).item() for preset in PRESETS}
+    merged = {preset: run("ties", X, layer, preset=preset, density=1.0).item() for preset in PRESETS}
     expected = {"default": -1.0, "original": -1.0, "nsc": 0.8, "peft": 0.4, "mergekit": -1.0}
-    assert found == pytest.approx(expected)
+    assert merged == pytest.approx(expected)
     assert run("ties", X[[0, 2]], layer_info(2, [0.1, 0.5]), preset="mergekit", density=1.0).item() == pytest.approx(
         0.8 / 0.6
     )
