@@ -1,8 +1,8 @@
-"""Values from YAML or a caller, against the type of the field that they are for."""
+"""Checks of settings and arguments: values against the type, the range or the choices of what they are for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -13,9 +13,20 @@ WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """A YAML value as a field of type ``hint`` takes it. Raises TypeError for one of another type.
+    """Return a value from YAML or a caller as a field of type ``hint`` holds it.
 
-    Lists become tuples where those are meant, and whole numbers floats, as does 1e-3, which YAML 1.1 takes for text.
+    Lists become tuples where the type is a tuple. Whole numbers become floats where the type is float, and so does
+    "1e-3", which YAML 1.1 reads as text.
+
+    Args:
+        value: any plain value.
+        hint: the field's type: a plain type, or a union, tuple, list, dict or Mapping of such types.
+
+    Returns:
+        The value, converted.
+
+    Raises:
+        TypeError: if the value does not fit the type; ``expected`` says in words what would.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -33,13 +44,20 @@ def typed(value: Any, hint: Any) -> Any:
     elif hint is float and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)
-    elif type(value) is hint:
+    elif type(value) is hint:  # not isinstance: True is no whole number
         return value
     raise TypeError
 
 
 def expected(hint: Any) -> str:
-    """A type in words."""
+    """Describe a type in words, for messages.
+
+    Args:
+        hint: a type that ``typed`` takes.
+
+    Returns:
+        Such as "a whole number or null", or "a list of text".
+    """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(map(expected, parts))
@@ -53,29 +71,49 @@ def expected(hint: Any) -> str:
     return WORDS.get(hint, str(hint))
 
 
-def choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
-    """``choices[value]``. Raises NSCError listing them."""
-    if value not in choices:
-        raise NSCError(f"{name} {value!r} is unknown; give one of {', '.join(choices)}")
-    return choices[value]
+def require_choice(name: str, value: str | None, choices: Iterable[str | None]) -> None:
+    """Refuse a value that is not among the choices.
+
+    Args:
+        name: what the value is for.
+        value: what was given.
+        choices: what may be given; None among them stands for "not given", and the message does not list it.
+
+    Raises:
+        NSCError: if ``value`` is none of them; the message lists the choices.
+    """
+    allowed = list(choices)
+    if value not in allowed:
+        words = [choice for choice in allowed if choice is not None]
+        raise NSCError(f"{name} must be one of {', '.join(words)}, not {value}")
 
 
 def require_positive(values: Mapping[str, float]) -> None:
-    """Raises NSCError naming the first that is not."""
+    """Refuse numbers that are not above 0.
+
+    Args:
+        values: name -> number.
+
+    Raises:
+        NSCError: if a number is 0, negative or NaN; the message names the first one.
+    """
     for name, value in values.items():
         if not value > 0:
             raise NSCError(f"{name} must be more than 0, not {value:g}")
 
 
-def require_fraction(name: str, value: float, zero: bool) -> None:
-    """Raise NSCError unless 0 < value <= 1, or 0 <= value < 1 where ``zero`` is the neutral value."""
-    if not (0 <= value < 1 if zero else 0 < value <= 1):
-        span = "at least 0 and below 1" if zero else "above 0 and at most 1"
-        raise NSCError(f"{name} is a fraction {span}, not {value}; percent is not taken: give 0.2 for 20 %")
+def require_fraction(name: str, value: float, above_zero: bool = False, below_one: bool = False) -> None:
+    """Refuse a number that is not a fraction, such as a percentage.
 
+    Args:
+        name: the setting.
+        value: what was given.
+        above_zero: whether 0 is refused too.
+        below_one: whether 1 is refused too.
 
-def require_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    """Raise NSCError unless ``value`` is one of them."""
-    if value not in choices:
-        words = [str(choice) for choice in choices if choice is not None]
-        raise NSCError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, not {value!r}")
+    Raises:
+        NSCError: if the value is NaN or out of the range; the message names the setting, the range and the remedy.
+    """
+    if not 0 <= value <= 1 or (above_zero and value == 0) or (below_one and value == 1):
+        span = f"{'above 0' if above_zero else 'at least 0'} and {'below 1' if below_one else 'at most 1'}"
+        raise NSCError(f"{name} must be a fraction {span}, not {value}; percent is not taken: give 0.2 for 20 %")

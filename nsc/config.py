@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
+from nsc.checks import require_choice, require_fraction
 from nsc.errors import NSCError
 
 PAPER_REACH = 0.15  # lr x steps of the paper's longest schedule: 3e-4 x 500
@@ -176,8 +177,7 @@ class MergeConfig:
         _require(self.max_drift is None or self.max_drift >= 0, f"max_drift must be 0 or more, not {self.max_drift}")
         _require(self.tokens_per_pass is None or self.tokens_per_pass >= 1, "tokens_per_pass must be 1 or more")
         for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            _require(value in allowed, f"{name} must be one of {', '.join(allowed)}, not {value}")
+            require_choice(name, getattr(self, name), allowed)
         ways = [self.weights != "full", self.device_map is not None, self.shard]
         _require(
             not self.shard or sum(ways) == 1, "shard needs full weights and no device_map; give only one of the three"
@@ -198,7 +198,8 @@ class MergeConfig:
             self.link != "softmax" or self.granularity != "rank",
             "softmax runs over tasks, but granularity rank has several coefficients per task; give layer or task",
         )
-        _require(self.quantile is None or 0 <= self.quantile <= 1, f"quantile must be from 0 to 1, not {self.quantile}")
+        if self.quantile is not None:
+            require_fraction("quantile", self.quantile)
         _require(
             self.quantile is None or self.objective != "entropy",
             "quantile applies to null-space ratios, not to the entropy",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsc.methods import Place
+from nsc.methods import LayerInfo
 from nsc.methods.ties import PRESETS
 from nsc.recipes.spec import read_recipe
 
@@ -29,27 +29,27 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def place_of(K: int, weights: list[float] | None = None, name: str = "layer", **more) -> Place:
+def layer_info(K: int, weights: list[float] | None = None, name: str = "layer", **more) -> LayerInfo:
     tasks = tuple("abcdefgh"[:K])
-    return Place(name, tasks, torch.tensor(weights or [1.0] * K, dtype=torch.float64), 4, **more)
+    return LayerInfo(name, tasks, torch.tensor(weights or [1.0] * K, dtype=torch.float64), 4, **more)
 
 
-def run(method: str, X: Tensor, place: Place | None = None, **settings) -> Tensor:
+def run(method: str, X: Tensor, layer: LayerInfo | None = None, **settings) -> Tensor:
     """One layer alone."""
     recipe = read_recipe(method, **settings)
-    place = place or place_of(len(X))
+    layer = layer or layer_info(len(X))
     known = (
-        recipe.method.survey(lambda: iter([(place, X)]), recipe.settings) if recipe.method.survey else recipe.settings
+        recipe.method.survey(lambda: iter([(layer, X)]), recipe.settings) if recipe.method.survey else recipe.settings
     )
-    return recipe.method.on_matrices(X, known, place)
+    return recipe.method.on_matrices(X, known, layer)
 
 
 def run_all(method: str, layers: list[Tensor], space: str = "full", **settings) -> list[Tensor]:
     """Layers that may know of each other."""
     recipe = read_recipe(method, **settings)
-    places = [place_of(len(X), name=f"l{i}", space=space) for i, X in enumerate(layers)]
-    known = recipe.method.survey(lambda: zip(places, layers, strict=True), recipe.settings)
-    return [recipe.method.on_matrices(X, known, place) for place, X in zip(places, layers, strict=True)]
+    infos = [layer_info(len(X), name=f"l{i}", space=space) for i, X in enumerate(layers)]
+    known = recipe.method.survey(lambda: zip(infos, layers, strict=True), recipe.settings)
+    return [recipe.method.on_matrices(X, known, layer) for layer, X in zip(infos, layers, strict=True)]
 
 
 def plain_ties(flat: Tensor, density: float, agg: str = "mean") -> Tensor:
@@ -67,9 +67,9 @@ def plain_ties(flat: Tensor, density: float, agg: str = "mean") -> Tensor:
 
 def layers_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
     """Three layers, the last a bias, of unlike magnitudes; or integers full of ties and zero sums; or mostly zeros."""
-    found = [10.0**-i * noise(4, *shape, seed=i) for i, shape in enumerate([(9, 7), (5, 12), (1, 11)])]
+    layers = [10.0**-i * noise(4, *shape, seed=i) for i, shape in enumerate([(9, 7), (5, 12), (1, 11)])]
     if kind != "noise":
-        found = [(3 * 10.0**i * X).round().clamp(-2, 2) for i, X in enumerate(found)]
+        layers = [(3 * 10.0**i * X).round().clamp(-2, 2) for i, X in enumerate(layers)]
     if kind == "zeros":
-        found = [X * (noise(*X.shape, seed=9) > 1.5) for X in found]
-    return [X.to(dtype) for X in found]
+        layers = [X * (noise(*X.shape, seed=9) > 1.5) for X in layers]
+    return [X.to(dtype) for X in layers]

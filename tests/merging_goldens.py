@@ -45,9 +45,9 @@ def array(name: str, file: str = "expected") -> Tensor:
 
 def updates(case: dict[str, Any], layer: str, scales: tuple[float, ...] | None = None) -> Updates:
     """The layer's K updates in the case's dtype; scale 1 unless others are given."""
-    dtype, place = DTYPES[case["run_dtype"]], case["input_set"]
-    K = sum(f"{place}/{layer}/task{k}/A" in arrays("inputs") for k in range(9))
-    A, B = ([array(f"{place}/{layer}/task{k}/{side}", "inputs").to(dtype) for k in range(K)] for side in "AB")
+    dtype, input_set = DTYPES[case["run_dtype"]], case["input_set"]
+    K = sum(f"{input_set}/{layer}/task{k}/A" in arrays("inputs") for k in range(9))
+    A, B = ([array(f"{input_set}/{layer}/task{k}/{side}", "inputs").to(dtype) for k in range(K)] for side in "AB")
     return Updates(layer, tuple(f"task{k}" for k in range(K)), tuple(A), tuple(B), scales or (1.0,) * K, (1.0,) * K)
 
 
@@ -64,9 +64,9 @@ def dense(update: LowRank | Tensor) -> Tensor:
     return update.B @ update.A if isinstance(update, LowRank) else update
 
 
-def require_golden(case: dict[str, Any], found: Combination) -> None:
+def require_golden(case: dict[str, Any], merge: Combination) -> None:
     """Every layer is the original's, to the manifest's tolerance relative to the largest entry; integers exactly so."""
     for layer in LAYERS:
         expected = array(f"{case['id']}/{layer}").double()
         tolerance = case["suggested_max_abs_tol_relative_to_max"] * expected.abs().max().item()
-        torch.testing.assert_close(dense(found.update(layer)).double(), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(dense(merge.update(layer)).double(), expected, rtol=0, atol=tolerance)

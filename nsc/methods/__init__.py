@@ -1,7 +1,7 @@
-"""The other merging methods: pure functions in a dict, one file a family."""
+"""Merging methods that learn nothing: pure functions in a dict, one file for each family."""
 
 from nsc.methods import arithmetic, dare, emr, fr, lego, robustmerge, spectral, ties
-from nsc.methods.protocol import LowRank, Method, Place, Updates
+from nsc.methods.protocol import LayerInfo, LowRank, Method, Updates
 
 METHODS: dict[str, Method] = {
     **arithmetic.METHODS,
@@ -14,4 +14,4 @@ METHODS: dict[str, Method] = {
     **robustmerge.METHODS,
 }
 
-__all__ = ["METHODS", "LowRank", "Method", "Place", "Updates"]
+__all__ = ["METHODS", "LayerInfo", "LowRank", "Method", "Updates"]

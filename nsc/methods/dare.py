@@ -3,7 +3,7 @@
     X'_k = keep_k X_k / (1 - p),   keep ~ Bernoulli(1 - p) for each entry of each task        D = sum_k w_k X'_k
 
 Source: https://arxiv.org/abs/2311.03099. The mask of a task in a layer is drawn from the seed and their two names
-alone: the same in every process, order of tasks, choice of other tasks and on every device.
+alone: it is the same in every process and on every device, whatever the order of tasks and the other tasks are.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from torch import Tensor
 
 from nsc.checks import require_choice, require_fraction
 from nsc.errors import NSCError
-from nsc.methods.protocol import Matrices, Method, Place
-from nsc.methods.ties import Known, Rules, TiesSettings, look, model_wide, ties, trimmed
+from nsc.methods.protocol import LayerInfo, Matrices, Method
+from nsc.methods.ties import TiesRules, TiesSettings, TiesStatistics, model_wide, statistics, ties, trimmed
 
 RESCALES = ("inverse", "l1", "none")
 
 
 @dataclass(frozen=True)
 class DareSettings:
-    """drop: p.  seed: of the masks.  rescale: what kept entries are multiplied by.
+    """Settings of ``dare``.
 
-    "inverse": 1/(1 - p), the paper's.  "l1": what gives each task's matrix its L1 norm back, mergekit's.  "none": 1.
+    Attributes:
+        drop: p, the fraction of entries that is dropped.
+        seed: of the masks.
+        rescale: what kept entries are multiplied by: "inverse", 1/(1 - p) as in the paper; "l1", what gives each task's
+            matrix its L1 norm back, as in mergekit; "none", 1.
     """
 
     drop: float = 0.9
@@ -35,16 +39,22 @@ class DareSettings:
     rescale: str = "inverse"
 
     def __post_init__(self) -> None:
-        require_fraction("drop", self.drop, zero=True)
+        require_fraction("drop", self.drop, below_one=True)
         require_choice("rescale", self.rescale, RESCALES)
 
 
 @dataclass(frozen=True)
 class DareTiesSettings(TiesSettings):
-    """Those of TIES, by default without trimming, and those of DARE; rescale None is what the preset says.
+    """Settings of ``dare-ties``: those of TIES, by default without trimming, and those of DARE.
 
-    Entries are dropped first and trimmed then; the preset nsc trims first. In peft and mergekit dropping replaces
-    trimming, so density must be 1; mergekit's joins by a sum here, and keeps L1 norms.
+    Entries are dropped first and then trimmed; the preset nsc trims first. In peft and mergekit dropping replaces
+    trimming, so density must be 1. mergekit's preset joins by a sum here, and keeps L1 norms.
+
+    Attributes:
+        density: q, the fraction of entries that TIES keeps.
+        drop: p, the fraction of entries that is dropped.
+        seed: of the masks.
+        rescale: see ``DareSettings``; None: the preset decides.
     """
 
     density: float = 1.0
@@ -54,73 +64,136 @@ class DareTiesSettings(TiesSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_fraction("drop", self.drop, zero=True)
+        require_fraction("drop", self.drop, below_one=True)
         require_choice("rescale", self.rescale, (None, *RESCALES))
         if self.density < 1 and self.preset in ("peft", "mergekit"):
-            raise NSCError(f"in {self.preset}'s dare-ties dropping replaces trimming: leave density out, or be it 1")
+            raise NSCError(f"in dare-ties of {self.preset} dropping replaces trimming: leave density out, or give 1")
 
     @property
-    def rules(self) -> Rules:
-        """As of TIES."""
+    def rules(self) -> TiesRules:
+        """The rules of TIES; mergekit's preset joins by a sum."""
         rules = super().rules
         return rules._replace(agg="sum") if self.preset == "mergekit" and self.agg is None else rules
 
     @property
     def dare(self) -> DareSettings:
-        """DARE's part."""
+        """The settings of DARE among these."""
         return DareSettings(self.drop, self.seed, self.rescale or ("l1" if self.preset == "mergekit" else "inverse"))
 
 
-def dare(X: Tensor, settings: DareSettings, place: Place) -> Tensor:
-    """(p, q): the sum of what is kept of X (K, p, q)."""
+def dare(X: Tensor, settings: DareSettings, layer: LayerInfo) -> Tensor:
+    """Merge one layer by DARE: the weighted sum of what is kept.
+
+    Args:
+        X: (K, p, q), without weights.
+        settings: the settings.
+        layer: the tasks, their weights and the caller's mask, if any.
+
+    Returns:
+        (p, q).
+
+    Raises:
+        NSCError: if the caller's mask has another shape than ``X``.
+
+    Source: https://arxiv.org/abs/2311.03099
+    """
     total = torch.zeros_like(X[0])
-    for k, weight in enumerate(place.weights.tolist()):
-        total += _kept(X[k], k, settings, place).mul_(weight)
+    for k, weight in enumerate(layer.weights.tolist()):
+        total += _kept(X[k], k, settings, layer).mul_(weight)
     return total
 
 
-def dare_ties(X: Tensor, settings: DareTiesSettings | Known, place: Place) -> Tensor:
-    """(p, q): TIES of what is kept of X (K, p, q)."""
-    chosen = settings.settings if isinstance(settings, Known) else settings
+def dare_ties(X: Tensor, settings: DareTiesSettings | TiesStatistics, layer: LayerInfo) -> Tensor:
+    """Merge one layer by TIES of what DARE keeps.
+
+    Args:
+        X: (K, p, q), without weights.
+        settings: the settings; or statistics, as ``survey`` returns them, where entries of all layers compete.
+        layer: the tasks, their weights and the caller's mask, if any.
+
+    Returns:
+        (p, q).
+
+    Raises:
+        NSCError: if the caller's mask has another shape than ``X``.
+
+    Source: https://arxiv.org/abs/2311.03099
+    """
+    chosen = settings.settings if isinstance(settings, TiesStatistics) else settings
     assert isinstance(chosen, DareTiesSettings)
     if not chosen.rules.trims_first:
-        return ties(dropped(X, chosen.dare, place), settings, place)
-    known = settings if isinstance(settings, Known) else look(lambda: iter([(place, X)]), settings)
-    return ties(dropped(trimmed(X, known.floors), chosen.dare, place), replace(chosen, density=1.0), place)
+        return ties(dropped(X, chosen.dare, layer), settings, layer)
+    known = settings if isinstance(settings, TiesStatistics) else statistics(lambda: iter([(layer, X)]), settings)
+    return ties(dropped(trimmed(X, known.thresholds), chosen.dare, layer), replace(chosen, density=1.0), layer)
 
 
-def dropped(X: Tensor, settings: DareSettings, place: Place) -> Tensor:
-    """X' (K, p, q), new."""
-    found = torch.empty_like(X)
+def dropped(X: Tensor, settings: DareSettings, layer: LayerInfo) -> Tensor:
+    """Drop entries of every task and rescale the others.
+
+    Args:
+        X: (K, p, q).
+        settings: the settings.
+        layer: the tasks and the caller's mask, if any.
+
+    Returns:
+        (K, p, q): X', a new tensor.
+
+    Raises:
+        NSCError: if the caller's mask has another shape than ``X``.
+    """
+    kept = torch.empty_like(X)
     for k, x in enumerate(X):
-        found[k] = _kept(x, k, settings, place)
-    return found
+        kept[k] = _kept(x, k, settings, layer)
+    return kept
 
 
 def keep_mask(settings: DareSettings, layer: str, task: str, shape: tuple[int, ...]) -> Tensor:
-    """bool of ``shape``, on the CPU: what is kept of this task in this layer."""
+    """Draw what is kept of one task in one layer.
+
+    Args:
+        settings: drop and seed.
+        layer: the layer's name.
+        task: the task's name.
+        shape: of the mask.
+
+    Returns:
+        bool of ``shape`` on the CPU, True where an entry is kept.
+    """
     name = json.dumps([settings.seed, layer, task]).encode()
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1)
     return torch.rand(shape, generator=generator) >= settings.drop
 
 
-def survey(matrices: Matrices, settings: DareTiesSettings) -> TiesSettings | Known:
-    """As of TIES, of what TIES sees."""
+def survey(matrices: Matrices, settings: DareTiesSettings) -> TiesSettings | TiesStatistics:
+    """Look at all layers as TIES will see them, where entries of the whole model compete.
+
+    Args:
+        matrices: every layer's X.
+        settings: the settings.
+
+    Returns:
+        The statistics of the whole model, or ``settings`` where each matrix is on its own.
+    """
     if not model_wide(matrices, settings):
         return settings
     if settings.rules.trims_first:
-        return look(matrices, settings)
-    return look(lambda: map(lambda found: (found[0], dropped(found[1], settings.dare, found[0])), matrices()), settings)
+        return statistics(matrices, settings)
+
+    def without_dropped(item: tuple[LayerInfo, Tensor]) -> tuple[LayerInfo, Tensor]:
+        return item[0], dropped(item[1], settings.dare, item[0])
+
+    # map, for a generator would hold a layer while the next one is made
+    return statistics(lambda: map(without_dropped, matrices()), settings)
 
 
-def _kept(x: Tensor, k: int, settings: DareSettings, place: Place) -> Tensor:
-    """X'_k (p, q), new."""
-    if place.keep is not None and place.keep.shape != (len(place.tasks), *x.shape):
-        expected = (len(place.tasks), *x.shape)
-        raise NSCError(f"the mask of {place.name} must have shape {expected}, not {tuple(place.keep.shape)}")
-    if place.keep is None and settings.drop == 0:
+def _kept(x: Tensor, k: int, settings: DareSettings, layer: LayerInfo) -> Tensor:
+    """Return X'_k (p, q), a new tensor."""
+    if layer.keep is not None and layer.keep.shape != (len(layer.tasks), *x.shape):
+        expected = (len(layer.tasks), *x.shape)
+        raise NSCError(f"the mask of {layer.name} must have shape {expected}, not {tuple(layer.keep.shape)}")
+    if layer.keep is None and settings.drop == 0:
         return x.clone()
-    keep = keep_mask(settings, place.name, place.tasks[k], tuple(x.shape)) if place.keep is None else place.keep[k]
+    keep = keep_mask(settings, layer.name, layer.tasks[k], tuple(x.shape)) if layer.keep is None else layer.keep[k]
     kept = torch.where(keep.to(x.device), x, 0)
     if settings.rescale == "l1":
         left = kept.abs().sum()
@@ -135,6 +208,8 @@ METHODS = {
         DareSettings,
         on_matrices=dare,
         spaces=("full", "core", "knots"),
+        whole_layers=True,
+        takes_masks=True,
     ),
     "dare-ties": Method(
         "drop entries at random, enlarge the others, join them by TIES",
@@ -143,5 +218,7 @@ METHODS = {
         on_matrices=dare_ties,
         survey=survey,
         spaces=("full", "core", "knots"),
+        whole_layers=True,
+        takes_masks=True,
     ),
 }

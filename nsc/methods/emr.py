@@ -1,10 +1,10 @@
-"""EMR-Merging: one update of elected signs and largest magnitudes; a mask and a rescaler recover each task's own.
+"""EMR-Merging: one unified update; a mask and a rescaler recover each task's own from it.
 
     g = sign mean_k D_k, - for 0        tau = g max_k |D_k| [D_k g > 0]
     M_k = [D_k g > 0]                   l_k = sum over layers of mean |D_k| / sum over layers of mean |M_k tau|
 
-Source: https://arxiv.org/abs/2405.17461. What is merged is tau alone, or with the setting task that one's l_k M_k tau;
-``emr_tasks`` gives all K. l_k sums means of tensors as the original's code does; the paper's formula sums entries.
+Source: https://arxiv.org/abs/2405.17461. The merge is tau, or with the setting ``task`` that task's l_k M_k tau;
+``emr_tasks`` gives all K. l_k sums means of tensors, as the original's code does; the paper's formula sums entries.
 """
 
 from __future__ import annotations
@@ -15,65 +15,109 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.errors import NSCError
-from nsc.methods.protocol import Matrices, Method, Place
+from nsc.checks import require_choice
+from nsc.methods.protocol import LayerInfo, Matrices, Method
 from nsc.methods.row_blocks import by_rows, row_blocks
 
 
 @dataclass(frozen=True)
 class EmrSettings:
-    """task: whose own update is merged; None: the unified one."""
+    """Settings of ``emr``.
+
+    Attributes:
+        task: the task whose recovered update is merged; None for the unified update.
+    """
 
     task: str | None = None
 
 
 @dataclass(frozen=True)
-class Known:
-    """The task and its rescaler l_k."""
+class TaskRescaler:
+    """A task with its rescaler, which depends on all layers.
+
+    Attributes:
+        task: the task's name.
+        rescaler: l_k.
+    """
 
     task: str
     rescaler: float
 
 
-def emr(X: Tensor, settings: EmrSettings | Known, place: Place) -> Tensor:
-    """(p, q): tau of w_k X_k, for X (K, p, q), or what is one task's of it."""
-    if not isinstance(settings, Known):
-        return by_rows(lambda block: _unified(place.weighted(block))[0], X)
-    k, rescaler = place.tasks.index(settings.task), settings.rescaler
+def emr(X: Tensor, settings: EmrSettings | TaskRescaler, layer: LayerInfo) -> Tensor:
+    """Merge one layer by EMR.
+
+    Args:
+        X: (K, p, q), without weights.
+        settings: no task, for the unified update; or a task and its rescaler, as ``survey`` returns them.
+        layer: the tasks and their weights.
+
+    Returns:
+        (p, q): tau of w_k X_k, or l_k M_k tau.
+
+    Source: https://arxiv.org/abs/2405.17461
+    """
+    if not isinstance(settings, TaskRescaler):
+        return by_rows(lambda block: _unified(layer.weighted(block))[0], X)
+    k, rescaler = layer.tasks.index(settings.task), settings.rescaler
 
     def own(block: Tensor) -> Tensor:
-        tau, agree = _unified(place.weighted(block))
+        tau, agree = _unified(layer.weighted(block))
         return agree[k] * tau * rescaler
 
     return by_rows(own, X)
 
 
-def survey(matrices: Matrices, settings: EmrSettings) -> EmrSettings | Known:
-    """With the rescaler of the task, where one is named. Raises NSCError for a name that is no task."""
+def survey(matrices: Matrices, settings: EmrSettings) -> EmrSettings | TaskRescaler:
+    """Find the rescaler of the task, where the settings name one.
+
+    Args:
+        matrices: every layer's X.
+        settings: the settings.
+
+    Returns:
+        The task and its rescaler, or ``settings`` where they name no task.
+
+    Raises:
+        NSCError: if the task is none of the merge's.
+    """
     if settings.task is None:
         return settings
-    tasks = next(place.tasks for place, _ in matrices())
-    if settings.task not in tasks:
-        raise NSCError(f"emr is to be of task {settings.task}, but there are {', '.join(tasks)}")
-    return Known(settings.task, emr_rescalers(matrices)[tasks.index(settings.task)].item())
+    tasks = next(layer.tasks for layer, _ in matrices())
+    require_choice("the task of emr", settings.task, tasks)
+    return TaskRescaler(settings.task, emr_rescalers(matrices)[tasks.index(settings.task)].item())
 
 
 def emr_tasks(matrices: Matrices) -> Iterator[tuple[str, Tensor]]:
-    """Of each layer its name and the K updates (K, p, q), l_k M_k tau; all layers are seen once before the first."""
+    """Recover every task's own update; all layers are read once before the first is returned.
+
+    Args:
+        matrices: every layer's X.
+
+    Yields:
+        Each layer's name, and (K, p, q): l_k M_k tau.
+    """
     rescalers = emr_rescalers(matrices)
-    for place, X in matrices():
-        tau, agree = _unified(place.weighted(X))
-        yield place.name, agree * tau * rescalers.to(X)[:, None, None]
+    for layer, X in matrices():
+        tau, agree = _unified(layer.weighted(X))
+        yield layer.name, agree * tau * rescalers.to(X)[:, None, None]
 
 
 def emr_rescalers(matrices: Matrices) -> Tensor:
-    """(K,) float64: l_k; 1 for a task without any update."""
+    """Return the rescalers of all tasks.
+
+    Args:
+        matrices: every layer's X.
+
+    Returns:
+        (K,) float64: l_k, and 1 for a task without any update.
+    """
     own: Tensor | float = 0.0
     unified: Tensor | float = 0.0
-    for place, X in matrices():
+    for layer, X in matrices():
         size = X[0].numel()
         for block in row_blocks(X):
-            mine, joint = _sums(place.weighted(block))
+            mine, joint = _sums(layer.weighted(block))
             own, unified = own + mine / size, unified + joint / size
         del X, block  # before the next layer is made
     own, unified = torch.as_tensor(own), torch.as_tensor(unified)
@@ -81,14 +125,14 @@ def emr_rescalers(matrices: Matrices) -> Tensor:
 
 
 def _unified(X: Tensor) -> tuple[Tensor, Tensor]:
-    """tau (p, q), and M (K, p, q)."""
+    """Return tau (p, q) and M (K, p, q) of X (K, p, q)."""
     sign = torch.where(X.mean(0) > 0, 1, -1).to(X)
     aligned = X * sign
     return aligned.amax(0).clamp_min(0) * sign, aligned > 0
 
 
 def _sums(X: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) sums of |X_k|, and of |M_k tau|."""
+    """Return the K sums of |X_k|, and those of |M_k tau|."""
     tau, agree = _unified(X)
     return X.abs().sum((1, 2), dtype=torch.float64), (agree * tau).abs().sum((1, 2), dtype=torch.float64)
 
@@ -100,5 +144,6 @@ METHODS = {
         EmrSettings,
         on_matrices=emr,
         survey=survey,
+        whole_layers=True,
     ),
 }

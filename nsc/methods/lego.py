@@ -1,11 +1,11 @@
-"""LoRA-LEGO: the rank rows of all adapters are units; units are clustered, and each cluster is a rank of the merge.
+"""LoRA-LEGO: the ranks of all adapters are units; units are clustered, and each cluster is a rank of the merge.
 
     u = [A_k[i, :], w_k s_k B_k[:, i]]           clustered by k-means with each half divided by (its norm + 1e-8)
     [a_c, b_c] = mean of the cluster's u, times  (mean |u|_inf) / (|mean u|_inf + 1e-12)
     D = (r / C)^1/2 sum_c b_c a_c                with C clusters and r = max_k r_k
 
-https://arxiv.org/abs/2409.16167. No code by its authors is known; this is what the NSC paper's repository does, but
-with all units of all adapters where ranks differ, of which that drops some.
+Source: https://arxiv.org/abs/2409.16167. No code by its authors is known; this is what the NSC paper's repository does,
+except that where ranks differ it drops some units, and here all units of all adapters count.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ from nsc.methods.protocol import LowRank, Method, Updates
 
 @dataclass(frozen=True)
 class LegoSettings:
-    """clusters: C, None for r.  iterations: of Lloyd's.  seed: of the units that clusters start from.  initial: layer
-    -> C indices of such units instead, counted task by task.  parameter_reweighting, output_reweighting: whether the
-    factors (mean |u|_inf) / (|mean u|_inf + 1e-12) and (r / C)^1/2 are there.
+    """Settings of ``lego``.
+
+    Attributes:
+        clusters: C; None for r.
+        iterations: of Lloyd's algorithm.
+        seed: of the choice of units that clusters start from.
+        initial: layer -> the indices of C units to start from instead, counted task by task.
+        parameter_reweighting: whether centres are multiplied by (mean |u|_inf) / (|mean u|_inf + 1e-12).
+        output_reweighting: whether the update is multiplied by (r / C)^1/2.
     """
 
     clusters: int | None = None
@@ -44,10 +50,22 @@ class LegoSettings:
 
 
 def lego(updates: Updates, settings: LegoSettings) -> LowRank:
-    """Of rank C at most: a cluster that loses all its units is left out. Adapters without this layer have no units.
+    """Merge one layer by LoRA-LEGO.
 
-    With as many clusters as units or more, each unit is a cluster of its own. Raises NSCError for initial units that
-    are not as many as clusters, or not there.
+    Adapters without this layer have no units. With as many clusters as units or more, each unit is a cluster. A cluster
+    that loses all its units is left out.
+
+    Args:
+        updates: one layer's K updates.
+        settings: the settings.
+
+    Returns:
+        The merged update, of rank C at most.
+
+    Raises:
+        NSCError: if the initial units are not C, or an index is none of a unit.
+
+    Source: https://arxiv.org/abs/2409.16167
     """
     rank, d = max(updates.ranks), updates.shape[1]
     units = torch.cat([torch.cat([a.double(), b.mT], 1) for a, b in zip(updates.A, updates.weighted(), strict=True)])
@@ -69,9 +87,17 @@ def lego(updates: Updates, settings: LegoSettings) -> LowRank:
 
 
 def cluster(X: Tensor, centres: Tensor, iterations: int) -> Tensor:
-    """Lloyd's k-means: X (N, p), first centres (C, p) -> (N,) labels of the last assignment.
+    """Cluster rows by Lloyd's k-means.
 
-    Of equally near centres the first is taken; one that loses all its rows stays where it is.
+    Of equally near centres the first is taken; a centre that loses all its rows stays where it is.
+
+    Args:
+        X: (N, p).
+        centres: (C, p), where the clusters start.
+        iterations: of assignment and update, at least 1.
+
+    Returns:
+        (N,) int64: the cluster of each row at the last assignment.
     """
     for _ in range(iterations):
         labels = torch.cdist(X, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
@@ -82,7 +108,7 @@ def cluster(X: Tensor, centres: Tensor, iterations: int) -> Tensor:
 
 
 def _initial(updates: Updates, settings: LegoSettings, clusters: int) -> list[int]:
-    """The caller's units, or those with the smallest of random numbers that do not depend on the order of tasks."""
+    """Choose the caller's units, or those with the smallest random numbers, whatever the order of tasks."""
     chosen = (settings.initial or {}).get(updates.name)
     if chosen is None:
         pairs = zip(updates.tasks, updates.ranks, strict=True)
@@ -95,7 +121,7 @@ def _initial(updates: Updates, settings: LegoSettings, clusters: int) -> list[in
 
 
 def _random(seed: int, layer: str, task: str, count: int) -> Tensor:
-    """(count,) float64 uniform numbers, the same in every process and on every device."""
+    """Draw (count,) float64 uniform numbers, the same in every process and on every device."""
     digest = hashlib.sha256(repr((seed, layer, task)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return torch.rand(count, dtype=torch.float64, generator=generator)

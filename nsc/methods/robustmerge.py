@@ -1,10 +1,11 @@
-"""RobustMerge: factors trimmed to their largest entries; what A lost is given back to the columns of B.
+"""RobustMerge: factors are trimmed to their largest entries, and the columns of B make up for what A lost.
 
     trim(X) keeps |x| >= the int(|X| (1 - density))-th smallest of a matrix
     g_k[i] = |A_k[i, :]|_1 / |trim(A_k)[i, :]|_1,   raised to adapter k's int(r gain_quantile)-th smallest, from 0
     A = fuse sum_k trim(A_k)      B[:, i] = fuse sum_k g_k[i] trim(w_k s_k B_k)[:, i] / sum_k g_k[i]      D = B A
 
-https://arxiv.org/abs/2502.17159, https://github.com/AuroraZengfh/RobustMerge, whose only scale is the first adapter's.
+Source: https://arxiv.org/abs/2502.17159, and its code https://github.com/AuroraZengfh/RobustMerge, whose only scale is
+the first adapter's.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc.errors import NSCError
+from nsc.checks import require_fraction
 from nsc.methods.protocol import LowRank, Method, Updates
+from nsc.methods.ties import trimmed
 
 
 @dataclass(frozen=True)
 class RobustMergeSettings:
-    """density: the share of each factor's entries that is kept.  gain_quantile: to which smaller gains are raised.
+    """Settings of ``robustmerge``.
 
-    fuse: by which both merged factors are multiplied.
+    Attributes:
+        density: the fraction of each factor's entries that is kept.
+        gain_quantile: the quantile of an adapter's gains to which smaller ones are raised.
+        fuse: what both merged factors are multiplied by.
     """
 
     density: float = 0.2
@@ -30,18 +35,27 @@ class RobustMergeSettings:
     fuse: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise NSCError(f"density must lie in (0, 1], not {self.density}: it is the share kept, not a percentage")
-        if not 0 <= self.gain_quantile < 1:
-            raise NSCError(f"gain_quantile must lie in [0, 1), not {self.gain_quantile}")
+        require_fraction("density", self.density, above_zero=True)
+        require_fraction("gain_quantile", self.gain_quantile, below_one=True)
 
 
 def robustmerge(updates: Updates, settings: RobustMergeSettings) -> LowRank:
-    """At one adapter's rank; A is summed and B averaged. Adapters without this layer are left out.
+    """Merge one layer by RobustMerge: A is summed and B averaged. Adapters without this layer are left out.
 
     Where trimming leaves nothing of a row of A_k, the original divides by 0 and all of D is NaN. Here such a row's gain
-    is 0, raised like other small ones; where no adapter has a gain, the column of B is 0, as is the row of A. Raises
-    NSCError for unequal ranks.
+    is 0, raised like other small ones; where no adapter has a gain, the column of B is 0, as is the row of A.
+
+    Args:
+        updates: one layer's K updates, of equal ranks.
+        settings: the settings.
+
+    Returns:
+        The merged update, at the rank of one adapter.
+
+    Raises:
+        NSCError: if ranks differ.
+
+    Source: https://arxiv.org/abs/2502.17159
     """
     updates = updates.present()
     updates.require_one_rank("robustmerge")
@@ -58,12 +72,17 @@ def robustmerge(updates: Updates, settings: RobustMergeSettings) -> LowRank:
 
 
 def trim(X: Tensor, density: float) -> Tensor:
-    """(K, p, q): of each matrix the entries from the int(p q (1 - density))-th smallest in magnitude; ties are kept."""
-    place = int(X[0].numel() * (1 - density))
-    if not place:
-        return X
-    threshold = X.abs().flatten(1).kthvalue(place).values
-    return X * (X.abs() >= threshold[:, None, None])
+    """Keep the entries of each matrix from the int(p q (1 - density))-th smallest in magnitude on.
+
+    Args:
+        X: (K, p, q).
+        density: the fraction of entries that is kept.
+
+    Returns:
+        (K, p, q), 0 where an entry is smaller; entries as large as that one are all kept.
+    """
+    index = int(X[0].numel() * (1 - density))
+    return trimmed(X, X.abs().flatten(1).kthvalue(index).values if index else None)
 
 
 METHODS = {

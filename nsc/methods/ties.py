@@ -1,9 +1,9 @@
-"""TIES: trim every update to its largest entries, elect a sign for each entry, join those that agree with it.
+"""TIES: trim every update to its largest entries, elect a sign for each entry, join the entries that agree with it.
 
     X'_k = X_k where |X_k| is among the share q of largest, else 0        Y_k = w_k X'_k
     g = sign sum_k Y_k                                                    D = sum_k Y_k [Y_k g > 0] / max(#, 1)
 
-Source: https://arxiv.org/abs/2306.01708. Its implementations differ, and the presets are what they do:
+Source: https://arxiv.org/abs/2306.01708. Its implementations differ; each preset does what one of them does:
 
 | preset   | kept of d       | over   | votes        | no majority               | divided by        |
 |----------|-----------------|--------|--------------|---------------------------|-------------------|
@@ -18,9 +18,10 @@ Entries as large as the last one kept are kept as well; where an original picks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -30,30 +31,36 @@ from torch import Tensor
 from nsc.checks import require_choice, require_fraction
 from nsc.errors import NSCError
 from nsc.methods.kth_largest import kth_largest
-from nsc.methods.protocol import Matrices, Method, Place
+from nsc.methods.protocol import LayerInfo, Matrices, Method
 from nsc.methods.row_blocks import by_rows, streamed
 
 
-class Rules(NamedTuple):
-    """A row of the table above.
+class TiesRules(NamedTuple):
+    """How one implementation of TIES trims, elects and joins: a row of the table above.
 
-    kept: how many of d are, for a density.  scope: matrix, model, or None: model in the knots space, else matrix.
-    zero: whose sign an entry without majority gets, "majority" of all entries or "positive".  votes: of Y, "weighted",
-    or of X', "bare".  shares: what a mean divides by, "tasks" or "weights".  trims_first: before entries are dropped,
-    in DARE-TIES.
+    Attributes:
+        count_kept: (number of entries d, density q) -> how many are kept.
+        scope: which entries compete, those of a "matrix" or of the "model"; None: the model in the KnOTS space, else a
+            matrix.
+        elect: see ``TiesSettings``.
+        no_majority: whose sign an entry without majority gets, the "majority" of all entries or "positive".
+        votes: what is elected by, "weighted" Y or "bare" X'.
+        agg: see ``TiesSettings``.
+        divisor: what a mean divides by, the number of agreeing "tasks" or the sum of their "weights".
+        trims_first: whether DARE-TIES trims before it drops entries.
     """
 
-    kept: Callable[[int, float], int]
+    count_kept: Callable[[int, float], int]
     scope: str | None = "matrix"
     elect: str = "mass"
-    zero: str = "positive"
+    no_majority: str = "positive"
     votes: str = "weighted"
     agg: str = "mean"
-    shares: str = "tasks"
+    divisor: str = "tasks"
     trims_first: bool = False
 
 
-def _and_ties(d: int, q: float) -> int:
+def _floor_plus_one(d: int, q: float) -> int:
     return int(d * q) + 1
 
 
@@ -66,20 +73,24 @@ def _nearest(d: int, q: float) -> int:
 
 
 PRESETS = {
-    "default": Rules(_and_ties, scope=None, zero="majority"),
-    "original": Rules(_and_ties, scope="model", zero="majority"),
-    "nsc": Rules(_nearest, elect="count", agg="sum", trims_first=True),
-    "peft": Rules(_floor, votes="bare"),
-    "mergekit": Rules(_floor, shares="weights"),
+    "default": TiesRules(_floor_plus_one, scope=None, no_majority="majority"),
+    "original": TiesRules(_floor_plus_one, scope="model", no_majority="majority"),
+    "nsc": TiesRules(_nearest, elect="count", agg="sum", trims_first=True),
+    "peft": TiesRules(_floor, votes="bare"),
+    "mergekit": TiesRules(_floor, divisor="weights"),
 }
 
 
 @dataclass(frozen=True)
 class TiesSettings:
-    """preset: of the table; None elsewhere is what it says.  density: q, the share that is kept, 1 for all.
+    """Settings of ``ties``; where one is None, the preset decides.
 
-    scope: "matrix", or "model": entries of all layers compete.  elect: "mass", the sum of values, "count", of signs, or
-    "none": every kept entry is joined.  agg: "mean", "sum" or "max" of the entries that agree.
+    Attributes:
+        preset: a row of the table.
+        density: q, the fraction of entries that is kept; 1 keeps all.
+        scope: "matrix", or "model": the entries of all layers compete.
+        elect: sign by "mass", the sum of values, by "count", the sum of signs, or "none": every kept entry is joined.
+        agg: "mean", "sum" or "max" of the entries that agree.
     """
 
     preset: str = "default"
@@ -89,8 +100,8 @@ class TiesSettings:
     agg: str | None = None
 
     def __post_init__(self) -> None:
-        require_choice("preset", self.preset, tuple(PRESETS))
-        require_fraction("density", self.density, zero=False)
+        require_choice("preset", self.preset, PRESETS)
+        require_fraction("density", self.density, above_zero=True)
         require_choice("scope", self.scope, (None, "matrix", "model"))
         require_choice("elect", self.elect, (None, "mass", "count", "none"))
         require_choice("agg", self.agg, (None, "mean", "sum", "max"))
@@ -98,63 +109,112 @@ class TiesSettings:
             raise NSCError("without an election there is no sign for agg max: give another elect, or agg mean or sum")
 
     @property
-    def rules(self) -> Rules:
-        """The preset's, with what was chosen beside it."""
+    def rules(self) -> TiesRules:
+        """The preset's rules, overridden by the settings that are given."""
         chosen = {key: getattr(self, key) for key in ("scope", "elect", "agg") if getattr(self, key) is not None}
         return PRESETS[self.preset]._replace(**chosen)
 
 
 @dataclass(frozen=True)
-class Known:
-    """Settings, and what must be known of all entries that compete.
+class TiesStatistics:
+    """Settings of TIES with what must be known of all entries that compete.
 
-    floors: (K,), the least magnitude that is kept, or None: all are.  majority: (), the sign of most elections.
+    Attributes:
+        settings: the settings.
+        thresholds: (K,), the least magnitude of each task that is kept; None keeps all.
+        majority: (), the sign of most elections: 1, -1 or 0.
     """
 
     settings: TiesSettings
-    floors: Tensor | None
+    thresholds: Tensor | None
     majority: Tensor
 
 
-def ties(X: Tensor, settings: TiesSettings | Known, place: Place) -> Tensor:
-    """(p, q) of X (K, p, q) without weights."""
-    known = settings if isinstance(settings, Known) else look(lambda: iter([(place, X)]), settings)
-    return by_rows(partial(_joined, known=known, place=place), X)
+def ties(X: Tensor, settings: TiesSettings | TiesStatistics, layer: LayerInfo) -> Tensor:
+    """Merge one layer by TIES.
+
+    Args:
+        X: (K, p, q), without weights.
+        settings: the settings; or statistics, as ``survey`` returns them, where entries of all layers compete.
+        layer: the tasks and their weights.
+
+    Returns:
+        (p, q).
+
+    Source: https://arxiv.org/abs/2306.01708
+    """
+    known = settings if isinstance(settings, TiesStatistics) else statistics(lambda: iter([(layer, X)]), settings)
+    return by_rows(partial(_elect_and_join, known=known, layer=layer), X)
 
 
-def survey(matrices: Matrices, settings: TiesSettings) -> TiesSettings | Known:
-    """With thresholds and majority of the whole model, where they are of the whole model."""
-    return look(matrices, settings) if model_wide(matrices, settings) else settings
+def survey(matrices: Matrices, settings: TiesSettings) -> TiesSettings | TiesStatistics:
+    """Look at all layers, where entries of the whole model compete.
+
+    Args:
+        matrices: every layer's X.
+        settings: the settings.
+
+    Returns:
+        The statistics of the whole model, or ``settings`` where each matrix is on its own.
+    """
+    return statistics(matrices, settings) if model_wide(matrices, settings) else settings
 
 
 def model_wide(matrices: Matrices, settings: TiesSettings) -> bool:
-    """Whether entries of all layers compete."""
+    """Tell whether the entries of all layers compete.
+
+    Args:
+        matrices: every layer's X, of which the first is looked at: all are in one space.
+        settings: the settings.
+
+    Returns:
+        True for the scope "model", and for no scope in the KnOTS space.
+    """
     scope = settings.rules.scope
-    return scope == "model" or (scope is None and any(place.space == "knots" for place, _ in _first(matrices)))
+    return scope == "model" or (scope is None and any(layer.space == "knots" for layer, _ in islice(matrices(), 1)))
 
 
-def look(matrices: Matrices, settings: TiesSettings) -> Known:
-    """At most three passes over these layers."""
-    rules, floors = settings.rules, None
+def statistics(matrices: Matrices, settings: TiesSettings) -> TiesStatistics:
+    """Find the thresholds and the majority of all entries of these layers, in at most three passes over them.
+
+    Args:
+        matrices: the X of every layer whose entries compete.
+        settings: the settings.
+
+    Returns:
+        The statistics, with a majority of 1 where none is needed.
+    """
+    rules, thresholds = settings.rules, None
     if settings.density < 1:
-        floors = kth_largest(lambda: map(itemgetter(1), streamed(matrices)), lambda d: rules.kept(d, settings.density))
-    if rules.zero == "positive" or rules.elect == "none":
-        return Known(settings, floors, torch.tensor(1.0))
+        thresholds = kth_largest(
+            lambda: map(itemgetter(1), streamed(matrices)), lambda d: rules.count_kept(d, settings.density)
+        )
+    if rules.no_majority == "positive" or rules.elect == "none":
+        return TiesStatistics(settings, thresholds, torch.tensor(1.0))
     total: Tensor | float = 0.0
-    for place, X in streamed(matrices):
-        total = total + _elected(_voting(X, floors, rules, place)[1], rules.elect).sum(dtype=torch.float64)
-        del X
-    return Known(settings, floors, torch.as_tensor(total).sign())
+    for layer, X in streamed(matrices):
+        signs = _elected(_weighted_and_votes(X, thresholds, rules, layer)[1], rules.elect)
+        total = total + signs.sum(dtype=torch.float64)
+        del X  # before the next layer is made
+    return TiesStatistics(settings, thresholds, torch.as_tensor(total).sign())
 
 
-def trimmed(X: Tensor, floors: Tensor | None) -> Tensor:
-    """X' of X (K, p, q)."""
-    return X if floors is None else X * (X.abs() >= floors[:, None, None])
+def trimmed(X: Tensor, thresholds: Tensor | None) -> Tensor:
+    """Set entries below each task's threshold to zero.
+
+    Args:
+        X: (K, p, q).
+        thresholds: (K,), the least magnitude that is kept; None keeps all.
+
+    Returns:
+        (K, p, q): X'.
+    """
+    return X if thresholds is None else X * (X.abs() >= thresholds[:, None, None])
 
 
-def _joined(X: Tensor, known: Known, place: Place) -> Tensor:
+def _elect_and_join(X: Tensor, known: TiesStatistics, layer: LayerInfo) -> Tensor:
     rules = known.settings.rules
-    weighted, votes = _voting(X, known.floors, rules, place)
+    weighted, votes = _weighted_and_votes(X, known.thresholds, rules, layer)
     if rules.elect == "none":
         agree = votes != 0
     else:
@@ -166,25 +226,22 @@ def _joined(X: Tensor, known: Known, place: Place) -> Tensor:
         return chosen.abs().amax(0) * sign
     if rules.agg == "sum":
         return chosen.sum(0)
-    parts = (place.weighted(agree.to(X)) if rules.shares == "weights" else agree).sum(0)
+    parts = (layer.weighted(agree.to(X)) if rules.divisor == "weights" else agree).sum(0)
     return chosen.sum(0) / parts.masked_fill(parts == 0, 1)
 
 
-def _voting(X: Tensor, floors: Tensor | None, rules: Rules, place: Place) -> tuple[Tensor, Tensor]:
-    """Y, and what votes (K, p, q)."""
-    bare = trimmed(X, floors)
-    weighted = place.weighted(bare)
+def _weighted_and_votes(
+    X: Tensor, thresholds: Tensor | None, rules: TiesRules, layer: LayerInfo
+) -> tuple[Tensor, Tensor]:
+    """Return Y and what votes, both (K, p, q)."""
+    bare = trimmed(X, thresholds)
+    weighted = layer.weighted(bare)
     return weighted, bare if rules.votes == "bare" else weighted
 
 
 def _elected(votes: Tensor, elect: str) -> Tensor:
+    """Return the sign of each election, 0 where nothing has a majority."""
     return (votes.sign() if elect == "count" else votes).sum(0).sign()
-
-
-def _first(matrices: Matrices) -> Iterator[tuple[Place, Tensor]]:
-    for found in matrices():
-        yield found
-        return
 
 
 METHODS = {
@@ -195,5 +252,6 @@ METHODS = {
         on_matrices=ties,
         survey=survey,
         spaces=("full", "core", "knots"),
+        whole_layers=True,
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nsc.checks import choice, require_positive
+from nsc.checks import require_choice, require_positive
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,5 @@ def get_hardware(
     given = {"flops": flops, "flops_float32": flops, "bandwidth": bandwidth, "memory": memory}
     changes = {key: value for key, value in given.items() if value is not None}
     require_positive(changes)
-    return replace(choice("hardware", name, HARDWARE), **changes)
+    require_choice("hardware", name, HARDWARE)
+    return replace(HARDWARE[name], **changes)

@@ -25,7 +25,7 @@ from nsc.adapters.matching import check_shapes
 from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.module_names import resolve
 from nsc.bases.roles import choose_targets
-from nsc.checks import choice, require_positive
+from nsc.checks import require_choice, require_positive
 from nsc.config import PLANS
 from nsc.console import metric
 from nsc.errors import NSCError
@@ -124,7 +124,7 @@ class Workload:
     def __post_init__(self) -> None:
         sizes = ("rank", "tasks", "batch_size", "max_length", "steps")
         require_positive({name: getattr(self, name) for name in sizes})
-        choice("layers", self.layers, dict.fromkeys(("auto", *PLANS)))
+        require_choice("layers", self.layers, ("auto", *PLANS))
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def _dtype(config: Any, dtype: str) -> str:
     inner = getattr(config, "text_config", config)
     stated = [getattr(c, key, None) for c in (config, inner) for key in ("dtype", "torch_dtype")]
     chosen = next((str(s).removeprefix("torch.") for s in stated if s), "float32") if dtype == "auto" else dtype
-    choice("dtype", chosen, BYTES)
+    require_choice("dtype", chosen, tuple(BYTES))
     return chosen
 
 

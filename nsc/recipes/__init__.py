@@ -1,1 +1,1 @@
-"""Which method merges what: names, settings, spaces, and the updates that a recipe makes."""
+"""Recipes, a method with its settings, space, scale and weights; and the updates that they make of adapters."""

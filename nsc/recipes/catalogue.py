@@ -1,4 +1,4 @@
-"""The list of all methods of merging, for people and for programs."""
+"""The list of all merging methods, for people and for programs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,39 @@ from nsc.recipes.spec import COMMON
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """Name, line, source, spaces, whether it learns from data, and own settings with their defaults; plain values."""
+    """List all merging methods.
+
+    Returns:
+        For each method its "name", "line" (what it does), "source" (URL), "spaces", "learns" (whether it learns
+        coefficients from data) and "settings" (its own, with their defaults), as plain values.
+    """
     learned = [
         {"name": name, "line": m.line, "source": m.source, "spaces": [], "learns": True, "settings": dict(m.settings)}
         for name, m in LEARNED.items()
     ]
     others = [
         {
-            "name": name, "line": m.line, "source": m.source, "spaces": list(m.spaces), "learns": False,
+            "name": name,
+            "line": m.line,
+            "source": m.source,
+            "spaces": list(m.spaces),
+            "learns": False,
             "settings": {f.name: None if f.default is MISSING else f.default for f in fields(m.settings)},
         }
         for name, m in METHODS.items()
-    ]  # fmt: skip
+    ]
     return learned + others
 
 
 def format_methods(methods: Sequence[dict[str, Any]]) -> str:
-    """One line a method, its settings and source below."""
+    """Format the list of methods for a terminal.
+
+    Args:
+        methods: as ``list_methods`` returns them.
+
+    Returns:
+        A line for each method, with its source and settings below.
+    """
     width = max(len(method["name"]) for method in methods)
     lines = []
     for method in methods:

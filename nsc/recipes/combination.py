@@ -13,75 +13,118 @@ from torch import Tensor
 
 from nsc.adapters.stack import ModuleStack, Stack
 from nsc.errors import NSCError
-from nsc.methods import LowRank, Place, Updates
+from nsc.methods import METHODS, LayerInfo, LowRank, Updates
 from nsc.methods.spectral import isotropize
 from nsc.recipes.spaces import SPACES, View
 from nsc.recipes.spec import Recipe, with_scale
 from nsc.recipes.updates import run_as_one
 
-ON_WHOLE_LAYERS = ("task-arithmetic", "ties", "dare", "dare-ties", "emr")  # what needs no factors
-
 
 class Combination:
-    """What ``recipe`` makes of the adapters of ``stack``: a ``Merged``.
+    """What a recipe makes of a stack of adapters; it implements ``Merged``.
 
-    coefficients: (M, K) learned before, as weights w_k of each layer, beside the recipe's own weights of tasks.  masks:
-    layer -> (K, p, q) bool, what methods that drop entries at random are to keep; LAYER.bias for the bias (K, 1, m) of
-    one fine-tuned whole.  device: where layers are worked on. Raises NSCError where the recipe does not go with such
-    adapters, coefficients or masks.
+    Args:
+        stack: the adapters.
+        recipe: the method with all its settings.
+        coefficients: (M, K), learned before: weights w_k of each layer, which the recipe's weights of tasks multiply.
+        masks: layer -> (K, p, q) bool, the entries to keep for methods that drop entries at random; LAYER.bias for the
+            bias (K, 1, m) of a layer fine-tuned whole.
+        device: where layers are worked on.
+
+    Attributes:
+        names: the layers that are merged, in the base's order.
+        whole: those that adapters fine-tuned whole.
+        weights: (M, K) float64, w_k of each layer.
+
+    Raises:
+        NSCError: if the recipe does not go with such adapters, coefficients or masks.
     """
 
     def __init__(
-        self, stack: Stack, recipe: Recipe, coefficients: Tensor | None = None,
-        masks: Mapping[str, Tensor] | None = None, device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        stack: Stack,
+        recipe: Recipe,
+        coefficients: Tensor | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.stack, self.recipe, self.device = stack, recipe, torch.device(device)
+        self.names, self.whole = stack.names, list(stack.dense)
         self.coefficients, self.masks = coefficients, dict(masks or {})
         self._require_fit()
         tasks = torch.tensor([float(recipe.weights.get(task, 1)) for task in stack.tasks], dtype=torch.float64)
-        rows = tasks.expand(len(stack.names), -1)
+        rows = tasks.expand(len(self.names), -1)
         self.weights = rows if coefficients is None else rows * coefficients.double().cpu()
-
-    @property
-    def names(self) -> list[str]:
-        """Of the layers that are merged."""
-        return self.stack.names
-
-    @property
-    def whole(self) -> list[str]:
-        """Of the layers that adapters fine-tuned whole."""
-        return list(self.stack.dense)
 
     @cached_property
     def settings(self) -> Any:
-        """The recipe's, with what the method must know of all layers."""
+        """The recipe's settings, with what the method must know of all layers."""
         method = self.recipe.method
         return method.survey(self.matrices, self.recipe.settings) if method.survey else self.recipe.settings
 
     @torch.no_grad()
     def update(self, name: str) -> LowRank | Tensor:
-        """The layer's merged update, with the scale in it, on ``device``: factors, or dense (m, d)."""
+        """Merge one layer.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            Factors, or dense (m, d), on ``device`` and with the recipe's scale.
+        """
         if name in self.stack.dense:
-            return self._on_matrices(self._whole(name)[0])
-        found = self._merged(self._updates(name))
-        scale = self.recipe.scale
-        return LowRank(found.B * scale, found.A) if isinstance(found, LowRank) else found * scale
+            return self._on_matrices(self._whole_views(name)[0])
+        merged, scale = self._merged(self._updates(name)), self.recipe.scale
+        return LowRank(merged.B * scale, merged.A) if isinstance(merged, LowRank) else merged * scale
 
     @torch.no_grad()
     def bias_update(self, name: str) -> Tensor | None:
-        """(m,) of a layer fine-tuned whole, if it has a bias."""
-        views = self._whole(name)[1:] if name in self.stack.dense else []
+        """Merge the bias of a layer fine-tuned whole.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            (m,) with the recipe's scale; None for a layer of LoRA factors or without bias.
+        """
+        views = self._whole_views(name)[1:] if name in self.stack.dense else []
         return self._on_matrices(views[0])[0] if views else None
 
     def at_scale(self, scale: float) -> Combination:
-        """The same at another scale; what the method knows of all layers is kept."""
+        """Change the recipe's scale, and keep what the method already knows of all layers.
+
+        Args:
+            scale: lambda.
+
+        Returns:
+            Another combination of the same stack.
+        """
         other = copy(self)
         other.recipe = with_scale(self.recipe, scale)
         return other
 
     def in_model(self) -> tuple[Stack, Tensor]:
-        """All merged updates in memory."""
+        """Make all merged updates, to run them in a model by ``merged_layers``.
+
+        Returns:
+            One adapter in place of all, and its coefficients (M, 1), which are 1.
+        """
         return run_as_one(self)
+
+    def matrices(self) -> Iterator[tuple[LayerInfo, Tensor]]:
+        """Go through all layers as the method sees them, one at a time in memory.
+
+        Yields:
+            Each layer with its X (K, p, q) in the recipe's space, and then its bias where it is fine-tuned whole.
+        """
+        for name in self.names:
+            views = self._whole_views(name) if name in self.stack.dense else [self._view(self._updates(name))]
+            while views:
+                view = views.pop(0)
+                item = view.layer, view.X
+                del view  # so that nothing here holds X while the next layer is made
+                yield item
+                del item
 
     def _merged(self, updates: Updates) -> LowRank | Tensor:
         method, settings = self.recipe.method, self.settings
@@ -89,75 +132,63 @@ class Combination:
             return method.on_factors(updates, settings)
         view = self._view(updates)
         assert method.on_matrices is not None
-        merged = method.on_matrices(view.X, settings, view.place)
-        return view.lift(isotropize(merged, view.place) if self.recipe.isotropize else merged)
+        merged = method.on_matrices(view.X, settings, view.layer)
+        return view.lift(isotropize(merged, view.layer) if self.recipe.isotropize else merged)
 
     def _on_matrices(self, view: View) -> Tensor:
-        """With the scale in it."""
         method = self.recipe.method
         assert method.on_matrices is not None
-        return method.on_matrices(view.X, self.settings, view.place) * self.recipe.scale
+        return method.on_matrices(view.X, self.settings, view.layer) * self.recipe.scale
 
     def _view(self, updates: Updates) -> View:
-        """In the recipe's space; a spectral method sees the full space in the factors' span."""
-        spectral = self.recipe.space == "full" and self.recipe.method.spectral
-        view = SPACES["core" if spectral else self.recipe.space](updates)
-        size = min(updates.shape) if spectral else view.place.size
-        return self._placed(view, view.place._replace(size=size, space=self.recipe.space))
+        """Show a layer in the recipe's space; a basis-free method sees the full space in the factors' span."""
+        in_span = self.recipe.space == "full" and self.recipe.method.basis_free
+        view = SPACES["core" if in_span else self.recipe.space](updates)
+        size = min(updates.shape) if in_span else view.layer.size
+        return self._with_mask(view, view.layer._replace(size=size, space=self.recipe.space))
 
-    def _whole(self, name: str) -> list[View]:
-        """The differences of a layer fine-tuned whole: of its weight (K, m, d), then of its bias (K, 1, m), if any."""
+    def _whole_views(self, name: str) -> list[View]:
+        """Show a layer fine-tuned whole: the differences of its weight (K, m, d), and of its bias (K, 1, m), if any."""
         layer, row, views = self.stack.dense[name], self.weights[self.names.index(name)], []
         biases = None if layer.bias_deltas is None else layer.bias_deltas[:, None]
         for key, deltas in ((name, layer.deltas), (f"{name}.bias", biases)):
             if deltas is not None:
                 X = deltas.new_zeros(len(layer.present), *deltas.shape[1:], device=self.device)
                 X[torch.tensor(layer.present)] = deltas.to(self.device)
-                place = Place(key, self.stack.tasks, row, min(X.shape[1:]))
-                views.append(self._placed(View(X, place, lambda D: D), place))
+                info = LayerInfo(key, self.stack.tasks, row, min(X.shape[1:]))
+                views.append(self._with_mask(View(X, info, lambda D: D), info))
         return views
 
-    def _placed(self, view: View, place: Place) -> View:
-        """With the caller's mask, if there is one for this place."""
-        keep = self.masks.get(place.name)
+    def _with_mask(self, view: View, layer: LayerInfo) -> View:
+        """Describe the view by ``layer``, with the caller's mask if there is one for it."""
+        keep = self.masks.get(layer.name)
         if keep is not None and (keep.shape != view.X.shape or keep.dtype != torch.bool):
             raise NSCError(
-                f"the mask of {place.name} is {keep.dtype} {tuple(keep.shape)}, but must be bool {tuple(view.X.shape)}"
+                f"the mask of {layer.name} is {keep.dtype} {tuple(keep.shape)}, but must be bool {tuple(view.X.shape)}"
             )
-        return replace(view, place=place._replace(keep=keep))
-
-    def matrices(self) -> Iterator[tuple[Place, Tensor]]:
-        """Every layer's X in the recipe's space, and of one fine-tuned whole its bias's; one at a time in memory."""
-        for name in self.names:
-            views = self._whole(name) if name in self.stack.dense else [self._view(self._updates(name))]
-            while views:
-                view = views.pop(0)
-                found = view.place, view.X
-                del view
-                yield found
-                del found
+        return replace(view, layer=layer._replace(keep=keep))
 
     def _updates(self, name: str) -> Updates:
         row = self.weights[self.names.index(name)]
         return updates_of(self.stack.modules[name], name, self.stack.tasks, row.tolist(), self.device)
 
     def _require_fit(self) -> None:
-        stack, recipe = self.stack, self.recipe
+        stack, recipe, given = self.stack, self.recipe, self.coefficients
         if strange := sorted(set(recipe.weights) - set(stack.tasks)):
             raise NSCError(f"weights names {strange[0]}, which is no task; there are {', '.join(stack.tasks)}")
-        if stack.dense and (recipe.full_name not in ON_WHOLE_LAYERS or recipe.isotropize):
+        if self.whole and not recipe.merges_whole_layers:
+            able = [name for name, method in METHODS.items() if method.whole_layers]
             raise NSCError(
-                f"{recipe.full_name} works on the factors of LoRA, but adapters fine-tuned {', '.join(stack.dense)}"
-                f" whole; keep those for their own tasks with keep_modules, or take one of {', '.join(ON_WHOLE_LAYERS)}"
+                f"{recipe.full_name} works on the factors of LoRA, but adapters fine-tuned {', '.join(self.whole)}"
+                f" whole; keep those for their own tasks with keep_modules, or take one of {', '.join(able)}"
             )
-        if self.masks and not hasattr(recipe.settings, "drop"):
+        if self.masks and not recipe.method.takes_masks:
             raise NSCError(
-                f"{recipe.full_name} takes no masks: they are for methods that drop entries at random, as dare"
+                f"{recipe.full_name} takes no masks: they are for methods that drop entries at random, such as dare"
             )
-        if strange := sorted(set(self.masks) - {*stack.names, *(f"{name}.bias" for name in stack.dense)}):
+        if strange := sorted(set(self.masks) - {*self.names, *(f"{name}.bias" for name in self.whole)}):
             raise NSCError(f"there is a mask for {strange[0]}, which is no layer that is merged")
         shape = tuple(stack.present.shape)
-        given = self.coefficients
         if given is not None and (tuple(given.shape) != shape or not torch.isfinite(given).all()):
             raise NSCError(f"coefficients {tuple(given.shape)} must be finite and of shape {shape}, modules by tasks")
 
@@ -165,19 +196,44 @@ class Combination:
 def updates_of(
     module: ModuleStack, name: str, tasks: tuple[str, ...], weights: list[float], device: torch.device
 ) -> Updates:
-    """One layer of a stack as methods take it."""
+    """Split one layer of a stack into the updates of its tasks.
+
+    Args:
+        module: the layer.
+        name: its name.
+        tasks: K names.
+        weights: K numbers w_k.
+        device: where the factors are put.
+
+    Returns:
+        The updates, as methods take them.
+    """
     ranks = list(module.ranks)
     A, B = module.A.to(device).split(ranks), module.B.to(device).split(ranks, dim=1)
     return Updates(name, tasks, tuple(A), tuple(B), module.scales, tuple(weights))
 
 
 def as_one(combination: Combination) -> Stack:
-    """All merged updates in memory as one adapter of scale 1, to run them in a model by ``merged_layers``."""
+    """Make all merged updates, as one adapter of scale 1 that ``merged_layers`` can run in a model.
+
+    Args:
+        combination: the merge.
+
+    Returns:
+        The stack of that adapter.
+    """
     return run_as_one(combination)[0]
 
 
 def stack_of(updates: Mapping[str, Updates]) -> Stack:
-    """The inverse for all layers, without Gram factors: for tests and benchmarks."""
+    """Put the updates of all layers into a stack, for tests and benchmarks; the inverse of ``updates_of``.
+
+    Args:
+        updates: layer -> its K updates.
+
+    Returns:
+        The stack, without Gram factors.
+    """
     modules = {
         name: ModuleStack(torch.cat(u.A), torch.cat(u.B, 1), u.ranks, u.scales, (None,) * len(u.tasks), None)
         for name, u in updates.items()

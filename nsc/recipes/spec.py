@@ -1,4 +1,4 @@
-"""What to do with adapters, by name: a method, the space that it runs in, its settings, one scale, weights of tasks.
+"""A recipe says how adapters are merged: a method, the space it runs in, its settings, a scale, weights of tasks.
 
 ties    core-ties    knots-dare-ties    core-tsv    nsc+ties    ...        [LEARNED+][SPACE-]METHOD
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
@@ -17,19 +17,24 @@ from nsc.errors import NSCError
 from nsc.methods import METHODS, Method
 from nsc.recipes.spaces import SPACES
 
-COMMON = ("scale", "weights", "isotropize")
-OF_BASE = ("device", "dtype", "keep_modules")  # of MergeConfig, which methods that learn nothing have too
-OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # likewise, where they search
+COMMON = ("scale", "weights", "isotropize")  # settings of every method that learns nothing
+OF_BASE = ("device", "dtype", "keep_modules")  # fields of MergeConfig that methods that learn nothing take too
+OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # and these in a scale search
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One method with everything chosen.
 
-    name: of METHODS.  space: of SPACES.  settings: the method's own.  scale: lambda, outside of everything, once.
-    weights: task -> w_k, 1 where it is not named.  isotropize: all singular values of the merged matrix become their
-    mean, in core space, or in full where the method is spectral.  learned: of LEARNED, whose coefficients are the
-    weights of each layer.
+    Attributes:
+        name: a key of METHODS.
+        space: a key of SPACES.
+        settings: the method's own.
+        scale: lambda; the merge is multiplied by it once.
+        weights: task -> w_k, 1 where a task is not named.
+        isotropize: whether all singular values of the merged matrix are set to their mean; in core space, or in the
+            full space where the method is basis-free.
+        learned: a key of LEARNED, whose coefficients are the weights of each layer; None without any.
     """
 
     name: str
@@ -44,59 +49,81 @@ class Recipe:
         for name, value in {"scale": self.scale, **{f"the weight of {t}": w for t, w in self.weights.items()}}.items():
             if not math.isfinite(value):
                 raise NSCError(f"{name} must be a finite number, not {value}")
-        if self.isotropize and self.space != "core" and not (self.space == "full" and self.method.spectral):
+        if self.isotropize and self.space != "core" and not (self.space == "full" and self.method.basis_free):
             remedy = f"give core-{self.name}, or leave it out" if "core" in self.method.spaces else "leave it out"
             raise NSCError(f"isotropize does not go with {self.full_name}: it needs the core space; {remedy}")
 
     @property
     def method(self) -> Method:
-        """The row of METHODS."""
+        """The entry of METHODS."""
         return METHODS[self.name]
 
     @property
     def full_name(self) -> str:
-        """As ``read_recipe`` takes it."""
+        """The name with its space, as ``read_recipe`` takes it: "ties" or "core-ties"."""
         return self.name if self.space == "full" else f"{self.space}-{self.name}"
 
     @property
     def label(self) -> str:
-        """As ``nsc.merge`` takes it: "ties", or "nsc+ties"."""
+        """The name as ``nsc.merge`` takes it: "ties" or "nsc+ties"."""
         return f"{self.learned}+{self.full_name}" if self.learned else self.full_name
 
     @property
     def is_dense(self) -> bool:
-        """Whether a layer's update is no product of small factors, so that no exact adapter holds it."""
-        return self.space == "full" and not (self.method.on_factors or self.method.spectral)
+        """Whether a layer's update is not a product of small factors, so that no adapter holds it exactly."""
+        return self.space == "full" and not (self.method.on_factors or self.method.basis_free)
+
+    @property
+    def merges_whole_layers(self) -> bool:
+        """Whether it also merges layers that adapters fine-tuned whole, which have no factors."""
+        return self.space == "full" and self.method.whole_layers and not self.isotropize
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: ``read_recipe(**recipe.to_dict())`` is the recipe again."""
+        """Write the recipe as plain values; ``read_recipe(**recipe.to_dict())`` is the recipe again.
+
+        Returns:
+            "method" and every setting. What ``learned`` names is not in it.
+        """
         own = {k: _plain(v) for k, v in asdict(self.settings).items() if not hasattr(v, "shape")}
         return {
-            "method": self.full_name, **own, "scale": self.scale, "weights": dict(self.weights),
+            "method": self.full_name,
+            **own,
+            "scale": self.scale,
+            "weights": dict(self.weights),
             "isotropize": self.isotropize,
-        }  # fmt: skip
+        }
 
 
 def names() -> list[str]:
-    """Every name that ``read_recipe`` takes: methods, and with its prefix each other space that they can run in."""
+    """List every name that ``read_recipe`` takes.
+
+    Returns:
+        The methods, and each with the prefix of every other space in which it can run.
+    """
     return [name if space == "full" else f"{space}-{name}" for name, m in METHODS.items() for space in m.spaces]
 
 
 def read_recipe(method: str, **settings: Any) -> Recipe:
-    """The recipe of a name and its settings, each in its place.
+    """Return the recipe of a name and its settings.
 
-    Raises NSCError for a method or setting that there is not, naming the nearest, and for a value that cannot be.
+    Args:
+        method: [SPACE-]METHOD.
+        settings: the method's own, and scale, weights and isotropize.
+
+    Returns:
+        The recipe, with defaults for the settings that are not given.
+
+    Raises:
+        NSCError: if there is no such method (the message suggests the nearest) or setting, or a value does not fit.
     """
     space, name = _split(method)
     chosen = METHODS[name]
-    own = {f.name: f for f in fields(chosen.settings)}
+    own = {f.name for f in fields(chosen.settings)}
     kinds = get_type_hints(chosen.settings) | get_type_hints(Recipe)
+    _require_known(method, settings, {*own, *COMMON})
     for key, value in settings.items():
-        if key not in own and key not in COMMON:
-            there = sorted([*own, *COMMON])
-            raise NSCError(f"method {method} has no setting {key}; it has {', '.join(there)}")
         try:
-            settings[key] = typed(value, dict[str, float] if key == "weights" else kinds[key])
+            settings[key] = typed(value, kinds[key])
         except TypeError:
             raise NSCError(f"{key} must be {expected(kinds[key])}, not {value!r}") from None
     mine = chosen.settings(**{key: value for key, value in settings.items() if key in own})
@@ -104,15 +131,23 @@ def read_recipe(method: str, **settings: Any) -> Recipe:
 
 
 def split_learned(method: str) -> tuple[str | None, str | None]:
-    """What learns coefficients, of LEARNED, and the recipe that takes them: of "nsc+ties", or "nsc" or "ties" alone.
+    """Split a name into what learns coefficients and what takes them as weights.
 
-    Raises NSCError for a name that there is not, naming the nearest, and for parts in another order or number.
+    Args:
+        method: such as "nsc+ties", "nsc" or "ties".
+
+    Returns:
+        A key of LEARNED and the name of a recipe; None for one that is not there.
+
+    Raises:
+        NSCError: if there is no such method (the message suggests the nearest), or the parts are in another order or
+            number.
     """
     learned, plus, recipe = method.partition("+")
     if plus and (learned not in LEARNED or recipe in ("", *LEARNED) or "+" in recipe):
         raise NSCError(
-            f"{method} is not what learns coefficients and one method that takes them, such as nsc+ties; they are"
-            f" learned by {', '.join(LEARNED)}"
+            f"{method} must name a method that learns coefficients and one that takes them, such as nsc+ties;"
+            f" coefficients are learned by {', '.join(LEARNED)}"
         )
     if plus:
         _split(recipe)
@@ -124,12 +159,32 @@ def split_learned(method: str) -> tuple[str | None, str | None]:
 
 
 def method_of(method: str) -> Method:
-    """The row of METHODS that a name, with its space or without, means. Raises NSCError where there is none."""
+    """Look up a method.
+
+    Args:
+        method: [SPACE-]METHOD.
+
+    Returns:
+        The entry of METHODS.
+
+    Raises:
+        NSCError: if there is none; the message suggests the nearest.
+    """
     return METHODS[_split(method)[1]]
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    """Every setting that a method takes, in a search or without -> its type, as ``read_settings`` takes it apart."""
+    """List every setting that a method takes, those of a scale search included.
+
+    Args:
+        method: [LEARNED+][SPACE-]METHOD, or a key of LEARNED.
+
+    Returns:
+        Setting -> its type.
+
+    Raises:
+        NSCError: if there is no such method.
+    """
     learned, name = split_learned(method)
     kinds = get_type_hints(MergeConfig)
     kinds = kinds if learned else {key: kinds[key] for key in OF_BASE + OF_SEARCH}
@@ -143,17 +198,27 @@ def settings_of(method: str) -> dict[str, Any]:
 def read_settings(
     method: str, settings: Mapping[str, Any], searches: bool = False
 ) -> tuple[Recipe | None, dict[str, Any]]:
-    """What a method makes of adapters, and those of ``settings`` that are MergeConfig's.
+    """Divide settings between the recipe and MergeConfig.
 
-    There is no recipe where learned coefficients are all. Of "nsc+dare" a seed is of both, and weights are those of the
-    base: the coefficients are those of the tasks. searches: whether the scale is searched, for which rows are read.
-    Raises NSCError for a setting that the method does not have.
+    With a learning method such as "nsc+dare", a seed belongs to both; "weights" is that of MergeConfig, the form of the
+    base's weights, for the tasks' weights are the learned coefficients.
+
+    Args:
+        method: [LEARNED+][SPACE-]METHOD, or a key of LEARNED.
+        settings: setting -> value.
+        searches: whether the scale is searched, which reads rows and so takes some settings of MergeConfig.
+
+    Returns:
+        The recipe, None where the method learns coefficients and does nothing else with them; and the settings that
+        are MergeConfig's.
+
+    Raises:
+        NSCError: if the method has no such setting, or a value does not fit.
     """
     learned, name = split_learned(method)
     config = {f.name for f in fields(MergeConfig)} if learned else {*OF_BASE, *(OF_SEARCH if searches else ())}
     kinds = set(settings_of(method)) - (set() if learned or searches else set(OF_SEARCH))
-    if strange := [key for key in settings if key not in kinds]:
-        raise NSCError(f"method {method} has no setting {strange[0]}; it has {', '.join(sorted(kinds))}")
+    _require_known(method, settings, kinds)
     ours = {key: value for key, value in settings.items() if key in config}
     if name is None:
         return None, ours
@@ -163,7 +228,15 @@ def read_settings(
 
 
 def write_settings(recipe: Recipe | None, config: MergeConfig) -> dict[str, Any]:
-    """The inverse of ``read_settings``: plain values, ready for YAML."""
+    """Write all settings of a merge as plain values, ready for YAML; the inverse of ``read_settings``.
+
+    Args:
+        recipe: the recipe, if any.
+        config: the settings of MergeConfig.
+
+    Returns:
+        Setting -> value; of MergeConfig only what the method takes.
+    """
     of_config = config.to_dict()
     if recipe is None:
         return of_config
@@ -173,11 +246,25 @@ def write_settings(recipe: Recipe | None, config: MergeConfig) -> dict[str, Any]
 
 
 def with_scale(recipe: Recipe, scale: float) -> Recipe:
-    """The same at another scale."""
+    """Change the scale of a recipe.
+
+    Args:
+        recipe: the recipe.
+        scale: lambda.
+
+    Returns:
+        Another recipe.
+    """
     return replace(recipe, scale=scale)
 
 
+def _require_known(method: str, settings: Mapping[str, Any], known: Collection[str]) -> None:
+    if strange := [key for key in settings if key not in known]:
+        raise NSCError(f"method {method} has no setting {strange[0]}; it has {', '.join(sorted(known))}")
+
+
 def _split(method: str) -> tuple[str, str]:
+    """Return the space and the key of METHODS that a name means."""
     space, dash, rest = method.partition("-")
     space, name = (space, rest) if dash and space in SPACES and space != "full" else ("full", method)
     if name not in METHODS or space not in METHODS[name].spaces:

@@ -1,6 +1,6 @@
-"""What a merge adds to the base, whatever made it: the weighted sum by coefficients, or another method's combination.
+"""What a merge adds to the base, whatever made it: the weighted sum by coefficients, or a recipe's combination.
 
-Export, proof and report know nothing else of a merge: its layers, and the update of each, made when it is asked for.
+Export, proof and report know nothing else of a merge than its layers and the update of each, made when asked for.
 """
 
 from __future__ import annotations
@@ -16,67 +16,118 @@ from nsc.methods import LowRank
 
 
 class Merged(Protocol):
-    """The updates of a merge, by layer."""
+    """The updates of a merge, layer by layer."""
 
     @property
     def names(self) -> list[str]:
-        """Of all layers that are merged, in the base's own order."""
+        """The layers that are merged, in the base's order."""
 
     @property
     def whole(self) -> list[str]:
-        """Those among them that adapters fine-tuned whole."""
+        """Those that adapters fine-tuned whole."""
 
     def update(self, name: str) -> LowRank | Tensor:
-        """What is added to a layer's weight, with every scale in it: factors, or dense (m, d)."""
+        """Return what is added to a layer's weight.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            Factors, or dense (m, d), with every scale in it.
+        """
 
     def bias_update(self, name: str) -> Tensor | None:
-        """(m,): what is added to its bias; None where there is nothing."""
+        """Return what is added to a layer's bias.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            (m,), or None where nothing is added.
+        """
 
     def in_model(self) -> tuple[Stack, Tensor]:
-        """All of it as ``merged_layers`` runs it in a model: a stack and its coefficients."""
+        """Return the whole merge as ``merged_layers`` runs it in a model.
+
+        Returns:
+            A stack and its coefficients.
+        """
 
 
 class WeightedSum:
-    """sum_k lam_k s_k B_k A_k in every layer. coefficients: (M, K), or of rank rows, as ``Stack.owned`` has them."""
+    """The merge sum_k lam_k s_k B_k A_k in every layer; it implements ``Merged``.
+
+    Args:
+        stack: the adapters.
+        coefficients: lam (M, K), or one for each rank row, in the shape of ``Stack.owned``.
+
+    Attributes:
+        names: the layers that are merged, in the base's order.
+        whole: those that adapters fine-tuned whole.
+    """
 
     def __init__(self, stack: Stack, coefficients: Tensor) -> None:
         self.stack, self.coefficients = stack, coefficients
-        self.rows = dict(zip(stack.names, coefficients, strict=True))
-
-    @property
-    def names(self) -> list[str]:
-        """Of the stack."""
-        return self.stack.names
-
-    @property
-    def whole(self) -> list[str]:
-        """Of the stack."""
-        return list(self.stack.dense)
+        self.names, self.whole = stack.names, list(stack.dense)
+        self.rows = dict(zip(self.names, coefficients, strict=True))
 
     def update(self, name: str) -> LowRank | Tensor:
-        """``[lam_k s_k B_k] [A_k]``, or the sum of the differences of a layer fine-tuned whole; float64."""
+        """Add up one layer.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            The factors ``[lam_k s_k B_k] [A_k]``, or the dense sum of a layer fine-tuned whole; float64.
+        """
         layer, row = self.stack.layer(name), self.rows[name]
         if isinstance(layer, DenseStack):
             return layer.delta(row)
         return LowRank(layer.B.double() * layer.column_weights(row), layer.A.double())
 
     def bias_update(self, name: str) -> Tensor | None:
-        """Of a layer fine-tuned whole."""
+        """Add up the bias of a layer fine-tuned whole.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            (m,) float64; None for a layer of LoRA factors or without bias.
+        """
         layer = self.stack.layer(name)
         return layer.bias_delta(self.rows[name]) if isinstance(layer, DenseStack) else None
 
     def in_model(self) -> tuple[Stack, Tensor]:
-        """The adapters themselves, and the coefficients."""
+        """Return the adapters themselves, and the coefficients.
+
+        Returns:
+            ``stack`` and ``coefficients``.
+        """
         return self.stack, self.coefficients
 
 
 def dense(update: LowRank | Tensor) -> Tensor:
-    """(m, d) float64 on the CPU."""
+    """Return an update as a dense matrix.
+
+    Args:
+        update: factors, or (m, d).
+
+    Returns:
+        (m, d) float64 on the CPU.
+    """
     return (update.B @ update.A if isinstance(update, LowRank) else update.double()).cpu()
 
 
 def parameter_update(merged: Merged, parameter: str) -> Tensor | None:
-    """(m, d) or (m,) float64 on the CPU for a layer's weight or bias, None where the merge leaves it alone."""
+    """Return what a merge adds to one parameter of the base.
+
+    Args:
+        merged: the merge.
+        parameter: LAYER.weight or LAYER.bias, of a layer that is merged.
+
+    Returns:
+        (m, d) or (m,) float64 on the CPU; None for a bias that the merge leaves alone.
+    """
     name, _, kind = parameter.rpartition(".")
     if kind == "weight":
         return dense(merged.update(name))
@@ -85,14 +136,29 @@ def parameter_update(merged: Merged, parameter: str) -> Tensor | None:
 
 
 def whole_updates(merged: Merged) -> dict[str, Tensor]:
-    """Parameter that adapters fine-tuned whole -> what the merge adds to it, float64 on the CPU."""
+    """Return what a merge adds to the layers that adapters fine-tuned whole.
+
+    Args:
+        merged: the merge.
+
+    Returns:
+        LAYER.weight or LAYER.bias -> what is added, float64 on the CPU.
+    """
     parameters = [f"{name}.{kind}" for name in merged.whole for kind in ("weight", "bias")]
-    found = {name: parameter_update(merged, name) for name in parameters}
-    return {name: update for name, update in found.items() if update is not None}
+    updates = {name: parameter_update(merged, name) for name in parameters}
+    return {name: update for name, update in updates.items() if update is not None}
 
 
 def as_stack(updates: Mapping[str, LowRank | Tensor], biases: Mapping[str, Tensor] | None = None) -> Stack:
-    """Updates as one adapter of scale 1, to run them in a model: factors, or dense (m, d) with biases (m,)."""
+    """Put updates into one adapter of scale 1, to run them in a model.
+
+    Args:
+        updates: layer -> factors, or dense (m, d).
+        biases: layer -> (m,), of layers whose update is dense.
+
+    Returns:
+        The stack of that adapter, whose one task is "merged".
+    """
     modules, whole, biases = {}, {}, biases or {}
     for name, update in updates.items():
         if isinstance(update, LowRank):
@@ -104,7 +170,14 @@ def as_stack(updates: Mapping[str, LowRank | Tensor], biases: Mapping[str, Tenso
 
 
 def run_as_one(merged: Merged) -> tuple[Stack, Tensor]:
-    """All updates in memory as one adapter with the coefficient 1."""
+    """Make all updates of a merge, as one adapter.
+
+    Args:
+        merged: the merge.
+
+    Returns:
+        The stack of that adapter, and its coefficients (M, 1), which are 1.
+    """
     biases = {name: update for name in merged.whole if (update := merged.bias_update(name)) is not None}
     stack = as_stack({name: merged.update(name) for name in merged.names}, biases)
     return stack, torch.ones(len(stack.names), 1)

@@ -14,7 +14,7 @@ from nsc.methods.dare import DareSettings, keep_mask
 from nsc.methods.emr import emr_tasks
 from nsc.methods.fr import FrSettings, band
 from nsc.recipes.spec import read_recipe
-from tests.entries import METHODS_HERE, both, every, noise, place_of, run
+from tests.entries import METHODS_HERE, both, every, layer_info, noise, run
 
 
 @every
@@ -22,9 +22,9 @@ from tests.entries import METHODS_HERE, both, every, noise, place_of, run
 def test_the_order_of_tasks_does_not_matter(name, dtype):
     method, settings = METHODS_HERE[name]
     X, order = noise(4, 13, 9, dtype=dtype), [2, 0, 3, 1]
-    place = place_of(4, [1.0, 0.5, 2.0, -0.7])
-    turned = place._replace(tasks=tuple(place.tasks[k] for k in order), weights=place.weights[order])
-    torch.testing.assert_close(run(method, X[order], turned, **settings), run(method, X, place, **settings))
+    layer = layer_info(4, [1.0, 0.5, 2.0, -0.7])
+    turned = layer._replace(tasks=tuple(layer.tasks[k] for k in order), weights=layer.weights[order])
+    torch.testing.assert_close(run(method, X[order], turned, **settings), run(method, X, layer, **settings))
 
 
 @every
@@ -47,17 +47,17 @@ def test_one_task_is_itself(name, dtype):
 
 @pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
 def test_dare_by_its_formula(rescale):
-    X, place = noise(3, 30, 20), place_of(3, [1.0, 0.5, -2.0])
-    keep = torch.stack([keep_mask(DareSettings(drop=0.7), "layer", task, (30, 20)) for task in place.tasks])
+    X, layer = noise(3, 30, 20), layer_info(3, [1.0, 0.5, -2.0])
+    keep = torch.stack([keep_mask(DareSettings(drop=0.7), "layer", task, (30, 20)) for task in layer.tasks])
     assert (keep.double().mean((1, 2)) - 0.3).abs().max() < 5 * (0.3 * 0.7 / 600) ** 0.5
     assert (keep[0] ^ keep[1]).any()
     kept = X * keep
     factor = {"inverse": 1 / 0.3, "l1": X.abs().sum((1, 2)) / kept.abs().sum((1, 2)), "none": 1.0}[rescale]
-    expected = (kept * (factor * place.weights)[:, None, None]).sum(0)
-    torch.testing.assert_close(run("dare", X, place, drop=0.7, rescale=rescale), expected)
-    given = place._replace(keep=~keep)
+    expected = (kept * (factor * layer.weights)[:, None, None]).sum(0)
+    torch.testing.assert_close(run("dare", X, layer, drop=0.7, rescale=rescale), expected)
+    given = layer._replace(keep=~keep)
     torch.testing.assert_close(
-        run("dare", X, given, drop=0.3, rescale="none"), (X * ~keep * place.weights[:, None, None]).sum(0)
+        run("dare", X, given, drop=0.3, rescale="none"), (X * ~keep * layer.weights[:, None, None]).sum(0)
     )
 
 
@@ -66,17 +66,18 @@ def test_masks_depend_on_seed_layer_and_task_alone():
     one = keep_mask(DareSettings(), "layer", "a", **shapes)
     assert torch.equal(one, keep_mask(DareSettings(), "layer", "a", **shapes))
     others = [
-        keep_mask(DareSettings(seed=1), "layer", "a", **shapes), keep_mask(DareSettings(), "other", "a", **shapes),
+        keep_mask(DareSettings(seed=1), "layer", "a", **shapes),
+        keep_mask(DareSettings(), "other", "a", **shapes),
         keep_mask(DareSettings(), "layer", "b", **shapes),
-    ]  # fmt: skip
+    ]
     assert not any(torch.equal(one, other) for other in others)
     state = torch.get_rng_state()
     keep_mask(DareSettings(), "layer", "a", **shapes)
     assert torch.equal(state, torch.get_rng_state())
     three, two = noise(3, 8, 8), [0.0, 1.0, 1.0]
     torch.testing.assert_close(
-        run("dare", three, place_of(3, two)),
-        run("dare", three[1:], place_of(3)._replace(tasks=("b", "c"), weights=torch.ones(2))),
+        run("dare", three, layer_info(3, two)),
+        run("dare", three[1:], layer_info(3)._replace(tasks=("b", "c"), weights=torch.ones(2))),
     )
 
 
@@ -109,24 +110,24 @@ def test_absent_adapters_and_empty_rows(name):
     method, settings = METHODS_HERE[name]
     X = noise(3, 8, 6)
     X[1], X[:, 3] = 0, 0
-    found = run(method, X, **settings)
-    assert found.isfinite().all() and (name.startswith("fr") or not found[3].any())
+    merged = run(method, X, **settings)
+    assert merged.isfinite().all() and (name.startswith("fr") or not merged[3].any())
     assert run(method, torch.zeros(3, 8, 6), **settings).eq(0).all()
 
 
 def test_emr_recovers_tasks_that_agree_and_survives_those_without_update():
     base = noise(1, 7, 5).abs()
     X = torch.cat([base, 3 * base, torch.zeros_like(base)])
-    layers = [(place_of(3, name=n), X if n == "p" else 2 * X) for n in "pq"]
-    found = dict(emr_tasks(lambda: iter(layers)))
-    for place, updates in layers:
-        torch.testing.assert_close(found[place.name], updates)
+    layers = [(layer_info(3, name=n), X if n == "p" else 2 * X) for n in "pq"]
+    of_tasks = dict(emr_tasks(lambda: iter(layers)))
+    for layer, updates in layers:
+        torch.testing.assert_close(of_tasks[layer.name], updates)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 8), (8, 9), (7, 15), (24, 40), (2, 3), (1, 6)])
 @pytest.mark.parametrize("settings", [dict(), dict(ratio=0.3), dict(align=True), dict(side="max", ratio=0.6)], ids=str)
 def test_fr_is_the_filter_of_its_code(shape, settings):
-    X, place = noise(3, *shape), place_of(3, [1.0, 0.5, 2.0])
+    X, layer = noise(3, *shape), layer_info(3, [1.0, 0.5, 2.0])
     H, W = shape
     side = (max if settings.get("side") == "max" else min)(shape)
     low, high = side // 10, settings.get("ratio", 0.7) * side
@@ -136,7 +137,7 @@ def test_fr_is_the_filter_of_its_code(shape, settings):
     if settings.get("align"):
         means = parts.abs().mean((1, 2))
         parts = parts * (means.max() / means)[:, None, None]
-    torch.testing.assert_close(run("fr", X, place, **settings), (parts * place.weights[:, None, None]).sum(0))
+    torch.testing.assert_close(run("fr", X, layer, **settings), (parts * layer.weights[:, None, None]).sum(0))
 
 
 def test_what_fr_removes():
@@ -149,19 +150,19 @@ def test_what_fr_removes():
 
 
 REFUSED = {
-    "density is a fraction above 0": ("ties", dict(density=20)),
-    "percent is not taken": ("dare", dict(drop=90)),
+    "density must be a fraction above 0 and at most 1, not 20.0": ("ties", dict(density=20)),
+    "drop must be .*, not 90.0; percent is not taken: give 0.2 for 20 %": ("dare", dict(drop=90)),
     "density": ("ties", dict(density=0.0)),
-    "drop is a fraction at least 0 and below 1": ("dare-ties", dict(drop=1.0)),
-    "preset must be default": ("ties", dict(preset="Ties")),
-    "scope must be matrix or model": ("ties", dict(scope="layer")),
-    "elect must be mass, count or none": ("ties", dict(elect="sign")),
-    "agg must be mean, sum or max": ("ties", dict(agg="median")),
+    "drop must be a fraction at least 0 and below 1": ("dare-ties", dict(drop=1.0)),
+    "preset must be one of default": ("ties", dict(preset="Ties")),
+    "scope must be one of matrix, model, not layer": ("ties", dict(scope="layer")),
+    "elect must be one of mass, count, none, not sign": ("ties", dict(elect="sign")),
+    "agg must be one of mean, sum, max, not median": ("ties", dict(agg="median")),
     "no sign for agg max": ("ties", dict(elect="none", agg="max")),
-    "rescale must be inverse, l1 or none": ("dare", dict(rescale="l2")),
+    "rescale must be one of inverse, l1, none, not l2": ("dare", dict(rescale="l2")),
     "dropping replaces trimming": ("dare-ties", dict(preset="peft", density=0.2)),
-    "ratio is a fraction": ("fr", dict(ratio=0)),
-    "side must be min or max": ("fr", dict(side="mean")),
+    "ratio must be a fraction above 0 and at most 1": ("fr", dict(ratio=0)),
+    "side must be one of min, max, not mean": ("fr", dict(side="mean")),
     "has no setting floors": ("ties", dict(floors=[1.0])),
     "has no setting density": ("emr", dict(density=0.2)),
 }
@@ -177,7 +178,7 @@ def test_refusals(words):
 def test_a_mask_of_another_shape_is_refused():
     keep = torch.ones(3, 4, 5, dtype=torch.bool)
     with pytest.raises(NSCError, match=r"mask of layer must have shape \(3, 5, 4\), not \(3, 4, 5\)"):
-        run("dare", noise(3, 5, 4), place_of(3, keep=keep))
+        run("dare", noise(3, 5, 4), layer_info(3, keep=keep))
 
 
 @every

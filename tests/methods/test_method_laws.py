@@ -31,32 +31,43 @@ SCALES = (2.0, 4.0, 1.0)
 WEIGHTS = {"a": 0.7, "b": 1.3, "c": 1.0}
 
 # Method -> settings with which it changes nothing that it need not.
-NEUTRAL = {"ties": {"density": 1.0}, "dare": {"drop": 0.0}, "dare-ties": {"drop": 0.0},
-           "robustmerge": {"density": 1.0, "fuse": 1.0}}  # fmt: skip
+NEUTRAL = {
+    "ties": {"density": 1.0},
+    "dare": {"drop": 0.0},
+    "dare-ties": {"drop": 0.0},
+    "robustmerge": {"density": 1.0, "fuse": 1.0},
+}
 
 BASIS = "the bases are singular vectors of the stacked factors, and entries in another basis are other entries"
 OTHER_FACTORS = {
-    "core-ties": BASIS, "core-dare": BASIS, "core-dare-ties": BASIS,
+    "core-ties": BASIS,
+    "core-dare": BASIS,
+    "core-dare-ties": BASIS,
     "linear": "cross terms B_i A_j",
     "lego": "units of A and B side by side are averaged and measured",
     "robustmerge": "factors of different tasks are added",
-}  # fmt: skip
+}
 JOINT = {"lego": "the largest entry of a unit is looked for in A and B together"}
 CHANGES_ONE = {
-    "iso-c": "all singular values become their mean", "iso-cts": "all singular values become their mean",
+    "iso-c": "all singular values become their mean",
+    "iso-cts": "all singular values become their mean",
     ISOTROPIZED: "all singular values become their mean",
     "fr": "frequencies are taken out, and those on the inner ring count twice",
-}  # fmt: skip
+}
 NOT_FOLDED = {"linear": "half of each scale is in either factor, so that cross terms have the mean of two"}
 ROOM = "refused: the core has room for an adapter without effect, so it is singular"
 NO_ZEROS = {
-    "core-ties": BASIS, "core-dare": BASIS, "core-dare-ties": BASIS,
+    "core-ties": BASIS,
+    "core-dare": BASIS,
+    "core-dare-ties": BASIS,
     "core-cart": "ranks are fractions of the core's size, to which an adapter without effect adds its own",
-    "iso-c": ROOM, "iso-cts": ROOM, ISOTROPIZED: ROOM,
+    "iso-c": ROOM,
+    "iso-cts": ROOM,
+    ISOTROPIZED: ROOM,
     "linear": "adapters without the layer are left out, and one without effect has cross terms",
     "lego": "adapters without the layer are left out, and one without effect has units",
     "robustmerge": "adapters without the layer are left out, and one without effect is averaged over",
-}  # fmt: skip
+}
 LEFT_OUT = ("linear", "lego", "robustmerge")
 
 everyone = pytest.mark.parametrize("name", NAMES)
@@ -84,27 +95,33 @@ def layers(
 
     return {
         layer: Updates(
-            layer, tuple(tasks), tuple(normal(layer, t, 0, rank, d) for t in tasks),
-            tuple(normal(layer, t, 1, m, rank) for t in tasks), tuple(scales), (1.0,) * len(tasks),
+            layer,
+            tuple(tasks),
+            tuple(normal(layer, t, 0, rank, d) for t in tasks),
+            tuple(normal(layer, t, 1, m, rank) for t in tasks),
+            tuple(scales),
+            (1.0,) * len(tasks),
         )
         for layer, (m, d) in shapes.items()
-    }  # fmt: skip
+    }
 
 
-def merge(found: dict[str, Updates] | Stack, name: str, coefficients: Tensor | None = None, **settings) -> list[Tensor]:
+def merge(
+    adapters: dict[str, Updates] | Stack, name: str, coefficients: Tensor | None = None, **settings
+) -> list[Tensor]:
     """The merged update of every layer, dense, float64."""
-    stack = found if isinstance(found, Stack) else stack_of(found)
+    stack = adapters if isinstance(adapters, Stack) else stack_of(adapters)
     combination = Combination(stack, recipe(name, **settings), coefficients)
     return [dense(combination.update(layer)).double() for layer in combination.names]
 
 
-def same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> bool:
-    pairs = zip(found, expected, strict=True)
+def same(merged: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> bool:
+    pairs = zip(merged, expected, strict=True)
     return all((f - e).abs().max() <= tolerance * e.abs().max() for f, e in pairs)
 
 
-def each(found: dict[str, Updates], change: Callable[[Updates], Updates]) -> dict[str, Updates]:
-    return {layer: change(updates) for layer, updates in found.items()}
+def each(adapters: dict[str, Updates], change: Callable[[Updates], Updates]) -> dict[str, Updates]:
+    return {layer: change(updates) for layer, updates in adapters.items()}
 
 
 def refactored(factors: tuple[float, ...]) -> Callable[[Updates], Updates]:
@@ -112,9 +129,10 @@ def refactored(factors: tuple[float, ...]) -> Callable[[Updates], Updates]:
 
     def change(u: Updates) -> Updates:
         return replace(
-            u, A=tuple(a * c for a, c in zip(u.A, factors, strict=True)),
+            u,
+            A=tuple(a * c for a, c in zip(u.A, factors, strict=True)),
             B=tuple(b / c for b, c in zip(u.B, factors, strict=True)),
-        )  # fmt: skip
+        )
 
     return change
 
@@ -137,8 +155,8 @@ def test_a_against_b(name):
 def test_one_task_is_itself(name):
     alone = layers(TASKS[:1], SCALES[:1])
     own = [u.scales[0] * u.B[0] @ u.A[0] for u in alone.values()]
-    found = merge(alone, name, **NEUTRAL.get(method_of(name), {}))
-    assert same(found, own) == (name not in CHANGES_ONE)
+    merged = merge(alone, name, **NEUTRAL.get(method_of(name), {}))
+    assert same(merged, own) == (name not in CHANGES_ONE)
 
 
 @everyone
@@ -157,17 +175,21 @@ def test_half_of_a_scale_is_in_either_factor_of_linear():
     if "linear" not in names():
         pytest.skip("not here yet")
     roots = [s**0.5 for s in SCALES]
-    halves = each(layers(scales=(1.0,) * 3), lambda u: replace(
-        u, A=tuple(r * a for r, a in zip(roots, u.A, strict=True)),
-        B=tuple(r * b for r, b in zip(roots, u.B, strict=True)),
-    ))  # fmt: skip
+    halves = each(
+        layers(scales=(1.0,) * 3),
+        lambda u: replace(
+            u,
+            A=tuple(r * a for r, a in zip(roots, u.A, strict=True)),
+            B=tuple(r * b for r, b in zip(roots, u.B, strict=True)),
+        ),
+    )
     assert same(merge(halves, "linear"), merge(layers(), "linear"))
 
 
 @everyone
 def test_a_common_weight_is_a_scale(name):
-    found = merge(layers(), name, weights=dict.fromkeys(TASKS, 0.4))
-    assert same(found, merge(layers(), name, scale=0.4)) == (name not in JOINT)
+    weighted = merge(layers(), name, weights=dict.fromkeys(TASKS, 0.4))
+    assert same(weighted, merge(layers(), name, scale=0.4)) == (name not in JOINT)
 
 
 @everyone
@@ -191,8 +213,8 @@ def test_dtypes(name, dtype):
 
 def parts(combination: Combination) -> list[Tensor]:
     """Factors, or the dense matrix, of every layer."""
-    found = [combination.update(layer) for layer in combination.names]
-    return [part for update in found for part in (update if isinstance(update, LowRank) else (update,))]
+    updates = [combination.update(layer) for layer in combination.names]
+    return [part for update in updates for part in (update if isinstance(update, LowRank) else (update,))]
 
 
 @everyone
@@ -205,14 +227,14 @@ def test_an_adapter_absent_from_a_layer(name):
     absent = replace(
         first, A=(*A, first.A[2][:0]), B=(*B, first.B[2][:, :0]), scales=(*SCALES[:2], 0.0)
     )  # as a stack has it
-    found = merge({**there, "first": absent}, name)
-    assert all(D.isfinite().all() for D in found)
+    merged = merge({**there, "first": absent}, name)
+    assert all(D.isfinite().all() for D in merged)
     refused = pytest.raises(NSCError, match="singular") if NO_ZEROS.get(name) == ROOM else nullcontext()
     with refused:
-        assert same(found, merge({**there, "first": zeros}, name)) == (name not in NO_ZEROS)
+        assert same(merged, merge({**there, "first": zeros}, name)) == (name not in NO_ZEROS)
     if name in LEFT_OUT:
         two = layers(TASKS[:2], SCALES[:2])
-        assert same(found[:1], merge(two, name)[:1])
+        assert same(merged[:1], merge(two, name)[:1])
 
 
 @everyone

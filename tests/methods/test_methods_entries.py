@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nsc.errors import NSCError
-from nsc.methods import Place
+from nsc.methods import LayerInfo
 from nsc.methods.emr import emr_rescalers, emr_tasks
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import read_recipe
@@ -17,13 +17,13 @@ SIZE = sum(m * d for m, d in SHAPES.values())
 
 def masks(case: dict) -> dict[str, Tensor]:
     """layer -> (K, p, q) bool, kept, whatever way the case recorded what was drawn."""
-    found: dict[str, list] = {}
+    drawn: dict[str, list] = {}
     for key in sorted(case.get("extra_keys", [])):
         kind, _, rest = key.split("/extra/")[1].partition("/")
         layer = rest.partition("/")[0]
         if kind in ("keep", "drop", "bernoulli"):
-            found.setdefault(layer, []).append(array(key).bool() ^ (kind == "drop"))
-    whole = {layer: parts[0] if len(parts) == 1 else torch.stack(parts) for layer, parts in found.items()}
+            drawn.setdefault(layer, []).append(array(key).bool() ^ (kind == "drop"))
+    whole = {layer: parts[0] if len(parts) == 1 else torch.stack(parts) for layer, parts in drawn.items()}
     return {
         layer: mask.view(len(mask), -1, SHAPES[layer][1]) if mask.dim() == 2 else mask for layer, mask in whole.items()
     }
@@ -125,9 +125,16 @@ def frequencies(case: dict, hyper: dict) -> tuple[str, dict]:
 
 
 TRANSLATORS = {
-    "ties_": original, "core_": knots, "knots_": knots, "mergelm_": mergelm, "nsc_": nsc, "peftfn_": peft,
-    "mk_": mergekit, "fr_": frequencies, "emr_": lambda case, hyper: ("emr", {}),
-}  # fmt: skip
+    "ties_": original,
+    "core_": knots,
+    "knots_": knots,
+    "mergelm_": mergelm,
+    "nsc_": nsc,
+    "peftfn_": peft,
+    "mk_": mergekit,
+    "fr_": frequencies,
+    "emr_": lambda case, hyper: ("emr", {}),
+}
 
 
 def mine(case: dict) -> bool:
@@ -138,9 +145,23 @@ def mine(case: dict) -> bool:
 
 
 CASES = cases(
-    "ties_", "core_full_ties", "core_full_dare", "core_core_ties", "core_core_dare", "knots_", "mergelm_", "nsc_ties",
-    "nsc_dareties", "peftfn_ties", "peftfn_dare", "peftfn_magnitude", "mk_ties", "mk_dare", "emr_", "fr_",
-)  # fmt: skip
+    "ties_",
+    "core_full_ties",
+    "core_full_dare",
+    "core_core_ties",
+    "core_core_dare",
+    "knots_",
+    "mergelm_",
+    "nsc_ties",
+    "nsc_dareties",
+    "peftfn_ties",
+    "peftfn_dare",
+    "peftfn_magnitude",
+    "mk_ties",
+    "mk_dare",
+    "emr_",
+    "fr_",
+)
 CASES = [case for case in CASES if mine(case)]
 
 
@@ -148,15 +169,15 @@ CASES = [case for case in CASES if mine(case)]
 def test_golden(case):
     prefix = case["case"].partition("_")[0] + "_"
     method, settings = TRANSLATORS[prefix](case, case["hyper"])
-    found = combination(case, method, masks(case), **settings)
+    merge = combination(case, method, masks(case), **settings)
     if case["case"].startswith("emr_task"):
-        require_task(case, found, int(case["case"][len("emr_task") :]))
+        require_task(case, merge, int(case["case"][len("emr_task") :]))
     else:
-        require_golden(case, found)
+        require_golden(case, merge)
 
 
-def require_task(case: dict, found: Combination, k: int) -> None:
-    for layer, updates in emr_tasks(found.matrices):
+def require_task(case: dict, merge: Combination, k: int) -> None:
+    for layer, updates in emr_tasks(merge.matrices):
         expected = array(f"{case['id']}/{layer}").double()
         tolerance = case["suggested_max_abs_tol_relative_to_max"] * expected.abs().max().item()
         torch.testing.assert_close(updates[k].double(), expected, rtol=0, atol=max(tolerance, 1e-7))
@@ -164,11 +185,11 @@ def require_task(case: dict, found: Combination, k: int) -> None:
 
 @pytest.mark.parametrize("case", cases("emr_unified"), ids=lambda case: case["id"])
 def test_masks_and_rescalers_of_the_original_emr(case):
-    found = combination(case, "emr")
-    rescalers = emr_rescalers(found.matrices)
+    merge = combination(case, "emr")
+    rescalers = emr_rescalers(merge.matrices)
     torch.testing.assert_close(rescalers.float(), array(f"{case['id']}/extra/rescalers"), rtol=1e-6, atol=0)
-    for layer, updates in emr_tasks(found.matrices):
-        tau = dense(found.update(layer))
+    for layer, updates in emr_tasks(merge.matrices):
+        tau = dense(merge.update(layer))
         for k, update in enumerate(updates):
             agree = array(f"{case['id']}/extra/mask/{layer}/task{k}").bool()
             torch.testing.assert_close(update, rescalers[k].to(tau) * torch.where(agree, tau, 0))
@@ -177,7 +198,7 @@ def test_masks_and_rescalers_of_the_original_emr(case):
 
 
 def test_emr_of_a_task_that_there_is_not_is_refused():
-    with pytest.raises(NSCError, match="emr is to be of task other, but there are task0, task1, task2"):
+    with pytest.raises(NSCError, match="the task of emr must be one of task0, task1, task2, not other"):
         combination(cases("emr_unified")[0], "emr", task="other").update("L0")
 
 
@@ -206,7 +227,7 @@ def test_knots_of_nsc_given_its_svd(case):
         kept = case["hyper"]["svd_tol"] < S
         X = torch.stack((S[kept, None] * Vh[kept]).split(SHAPES[layer][1], 1)).float()
         tasks = tuple(f"task{k}" for k in range(len(X)))
-        place = Place(layer, tasks, torch.ones(len(X)), min(X.shape[1:]), "knots", masks(case).get(layer))
-        found = U[:, kept].float() @ recipe.method.on_matrices(X, recipe.settings, place) * recipe.scale
+        info = LayerInfo(layer, tasks, torch.ones(len(X)), min(X.shape[1:]), "knots", masks(case).get(layer))
+        merged = U[:, kept].float() @ recipe.method.on_matrices(X, recipe.settings, info) * recipe.scale
         expected = array(f"{case['id']}/{layer}")
-        torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(merged, expected.float(), rtol=0, atol=1e-5 * expected.abs().max().item())

@@ -61,9 +61,9 @@ def test_goldens(case):
     require_golden(case, Combination(stack, read_recipe(method, **settings)))
 
 
-def of(place: str, layer: str, dtype: str = "f64") -> Updates:
+def of(input_set: str, layer: str, dtype: str = "f64") -> Updates:
     """The inputs of a set of goldens."""
-    return updates({"input_set": place, "run_dtype": dtype}, layer)
+    return updates({"input_set": input_set, "run_dtype": dtype}, layer)
 
 
 def run(given: Updates, method: str, **settings: Any) -> Tensor:
@@ -83,9 +83,13 @@ def with_absent(given: Updates, d: int, m: int) -> Updates:
     """With a fourth task that does not touch the layer."""
     empty = torch.empty(0, d, dtype=torch.float64), torch.empty(m, 0, dtype=torch.float64)
     return Updates(
-        given.name, (*given.tasks, "none"), (*given.A, empty[0]), (*given.B, empty[1]), (*given.scales, 0.0),
+        given.name,
+        (*given.tasks, "none"),
+        (*given.A, empty[0]),
+        (*given.B, empty[1]),
+        (*given.scales, 0.0),
         (*given.weights, 1.0),
-    )  # fmt: skip
+    )
 
 
 FACTORS = ["task-arithmetic", "linear", "lego", "robustmerge"]
@@ -93,9 +97,9 @@ SCALED = dict(scales=(2.0, 0.5, 3.0), weights=(0.7, -0.4, 1.1))
 
 
 @pytest.mark.parametrize("method", FACTORS)
-@pytest.mark.parametrize("place", ["homog", "wide", "int", "pair"])
-def test_the_order_of_tasks_does_not_matter(method, place):
-    given = of(place, "L0")
+@pytest.mark.parametrize("input_set", ["homog", "wide", "int", "pair"])
+def test_the_order_of_tasks_does_not_matter(method, input_set):
+    given = of(input_set, "L0")
     K = len(given.tasks)
     given = replace(given, scales=SCALED["scales"][:K], weights=SCALED["weights"][:K])
     turned = reordered(given, list(range(K))[::-1])
@@ -131,8 +135,8 @@ MEAN = {"agg": "mean"}
 def test_an_absent_adapter_is_left_out_but_counts_in_a_mean(method, settings):
     given = of("homog", "L0")
     share = 3 / 4 if settings else 1
-    found = run(with_absent(given, 40, 24), method, **settings)
-    torch.testing.assert_close(found, share * run(given, method, **settings), rtol=0, atol=1e-12)
+    merged = run(with_absent(given, 40, 24), method, **settings)
+    torch.testing.assert_close(merged, share * run(given, method, **settings), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", FACTORS)
@@ -162,10 +166,10 @@ def test_linear_has_cross_terms_with_the_sign_on_one_side():
 
 
 def test_lego_with_every_unit_a_cluster_is_task_arithmetic():
-    for place in ("hetero", "int"):
-        given = replace(of(place, "L1"), scales=SCALED["scales"])
-        found = run(given, "lego", clusters=12, output_reweighting=False)
-        torch.testing.assert_close(found, run(given, "task-arithmetic"), rtol=0, atol=1e-10)
+    for input_set in ("hetero", "int"):
+        given = replace(of(input_set, "L1"), scales=SCALED["scales"])
+        merged = run(given, "lego", clusters=12, output_reweighting=False)
+        torch.testing.assert_close(merged, run(given, "task-arithmetic"), rtol=0, atol=1e-10)
 
 
 def test_lego_takes_all_units_of_unequal_ranks():
@@ -192,8 +196,8 @@ def test_robustmerge_stays_finite_where_trimming_empties_a_row():
     given = of("wide", "L2")
     left = trim(torch.stack(given.A), 0.2).abs().sum(2)
     assert (left == 0).any() and all(trim(torch.stack(of("wide", n).A), 0.2).any(2).all() for n in ("L0", "L1"))
-    found = run(given, "robustmerge")
-    assert found.isfinite().all() and found.abs().max() > 0.1
+    merged = run(given, "robustmerge")
+    assert merged.isfinite().all() and merged.abs().max() > 0.1
     row = int((left == 0).any(0).nonzero()[0])
     alone = replace(given, A=tuple(a.index_fill(0, torch.tensor(row), 0) for a in given.A))
     assert run(alone, "robustmerge").isfinite().all()  # no adapter has a gain there
@@ -202,11 +206,15 @@ def test_robustmerge_stays_finite_where_trimming_empties_a_row():
 @pytest.mark.parametrize(
     ("method", "settings", "said"),
     [
-        ("linear", dict(agg="max"), "agg must be sum or mean"),
+        ("linear", dict(agg="max"), "agg must be one of sum, mean, not max"),
         ("lego", dict(clusters=0), "clusters must be 1 or more"),
         ("lego", dict(iterations=0), "iterations must be 1 or more"),
-        ("robustmerge", dict(density=20), r"density must lie in \(0, 1\].*not a percentage"),
-        ("robustmerge", dict(gain_quantile=1.0), r"gain_quantile must lie in \[0, 1\)"),
+        (
+            "robustmerge",
+            dict(density=20),
+            "density must be a fraction above 0 and at most 1, not 20.0; percent is not taken",
+        ),
+        ("robustmerge", dict(gain_quantile=1.0), "gain_quantile must be a fraction at least 0 and below 1, not 1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(method, settings, said):

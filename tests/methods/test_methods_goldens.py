@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsc.methods import METHODS, Place
+from nsc.methods import METHODS, LayerInfo
 from tests.merging_goldens import LAYERS, array, manifest
 
 # Cases that cannot be compared as they are, and why.
@@ -54,12 +54,12 @@ def test_knots_by_the_signs_of_the_recorded_svd(case, layer):
     K = Vh.shape[1] // expected.shape[1]
     method = METHODS["ties"]
     settings = method.settings(preset="nsc", density=hyper["topK"], agg=hyper["merging_type"])
-    place = Place(layer, tuple("abc"[:K]), torch.ones(K, dtype=torch.float64), int(kept.sum()), "knots")
+    info = LayerInfo(layer, tuple("abc"[:K]), torch.ones(K, dtype=torch.float64), int(kept.sum()), "knots")
 
     def merged(signs: torch.Tensor) -> torch.Tensor:
         parts = (signs * S[kept])[:, None] * Vh[kept]
         X = parts.float().reshape(len(signs), K, -1).transpose(0, 1)
-        return (U[:, kept] * signs) @ method.on_matrices(X, settings, place).double()
+        return (U[:, kept] * signs) @ method.on_matrices(X, settings, info).double()
 
     ones = torch.ones(int(kept.sum()), dtype=torch.float64)
     tolerance = case["suggested_max_abs_tol_relative_to_max"] * expected.abs().max().item()

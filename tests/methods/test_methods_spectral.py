@@ -15,9 +15,16 @@ from tests.recipes.test_spaces import SHAPES, factors, merged, random_vera, requ
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 RECIPES = {
-    "tsv": {}, "core-tsv": {}, "cart": {}, "core-cart": {}, "iso-c": {}, "iso-cts": {}, "svd": {"rank": 5},
-    "core-task-arithmetic": {"isotropize": True}, "knots-task-arithmetic": {},
-}  # fmt: skip
+    "tsv": {},
+    "core-tsv": {},
+    "cart": {},
+    "core-cart": {},
+    "iso-c": {},
+    "iso-cts": {},
+    "svd": {"rank": 5},
+    "core-task-arithmetic": {"isotropize": True},
+    "knots-task-arithmetic": {},
+}
 every = pytest.mark.parametrize("method, settings", RECIPES.items(), ids=RECIPES)
 
 
@@ -71,15 +78,15 @@ def reordered(updates: Updates) -> Updates:
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 6), (4, 0, 3)], ids=str)
 def test_only_the_updates_count_not_how_they_are_factored_nor_their_order(method, settings, ranks):
     updates = factors((30, 24), ranks)
-    found = merged(method, updates, **settings)
-    torch.testing.assert_close(merged(method, regauged(updates), **settings), found, **EXACT)
-    torch.testing.assert_close(merged(method, reordered(updates), **settings), found, **EXACT)
+    plain = merged(method, updates, **settings)
+    torch.testing.assert_close(merged(method, regauged(updates), **settings), plain, **EXACT)
+    torch.testing.assert_close(merged(method, reordered(updates), **settings), plain, **EXACT)
 
 
 @every
 def test_signs_of_singular_vectors_are_arbitrary(method, settings, monkeypatch):
     updates = factors((30, 24), (2, 4, 6))
-    found = merged(method, updates, **settings)
+    plain = merged(method, updates, **settings)
     svd, draw, flipped = torch.linalg.svd, torch.Generator().manual_seed(0), []
 
     def other(matrix, full_matrices=True):
@@ -89,7 +96,7 @@ def test_signs_of_singular_vectors_are_arbitrary(method, settings, monkeypatch):
         return U * signs[..., None, :], S, signs[..., None] * Vh
 
     monkeypatch.setattr(torch.linalg, "svd", other)
-    torch.testing.assert_close(merged(method, updates, **settings), found, **EXACT)
+    torch.testing.assert_close(merged(method, updates, **settings), plain, **EXACT)
     assert any(flipped)
 
 
@@ -174,8 +181,8 @@ def test_cart_and_svd_are_what_dense_decompositions_give(shape, ranks):
     core = mean + 0.1 * sum(cut(D - mean, -int(-0.3 * size // 1)) for D in deltas)
     torch.testing.assert_close(merged("core-cart", updates, ratio=0.3), core, **EXACT)
     for split in ("sqrt", "B"):
-        found = merged("svd", updates, rank=3, split=split, scale=0.3)
-        torch.testing.assert_close(found, 0.3 * cut(deltas.sum(0), 3), **EXACT)
+        truncated = merged("svd", updates, rank=3, split=split, scale=0.3)
+        torch.testing.assert_close(truncated, 0.3 * cut(deltas.sum(0), 3), **EXACT)
     torch.testing.assert_close(merged("svd", updates, rank=99), total(updates), **EXACT)
 
 
@@ -183,9 +190,9 @@ def test_isotropic_merges_have_one_singular_value():
     updates = factors((30, 24), (2, 4, 6))
     S = torch.linalg.svdvals(total(updates))[:12]
     for method, settings in {"iso-c": {}, "task-arithmetic": {"isotropize": True}}.items():
-        found = torch.linalg.svd(merged(method, updates, **settings))
-        torch.testing.assert_close(found.S[:12], S.mean().expand(12), **EXACT)
-        assert found.S[12] < 1e-12
+        parts = torch.linalg.svd(merged(method, updates, **settings))
+        torch.testing.assert_close(parts.S[:12], S.mean().expand(12), **EXACT)
+        assert parts.S[12] < 1e-12
     torch.testing.assert_close(
         merged("iso-c", updates, scale=3.0),
         merged("core-task-arithmetic", updates, isotropize=True, scale=3.0),
@@ -243,7 +250,7 @@ def test_a_trimmed_core_is_not_made_isotropic():
     matrix = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     matrix[3] = 0
     with pytest.raises(NSCError, match=re.escape("singular (rank 11 of 12)")):
-        isotropize(matrix, updates.place(12))
+        isotropize(matrix, updates.layer_info(12))
     if "ties" in METHODS:
         with pytest.raises(NSCError, match="singular"):
             merged("core-ties", updates, density=0.02, isotropize=True)
@@ -265,10 +272,10 @@ def test_iso_cts_refuses_a_direction_of_a_task_among_the_common_ones():
     [
         ("cart", {"ratio": 12.0}, "ratio must be a fraction above 0 and at most 1, not 12.0; percent is not taken"),
         ("cart", {"ratio": 0.0}, "ratio must be"),
-        ("cart", {"rounding": "even"}, "rounding must be down or up, not 'even'"),
-        ("iso-cts", {"common": 80}, "common must be a fraction"),
+        ("cart", {"rounding": "even"}, "rounding must be one of down, up, not even"),
+        ("iso-cts", {"common": 80}, "common must be a fraction above 0 and at most 1, not 80"),
         ("svd", {"rank": 0}, "rank must be at least 1, not 0"),
-        ("svd", {"split": "A"}, "split must be sqrt or B, not 'A'"),
+        ("svd", {"split": "A"}, "split must be one of sqrt, B, not A"),
         ("svd", {"isotropize": True}, "it needs the core space"),
     ],
 )

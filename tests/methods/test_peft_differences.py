@@ -79,8 +79,8 @@ def as_read(folder: Path, names: Sequence[str]) -> Updates:
     return Updates("0", tuple(names), A, B, scales, (1.0,) * len(names))
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> bool:
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> bool:
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def test_the_updates_are_the_same(layer):

@@ -11,7 +11,7 @@ from nsc.methods.emr import emr_rescalers
 from nsc.methods.kth_largest import kth_largest
 from nsc.methods.ties import PRESETS
 from nsc.recipes.spec import read_recipe
-from tests.entries import both, layers_of, noise, place_of, plain_ties, presets, run, run_all
+from tests.entries import both, layer_info, layers_of, noise, plain_ties, presets, run, run_all
 
 
 @both
@@ -21,9 +21,9 @@ from tests.entries import both, layers_of, noise, place_of, plain_ties, presets,
 def test_streamed_ties_of_a_model_is_the_flattened_one(kind, density, agg, dtype):
     layers = layers_of(kind, dtype)
     flat = torch.cat([X.flatten(1) for X in layers], 1)
-    found = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=density, agg=agg)])
-    torch.testing.assert_close(found, plain_ties(flat, density, agg))
-    assert found.dtype == dtype
+    merged = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=density, agg=agg)])
+    torch.testing.assert_close(merged, plain_ties(flat, density, agg))
+    assert merged.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["noise", "integers"])
@@ -42,23 +42,31 @@ def test_a_model_of_two_dtypes_is_trimmed_exactly():
     layers = layers_of("noise", torch.float64)
     layers[1] = layers[1].float()
     flat = torch.cat([X.flatten(1) for X in layers], 1)
-    found = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=0.3)])
-    torch.testing.assert_close(found, plain_ties(flat, 0.3), rtol=1e-6, atol=0)
+    merged = torch.cat([D.flatten() for D in run_all("ties", layers, preset="original", density=0.3)])
+    torch.testing.assert_close(merged, plain_ties(flat, 0.3), rtol=1e-6, atol=0)
 
 
 @both
 @pytest.mark.parametrize("k", [0, 1, 2, 100, 1199, 1200, 1201])
 def test_kth_largest_is_that_of_a_sort(k, dtype):
-    rows = torch.stack([
-        noise(1200), noise(1200).round(), noise(1200) * (noise(1200, seed=1) > 1), torch.zeros(1200).double(),
-        torch.full((1200,), -0.3).double(), noise(1200) * 1e-42, noise(1200).exp() ** 20, 1 + noise(1200) * 1e-13,
-    ]).to(dtype)  # fmt: skip
+    rows = torch.stack(
+        [
+            noise(1200),
+            noise(1200).round(),
+            noise(1200) * (noise(1200, seed=1) > 1),
+            torch.zeros(1200).double(),
+            torch.full((1200,), -0.3).double(),
+            noise(1200) * 1e-42,
+            noise(1200).exp() ** 20,
+            1 + noise(1200) * 1e-13,
+        ]
+    ).to(dtype)
     sizes = []
-    found = kth_largest(lambda: rows.split([1, 700, 499], 1), lambda d: sizes.append(d) or k)
+    largest = kth_largest(lambda: rows.split([1, 700, 499], 1), lambda d: sizes.append(d) or k)
     expected = rows.abs().sort(1, descending=True).values
     infinite = torch.full((len(rows), 1), torch.inf, dtype=dtype)
     expected = torch.cat([infinite, expected, torch.zeros_like(infinite)], 1)[:, k]
-    assert sizes == [1200] and torch.equal(found, expected) and found.dtype == dtype
+    assert sizes == [1200] and torch.equal(largest, expected) and largest.dtype == dtype
 
 
 @pytest.mark.parametrize("method", ["ties", "dare-ties", "emr"])
@@ -72,7 +80,7 @@ def test_no_layer_is_held_while_the_next_is_made(method):
             alive.append(weakref.ref(memory))
             X = torch.from_numpy(memory)
             del memory
-            yield place_of(3, name=f"l{i}"), X
+            yield layer_info(3, name=f"l{i}"), X
             del X
 
     if method == "emr":
@@ -99,11 +107,11 @@ def test_the_preset_peft_is_peft(elect, weights, dtype):
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     X, w = noise(3, 11, 9, dtype=dtype), torch.tensor(weights, dtype=dtype)
     own = dict(preset="peft", elect={"total": "mass", "frequency": "count"}[elect])
-    place = place_of(3, weights)
+    layer = layer_info(3, weights)
     expected = merge_utils.ties(list(X), w, 0.3, elect)
-    torch.testing.assert_close(run("ties", X, place, **own, density=0.3), expected)
+    torch.testing.assert_close(run("ties", X, layer, **own, density=0.3), expected)
     expected = merge_utils.magnitude_prune(list(X), w, 0.3)
-    torch.testing.assert_close(run("ties", X, place, preset="peft", density=0.3, elect="none", agg="sum"), expected)
+    torch.testing.assert_close(run("ties", X, layer, preset="peft", density=0.3, elect="none", agg="sum"), expected)
     rescaled = merge_utils.random_pruning(torch.ones(99), 0.4, True).max() > 1  # 0.15 throws its quotient away
     torch.manual_seed(0)
     keep = torch.stack([torch.bernoulli(torch.full_like(x, 0.4)).bool() for x in X])
@@ -111,17 +119,17 @@ def test_the_preset_peft_is_peft(elect, weights, dtype):
         torch.manual_seed(0)
         expected = getattr(merge_utils, theirs)(list(X), w, 0.4, *([elect] if mine == "dare-ties" else []))
         given = dict(rescale="inverse" if rescaled else "none") | (own if mine == "dare-ties" else {})
-        torch.testing.assert_close(run(mine, X, place._replace(keep=keep), drop=0.6, **given), expected)
+        torch.testing.assert_close(run(mine, X, layer._replace(keep=keep), drop=0.6, **given), expected)
 
 
 def test_where_weights_stand():
     """mergekit divides by them, peft votes without them, the others vote with them and count heads."""
     X = torch.tensor([[[3.0]], [[-1.0]], [[1.0]]], dtype=torch.float64)
-    place = place_of(3, [0.1, 1.0, 0.5])
-    found = {preset: run("ties", X, place, preset=preset, density=1.0).item() for preset in PRESETS}
+    layer = layer_info(3, [0.1, 1.0, 0.5])
+    merged = {preset: run("ties", X, layer, preset=preset, density=1.0).item() for preset in PRESETS}
     expected = {"default": -1.0, "original": -1.0, "nsc": 0.8, "peft": 0.4, "mergekit": -1.0}
-    assert found == pytest.approx(expected)
-    assert run("ties", X[[0, 2]], place_of(2, [0.1, 0.5]), preset="mergekit", density=1.0).item() == pytest.approx(
+    assert merged == pytest.approx(expected)
+    assert run("ties", X[[0, 2]], layer_info(2, [0.1, 0.5]), preset="mergekit", density=1.0).item() == pytest.approx(
         0.8 / 0.6
     )
 

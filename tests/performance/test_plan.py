@@ -302,9 +302,9 @@ def test_other_architectures_are_refused_by_name(config, said):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (dict(hardware="TPU"), "hardware 'TPU' is unknown; give one of A100-80, H100"),
-        (dict(layers="both"), "layers 'both' is unknown; give one of auto, factors, weights"),
-        (dict(dtype="int8"), "dtype 'int8' is unknown"),
+        (dict(hardware="TPU"), "hardware must be one of A100-80, H100, H200, B200, MI300X, cpu, not TPU"),
+        (dict(layers="both"), "layers must be one of auto, factors, weights, not both"),
+        (dict(dtype="int8"), "dtype must be one of bfloat16, float16, float32, float64, not int8"),
         (dict(tasks=0), "tasks must be more than 0"),
         (dict(lora_modules=["qq"]), "lora_modules qq match no linear"),
         (dict(base="/nowhere"), "base '/nowhere' cannot be loaded"),

@@ -295,4 +295,4 @@ def test_the_command(base, adapters, texts, tmp_path):
         read["steps"] == 1 and read["over_floor"] > 0 and sum(read["parts"].values()) == pytest.approx(read["split_of"])
     )
     assert "steps must be 1 or more" in refused(run(*given, "--steps-timed", 0))
-    assert "hardware 'TPU' is unknown" in refused(run(*given, "--hardware", "TPU"))
+    assert "hardware must be one of A100-80" in refused(run(*given, "--hardware", "TPU"))

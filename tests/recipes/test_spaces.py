@@ -74,12 +74,12 @@ def inputs(case: dict, layer: str) -> Updates:
 
 def masks_of(case: dict) -> dict[str, Tensor]:
     """layer -> (K, p, q) bool, those that the original drew."""
-    found = {}
+    masks = {}
     for layer in LAYERS:
         keys = [key for key in case.get("extra_keys", ()) if f"/extra/keep/{layer}" in key]
         if keys:
-            found[layer] = torch.stack([array(key) for key in keys]).reshape(-1, *array(keys[0]).shape[-2:]).bool()
-    return found
+            masks[layer] = torch.stack([array(key) for key in keys]).reshape(-1, *array(keys[0]).shape[-2:]).bool()
+    return masks
 
 
 def share(percent: float) -> float:
@@ -154,17 +154,17 @@ def test_nothing_is_lost(space, shape, ranks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_lost_of_what_is_stored_in_few_digits(space, dtype):
     updates = factors((60, 50), (4, 4, 4), dtype=dtype)
-    found = merged(f"{space}-task-arithmetic", updates)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, total(updates), rtol=0, atol=1e-10)
+    sums = merged(f"{space}-task-arithmetic", updates)
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, total(updates), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("space", ["core", "knots"])
 def test_a_task_far_smaller_than_the_others_is_kept(space):
     updates = factors((60, 50), (4, 4, 4))
     small = replace(updates, B=(updates.B[0], updates.B[1] * 1e-9, updates.B[2]))
-    found = dense((view := SPACES[space](small)).lift(view.X[1]))
-    torch.testing.assert_close(found, small.scales[1] * small.B[1] @ small.A[1], rtol=0, atol=1e-13)
+    lifted = dense((view := SPACES[space](small)).lift(view.X[1]))
+    torch.testing.assert_close(lifted, small.scales[1] * small.B[1] @ small.A[1], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape, ranks", SHAPES.values(), ids=SHAPES)
@@ -173,7 +173,7 @@ def test_rows_of_knots_are_the_right_half_of_the_dense_decomposition(shape, rank
     _, S, Vh = torch.linalg.svd(torch.cat(list(updates.deltas()), 1), full_matrices=False)
     X = torch.cat(list(knots(updates).X), 1)
     rank = min(shape[0], sum(min(r, *shape) for r in ranks))
-    assert X.shape == (rank, len(ranks) * shape[1]) and knots(updates).place.space == "knots"
+    assert X.shape == (rank, len(ranks) * shape[1]) and knots(updates).layer.space == "knots"
     torch.testing.assert_close(X.abs(), (S[:, None] * Vh)[:rank].abs(), rtol=0, atol=1e-9)
 
 
@@ -183,18 +183,18 @@ def test_core_is_what_the_stacks_singular_vectors_see(shape, ranks):
     U = torch.linalg.svd(torch.cat(updates.scaled(), 1), full_matrices=False).U
     Vh = torch.linalg.svd(torch.cat(updates.A), full_matrices=False).Vh
     seen = torch.stack([U.T @ D @ Vh.T for D in updates.deltas()])
-    found = core(updates)
-    assert found.X.shape == (len(ranks), min(shape[0], sum(ranks)), min(shape[1], sum(ranks)))
-    assert found.place.size == min(found.X.shape[1:]) and found.place.space == "core"
-    torch.testing.assert_close(found.X.abs(), seen.abs(), rtol=0, atol=1e-9)
+    view = core(updates)
+    assert view.X.shape == (len(ranks), min(shape[0], sum(ranks)), min(shape[1], sum(ranks)))
+    assert view.layer.size == min(view.X.shape[1:]) and view.layer.space == "core"
+    torch.testing.assert_close(view.X.abs(), seen.abs(), rtol=0, atol=1e-9)
 
 
 def test_null_directions_hold_nothing():
     shared = random_vera(rank=6)
-    found = core(shared)
-    assert found.X.shape == (3, 18, 18) and found.place.size == 18
-    assert not found.X[:, :, 6:].any() and found.X[:, :, :6].any(1).all()
-    update = found.lift(found.X.sum(0))
+    view = core(shared)
+    assert view.X.shape == (3, 18, 18) and view.layer.size == 18
+    assert not view.X[:, :, 6:].any() and view.X[:, :, :6].any(1).all()
+    update = view.lift(view.X.sum(0))
     assert update.A.shape == (6, 20)
     torch.testing.assert_close(update.B @ update.A, total(shared), rtol=0, atol=1e-10)
     twice = factors((30, 20), (4, 4, 4))

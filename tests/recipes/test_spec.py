@@ -32,12 +32,12 @@ def test_every_name_is_split_into_what_learns_and_what_takes():
         ("task-arithmetik", "did you mean task-arithmetic?"),
         ("nsc+task-arithmetik", "there is no method task-arithmetik; did you mean task-arithmetic?"),
         ("", "there is no method"),
-        ("+", r"\+ is not what learns coefficients"),
-        ("nsc+", r"nsc\+ is not what learns coefficients and one method that takes them, such as nsc\+ties"),
-        ("+task-arithmetic", "they are learned by nsc, adamerging, adamerging-task"),
-        ("task-arithmetic+nsc", "they are learned by nsc"),
-        ("nsc+adamerging", "is not what learns coefficients"),
-        ("nsc+task-arithmetic+nsc", "is not what learns coefficients"),
+        ("+", r"\+ must name a method that learns coefficients"),
+        ("nsc+", r"nsc\+ must name a method that learns coefficients and one that takes them, such as nsc\+ties"),
+        ("+task-arithmetic", "coefficients are learned by nsc, adamerging, adamerging-task"),
+        ("task-arithmetic+nsc", "coefficients are learned by nsc"),
+        ("nsc+adamerging", "must name a method that learns coefficients"),
+        ("nsc+task-arithmetic+nsc", "must name a method that learns coefficients"),
     ],
 )
 def test_a_name_that_there_is_not_is_refused_with_the_nearest(method, message):
