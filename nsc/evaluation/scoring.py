@@ -121,7 +121,7 @@ def _require_fit(task: str, metric: str, head: Head, labels: Sequence[Any], carr
     outputs = len(head.weight)
     if METRICS[metric].of and not carried:
         raise NSCError(f"task {task}: {metric} needs an adapter with a head; of answers there are loss and perplexity")
-    if (metric in OF_NUMBERS and outputs != 1) or (METRICS[metric].of and metric not in OF_NUMBERS and outputs == 1):
+    if (metric in OF_NUMBERS and outputs != 1) or (metric == "accuracy" and outputs == 1):
         raise NSCError(f"task {task}: {metric} does not go with a head of {outputs} outputs; choose another metric")
     if METRICS[metric].of:
         torchmetrics_function("accuracy")  # before anything is run
