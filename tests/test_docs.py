@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import nsc
@@ -127,3 +128,42 @@ def check(project: Path, *command: str, **environment: str) -> None:
         [sys.executable, "-m", *command], cwd=project, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
+
+
+def test_architecture_page_names_every_file():
+    sections = re.split(r"^### ", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)[1:]
+    named = {
+        f"{section.split()[0]}/{name}" for section in sections for name in re.findall(r"^\| `(\w+\.py)`", section, re.M)
+    }
+    files = [path.relative_to(ROOT) for package in ("nsc", "nsc_kernels") for path in (ROOT / package).rglob("*.py")]
+    assert named == {path.as_posix() for path in files}
+
+
+def test_architecture_page_has_the_table_of_imports():
+    allowed = pytest.importorskip("tests.test_arrows").ALLOWED
+    rows = re.findall(r"^\| `(\w+)` \| (.*)\|$", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
+    table = {folder: set(re.findall(r"`(\w+)`", may)) for folder, may in rows}
+    assert table.pop("cli") == set()  # all of them
+    assert table == {folder: may for folder, may in allowed.items() if folder != "cli"}
+
+
+def test_pages_about_changes_name_files_that_exist():
+    """Of this project, beside the new ones of the worked examples."""
+    for page in ("CONTRIBUTING.md", "docs/architecture.md", "docs/adding.md"):
+        text = (ROOT / page).read_text()
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for path in re.findall(r"`((?:nsc|nsc_kernels|tests|benchmarks|examples)/[\w/]+(?:\.py|/))`", prose):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_commit_hooks_run_what_make_check_runs():
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = makefile.split("\ncheck:")[1].split("\n\n")[0].splitlines()[1:]
+    hooks = re.findall(r"entry: (.+?), ", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe] == hooks
+
+
+def test_pull_requests_have_the_checklist_of_contributing():
+    pages = [(ROOT / page).read_text() for page in ("CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md")]
+    expected, asked = (re.findall(r"- \[ \] \*\*(.+?)\*\*", page) for page in pages)
+    assert len(expected) == 6 and asked == expected
