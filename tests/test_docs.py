@@ -1,9 +1,14 @@
 """The documents' own snippets, run."""
 
 import functools
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import nsc
@@ -77,3 +82,88 @@ def test_readme_and_makefile_agree():
     assert {"demo", "test", "check", "interpret", "aot", "bench", "gpu"} <= targets
     named = set(re.findall(r"make (\w+)", (ROOT / "README.md").read_text()))
     assert named <= targets
+
+
+def test_adding_page(tmp_path):
+    """Its files and changes, put into a copy of the project: the checks of style and their own tests pass there."""
+    for name in ("nsc", "nsc_kernels", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("golden", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    new = put_in(tmp_path, (ROOT / "docs/adding.md").read_text())
+    tests = [path for path in new if path.startswith("tests/")]
+    assert len(tests) == 6
+    check(tmp_path, "ruff", "check", "nsc", "nsc_kernels", *tests)
+    check(tmp_path, "ruff", "format", "--check", "nsc", "nsc_kernels", *tests)
+    laws = "tests/methods/test_method_laws.py"
+    check(tmp_path, "pytest", "-q", "-k", "trimmed or not law", laws, "tests/test_docstrings.py", *tests)
+    kernel = next(path for path in tests if path.startswith("tests/kernels/"))
+    check(tmp_path, "pytest", "-q", "--noconftest", kernel, TRITON_INTERPRET="1")
+
+
+def put_in(project: Path, page: str) -> list[str]:
+    """Every file of a page written, every change made; the paths of the files."""
+    new = []
+    for language, path, code in re.findall(r"```(python|diff)\n# (\S+\.py)\n(.*?)```", page, flags=re.DOTALL):
+        file = project / path
+        if language == "python":
+            assert not file.exists(), f"{path} is no new file"
+            file.write_text(code)
+            new.append(path)
+            continue
+        text = file.read_text()
+        for hunk in code.split("@@\n"):
+            old, changed = (
+                "".join(line[1:] for line in hunk.splitlines(True) if line[0] in kinds) for kinds in (" -", " +")
+            )
+            assert text.count(old) == 1, f"{path} holds {text.count(old)} times:\n{old}"
+            text = text.replace(old, changed)
+        file.write_text(text)
+    return new
+
+
+def check(project: Path, *command: str, **environment: str) -> None:
+    """Run a Python module in a project; its output is the error if it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=project, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
+
+
+def test_architecture_page_names_every_file():
+    sections = re.split(r"^### ", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)[1:]
+    named = {
+        f"{section.split()[0]}/{name}" for section in sections for name in re.findall(r"^\| `(\w+\.py)`", section, re.M)
+    }
+    files = [path.relative_to(ROOT) for package in ("nsc", "nsc_kernels") for path in (ROOT / package).rglob("*.py")]
+    assert named == {path.as_posix() for path in files}
+
+
+def test_architecture_page_has_the_table_of_imports():
+    allowed = pytest.importorskip("tests.test_arrows").ALLOWED
+    rows = re.findall(r"^\| `(\w+)` \| (.*)\|$", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
+    table = {folder: set(re.findall(r"`(\w+)`", may)) for folder, may in rows}
+    assert table.pop("cli") == set()  # all of them
+    assert table == {folder: may for folder, may in allowed.items() if folder != "cli"}
+
+
+def test_pages_about_changes_name_files_that_exist():
+    """Of this project, beside the new ones of the worked examples."""
+    for page in ("CONTRIBUTING.md", "docs/architecture.md", "docs/adding.md"):
+        text = (ROOT / page).read_text()
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for path in re.findall(r"`((?:nsc|nsc_kernels|tests|benchmarks|examples)/[\w/]+(?:\.py|/))`", prose):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_commit_hooks_run_what_make_check_runs():
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = makefile.split("\ncheck:")[1].split("\n\n")[0].splitlines()[1:]
+    hooks = re.findall(r"entry: (.+?), ", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe] == hooks
+
+
+def test_pull_requests_have_the_checklist_of_contributing():
+    pages = [(ROOT / page).read_text() for page in ("CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md")]
+    expected, asked = (re.findall(r"- \[ \] \*\*(.+?)\*\*", page) for page in pages)
+    assert len(expected) == 6 and asked == expected
