@@ -17,7 +17,7 @@ SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?:    .*\n|\
 ENTRY = re.compile(r"^    ([*\w, ]+):", re.MULTILINE)
 PENDING = {
     "nsc/adapters", "nsc/bases", "nsc/cli", "nsc/data", "nsc/evaluation", "nsc/export", "nsc/learning", "nsc/merging",
-    "nsc/methods", "nsc/performance", "nsc/recipes", "nsc/runtime", "nsc", "nsc_kernels",
+    "nsc/methods", "nsc/performance", "nsc/recipes", "nsc", "nsc_kernels",
 }  # fmt: skip  # folders whose docstrings still have the old form
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
