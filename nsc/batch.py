@@ -1,7 +1,8 @@
-"""Rows of tokens of all tasks: what one forward takes, whose each token is and how much it weighs."""
+"""A batch: the rows of tokens that one forward takes, with the task and the weight of each token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -12,11 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """A rectangle of tokens.
+    """A rectangle of b rows with L tokens each, of one or several tasks.
 
-    inputs: what the model's forward takes.  task: (b, L) int64, whose each token is.  weight: (b, L) float, zero on
-    padding, one in sum over each task's tokens in all batches of a step.  segment: (b, L) int64, the sample that a
-    token belongs to, -1 for padding, where several samples share a row; None where none do.
+    Attributes:
+        inputs: tensors (b, ...) by the names of the arguments of the model's forward.
+        task: (b, L) int64: the index of the task that each token belongs to.
+        weight: (b, L) float: the share of each token in the loss; zero on padding, and summing to one over the tokens
+            of each task in all batches of a step.
+        segment: (b, L) int64: the sample that each token belongs to, -1 on padding; None where no row holds more than
+            one sample.
     """
 
     inputs: dict[str, Any]
@@ -26,46 +31,100 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many are computed, padding included."""
+        """The number of tokens that a forward computes, padding included."""
         return self.task.numel()
 
     def samples(self) -> Tensor:
-        """(b L,) int64: which sample each token is of, numbered from 0 along the batch, padding as one of its own."""
+        """Number the samples of the batch.
+
+        Returns:
+            (b L,) int64: the sample of each token, counted from 0 along the batch. Where samples share rows, a run of
+            padding counts as one more.
+        """
         rows = torch.arange(self.task.shape[0], device=self.task.device)[:, None].expand_as(self.task)
         own = (rows if self.segment is None else self.segment).flatten()
         return torch.cat([torch.zeros_like(own[:1]), (own[1:] != own[:-1]).to(own.dtype)]).cumsum(0)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; copies do not block."""
-        return self._map(partial(torch.Tensor.to, device=device, non_blocking=True))
+        """Copy the batch to a device, without blocking the host.
+
+        Args:
+            device: where all of its tensors should be.
+
+        Returns:
+            The same batch there.
+        """
+        return self.map(partial(torch.Tensor.to, device=device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """The same batch, where it is on the CPU in memory that a GPU copies from while the host goes on."""
-        return self._map(lambda x: x.pin_memory() if x.device.type == "cpu" else x)
+        """Pin the tensors that are on the CPU, so that a GPU copies them while the host goes on.
+
+        Returns:
+            The same batch in page-locked memory.
+        """
+        return self.map(lambda x: x.pin_memory() if x.device.type == "cpu" else x)
 
     def split(self, rows: int) -> list[Batch]:
-        """Parts of at most ``rows`` rows each; their losses and ratios add up to the whole batch's."""
+        """Cut the batch into parts, whose losses and ratios add up to those of the whole.
+
+        Args:
+            rows: the most rows of a part.
+
+        Returns:
+            The parts in order.
+        """
         cuts = [slice(start, start + rows) for start in range(0, self.task.shape[0], rows)]
-        return [self._map(lambda x, cut=cut: x[cut]) for cut in cuts]  # type: ignore[misc]
+        return [self.map(lambda x, cut=cut: x[cut]) for cut in cuts]  # type: ignore[misc]
 
     def within(self, tokens: int) -> list[Batch]:
-        """Parts of at most ``tokens`` tokens each, but of one row at least."""
+        """Cut the batch into parts of a limited number of tokens.
+
+        Args:
+            tokens: the most tokens of a part, padding included; a part has at least one row, however long.
+
+        Returns:
+            The parts in order.
+        """
         return self.split(max(tokens // self.task.shape[1], 1))
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
-        """``inputs``, and where samples share rows the attention mask that keeps them apart, in the model's dtype."""
+        """Return the keyword arguments of the model's forward.
+
+        Args:
+            dtype: the model's floating dtype, which the attention mask gets.
+
+        Returns:
+            ``inputs``, with an ``attention_mask`` that keeps samples apart where they share rows.
+        """
         if self.segment is None:
             return self.inputs
         return {**self.inputs, "attention_mask": attention_mask(self.segment, dtype)}
 
-    def _map(self, change: Any) -> Batch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply a function to every tensor of the batch.
+
+        Args:
+            change: takes and returns a tensor whose first dimension is the rows.
+
+        Returns:
+            The batch of the results.
+        """
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         inputs = {name: change(value) for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, **{name: change(value) for name, value in tensors.items()})
 
 
 def attention_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b, L) sample of each token -> (b, 1, L, L) to add to scores: 0 in the past of the same sample."""
+    """Return the causal attention mask of rows that several samples share.
+
+    Args:
+        segment: (b, L) integer: the sample of each token.
+        dtype: the floating dtype of the attention scores.
+
+    Returns:
+        (b, 1, L, L) to add to the scores: 0 for earlier tokens of the same sample and the token itself, the dtype's
+        lowest number elsewhere.
+    """
     same = segment[:, None, :, None] == segment[:, None, None, :]
     past = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
     scores = torch.zeros(same.shape, dtype=dtype, device=segment.device)

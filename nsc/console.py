@@ -1,4 +1,4 @@
-"""Numbers with units, and lines beside a progress bar."""
+"""Numbers with units, and lines that do not break a progress bar."""
 
 from __future__ import annotations
 
@@ -12,13 +12,28 @@ from tqdm import tqdm
 
 
 def metric(value: float, unit: str = "") -> str:
-    """Three digits with a metric prefix."""
+    """Format a number with three digits and a metric prefix.
+
+    Args:
+        value: the number, in ``unit``; prefixes run from n (1e-9) to E (1e18).
+        unit: what follows the prefix, such as "B" or "FLOP/s".
+
+    Returns:
+        Text such as "1.5 GB".
+    """
     power = min(max(math.floor(math.log10(value) / 3), -3), 6) if value > 0 else 0
     return f"{value / 1000**power:.3g} {'nµm kMGTPE'[power + 3].strip()}{unit}".strip()
 
 
 def printer(wanted: bool) -> Callable[[str], Any]:
-    """Says a line beside the progress bar, or nothing."""
+    """Return a function that reports progress.
+
+    Args:
+        wanted: whether it prints at all.
+
+    Returns:
+        A function that prints a line to stderr, above the progress bar where there is one, or does nothing.
+    """
     return partial(tqdm.write, file=sys.stderr) if wanted else lambda text: None
 
 

@@ -1,8 +1,8 @@
-"""Everything nsc refuses, by kind. The command line prints these without a traceback."""
+"""The errors that a user can act on, by kind; the command line prints them without a traceback."""
 
 
 class NSCError(Exception):
-    """Base of every error that the user can act on; its text says what, where and what to do."""
+    """The base of every error that the user can act on; its text says what is wrong, where, and what to do."""
 
 
 class AdapterError(NSCError):
@@ -14,19 +14,19 @@ class UnsupportedAdapter(AdapterError):
 
 
 class NameMismatch(NSCError):
-    """An adapter's module has no counterpart in the base, more than one, or one of another shape."""
+    """A module of an adapter has no counterpart in the base, more than one, or one of another shape."""
 
 
 class DataError(NSCError):
-    """Unlabeled rows are missing, empty or unreadable."""
+    """The rows of a task are missing, empty or unreadable."""
 
 
 class TargetError(NSCError):
-    """The target layers of the objective are empty or do not exist."""
+    """The target layers of the objective do not exist, or there are none."""
 
 
 class ProofError(NSCError):
-    """What was reloaded from disk is not what was merged."""
+    """The weights that were reloaded from disk are not those that were merged."""
 
 
 class ResumeError(NSCError):
@@ -35,3 +35,15 @@ class ResumeError(NSCError):
 
 class NonFiniteError(NSCError):
     """NaN or infinity appeared in activations, in the loss or in a coefficient."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, for quoting an error of torch or the driver in one sentence.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        The line, or the exception's class name where the message is empty.
+    """
+    return str(error).partition("\n")[0] or type(error).__name__

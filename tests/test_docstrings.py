@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for package in ("nsc", "nsc_kernels") for path in (ROOT / package).rglob("*.py"))
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?:    .*\n|\n)+)", re.MULTILINE)
 ENTRY = re.compile(r"^    (\*{0,2}\w[*\w, ]*):", re.MULTILINE)
-PENDING = {"nsc/runtime", "nsc"}  # folders whose docstrings still have the old form
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -96,10 +95,7 @@ def raises(node: Function) -> bool:
     return any("NotImplementedError" not in ast.unparse(n) for n in raised)
 
 
-DONE = [path for path in FILES if path.parent.relative_to(ROOT).as_posix() not in PENDING]
-
-
-@pytest.mark.parametrize("path", DONE, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_public_names_are_documented(path):
     assert problems(path) == []
 

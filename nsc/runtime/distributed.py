@@ -1,8 +1,8 @@
-"""The processes that ``torchrun`` or ``accelerate launch`` started, learning one set of coefficients together.
+"""The processes that ``torchrun`` or ``accelerate launch`` started, which learn one set of coefficients together.
 
-Every rank holds the base (or its slice of it, see ``nsc.sharding``), the adapters and the same state. The rows of a
-step are shared out, one all-reduce adds up the gradients, and all ranks take the same optimiser step, so their
-coefficients are equal bit for bit.
+Every rank holds the base (or its slice of it, see ``nsc.runtime.sharding``), the adapters and the same state. The rows
+of a step are divided among the ranks, one all-reduce adds up the gradients, and all ranks take the same optimiser step,
+so their coefficients are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nsc.errors import NSCError
+from nsc.errors import NSCError, first_line
 
-TIMEOUT = timedelta(minutes=10)  # before a rank that hangs is given up; gloo notices at once one that ended
+TIMEOUT = timedelta(minutes=10)  # until a rank that hangs counts as lost; gloo notices at once that one has ended
 SETTLE_SECONDS = 0.1
 
 
 class RankError(NSCError):
-    """The ranks do not find one another, lost one, or were not started alike."""
+    """The ranks did not find one another, lost one, or were not started alike."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """rank: of this process.  size: how many there are; every method must be called by all of them, in one order."""
+    """The processes of one run, as one of them sees it; all of them must call the same methods in the same order.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: how many processes there are.
+    """
 
     rank: int = 0
     size: int = 1
@@ -43,9 +48,17 @@ class Team:
         return self.rank == 0
 
     def add_up(self, *tensors: Tensor, flag: bool = False) -> bool:
-        """Make every tensor the sum of all ranks', by one all-reduce; whether any rank gave the flag.
+        """Replace every tensor by its sum over all ranks, with one all-reduce, and wait for it.
 
-        The tensors are of one dtype and device. The answer is waited for. Raises RankError if a rank is lost.
+        Args:
+            tensors: at least one, of one dtype and on one device, with the same shapes on all ranks; changed in place.
+            flag: any news of this rank.
+
+        Returns:
+            Whether any rank set the flag.
+
+        Raises:
+            RankError: if a rank is lost.
         """
         if self.size == 1:
             return flag
@@ -58,7 +71,17 @@ class Team:
         return flag
 
     def most(self, value: int) -> int:
-        """The largest of all ranks' values."""
+        """Return the largest value of any rank.
+
+        Args:
+            value: this rank's.
+
+        Returns:
+            The maximum, the same on all ranks.
+
+        Raises:
+            RankError: if a rank is lost.
+        """
         if self.size == 1:
             return value
         box = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -67,14 +90,35 @@ class Team:
             return int(box)
 
     def join_slices(self, mine: Tensor) -> Tensor:
-        """(size * n,) the slices (n,) of all ranks, of one dtype, in the order of the ranks."""
+        """Concatenate the slices of all ranks.
+
+        Args:
+            mine: (n,) this rank's slice; n and the dtype are the same on all ranks.
+
+        Returns:
+            (size * n,) in the order of the ranks.
+
+        Raises:
+            RankError: if a rank is lost.
+        """
         whole = mine.new_empty(self.size * len(mine))
         with self._in_touch():
             dist.all_gather_into_tensor(whole.view(torch.uint8), mine.view(torch.uint8))
         return whole
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on the first rank, on all of them; where it raises NSCError, all of them raise that."""
+        """Call a function on the first rank, and give its result to all of them.
+
+        Args:
+            make: called on rank 0 alone; its result can be pickled.
+
+        Returns:
+            What ``make`` returned, on every rank.
+
+        Raises:
+            NSCError: on every rank, if ``make`` raises one.
+            RankError: if a rank is lost.
+        """
         box: list[Any] = [None]
         if self.first:
             try:
@@ -89,17 +133,29 @@ class Team:
         return box[0]
 
     def require_same(self, value: Any, what: str) -> None:
-        """Raise RankError on all ranks, naming those whose ``value`` is not the first one's."""
+        """Refuse ranks that were not started alike.
+
+        Args:
+            value: what should be equal on all ranks; it can be pickled.
+            what: the plural words for it in the error's text.
+
+        Raises:
+            RankError: on every rank, naming the ranks whose value differs from that of rank 0; or if a rank is lost.
+        """
         if self.size == 1:
             return
         values: list[Any] = [None] * self.size
         with self._in_touch():
             dist.all_gather_object(values, value)
-        if strange := [str(rank) for rank, other in enumerate(values) if other != values[0]]:
-            raise RankError(f"{what} of rank {', '.join(strange)} differ from those of rank 0; start all ranks alike")
+        if different := [str(rank) for rank, other in enumerate(values) if other != values[0]]:
+            raise RankError(f"{what} of rank {', '.join(different)} differ from those of rank 0; start all ranks alike")
 
     def wait(self) -> None:
-        """Until all ranks are here. Raises RankError if one is lost."""
+        """Wait until all ranks have called this.
+
+        Raises:
+            RankError: if a rank is lost.
+        """
         if self.size > 1:
             with self._in_touch():
                 dist.barrier()
@@ -111,7 +167,7 @@ class Team:
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.size} lost the others: one of them ended or hangs, see its own message;"
-                f" start them again, as many as you like, and resume from the checkpoint ({_first_line(error)})"
+                f" start them again, as many as you like, and resume from the checkpoint ({first_line(error)})"
             ) from error
 
 
@@ -119,11 +175,19 @@ ALONE = Team()
 
 
 def join(device: str = "auto") -> Team:
-    """This process among those it was started with; ``ALONE`` where there are none.
+    """Join the processes that this one was started with.
 
-    The torch.distributed group that the caller made is used where there is one. Otherwise one is made from the
+    The caller's torch.distributed group is used where there is one. Otherwise one is made from the environment
     variables that torchrun sets, for as long as the process lives: NCCL with the GPU of ``LOCAL_RANK``, or gloo.
-    Raises RankError if the others do not come, or for a device that the processes of a machine cannot share.
+
+    Args:
+        device: where the base should be: "auto", "cpu", "cuda"...
+
+    Returns:
+        The team, or ``ALONE`` where there are no other processes.
+
+    Raises:
+        RankError: if the others do not come, or for a device that the processes of a machine cannot share.
     """
     if not dist.is_available():
         return ALONE
@@ -142,28 +206,28 @@ def _make_group(device: str) -> None:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RankError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not find the others ({_first_line(error)});"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not find the others ({first_line(error)});"
             " start all of them by torchrun or accelerate launch"
         ) from error
     atexit.register(_leave)
 
 
 def _leave() -> None:
-    """Gloo of torch 2.6 hangs in 3 of 40 exits that close just after an all-reduce, aborts in 1 of 40 that do not."""
+    """Close the group shortly after its last operation.
+
+    With torch 2.6, gloo hung in 3 of 40 exits that closed just after an all-reduce, and aborted in 1 of 40 that did not
+    close at all.
+    """
     if dist.is_initialized():
         time.sleep(SETTLE_SECONDS)
         dist.destroy_process_group()
 
 
 def _own_gpu(device: str) -> int:
-    """The number of the GPU that no other process of this machine takes."""
+    """Return the number of the GPU that no other process of this machine takes."""
     own, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if ":" in device:
-        raise RankError(f"several processes cannot share {device}; give cuda, and each takes a GPU of its own")
+        raise RankError(f"several processes cannot share {device}; give cuda, and each takes its own GPU")
     if own >= there:
         raise RankError(f"there are {there} GPUs for {own + 1} or more processes of this machine; start one for each")
     return own
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, put off to where the state is whole."""
+"""SIGINT and SIGTERM, deferred until the state can be saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any
 
 @contextmanager
 def deferred_interrupts() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, to be acted on between steps; a second one raises KeyboardInterrupt at once."""
+    """Note SIGINT and SIGTERM, for the caller to act on between two steps.
+
+    A second signal raises KeyboardInterrupt at once. Outside the main thread, where Python allows no handler, nothing
+    is noted. The handlers before are restored at the end.
+
+    Yields:
+        A list that receives the number of the signal.
+    """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noted

@@ -1,7 +1,4 @@
-"""How many tokens a pass may hold, from what one row of them keeps for its backward and what memory is free.
-
-And what a piece of work took beyond what was there before it.
-"""
+"""Memory: what is free, what a forward keeps for its backward, and how much was held at the most."""
 
 from __future__ import annotations
 
@@ -18,17 +15,74 @@ from torch import Tensor, nn
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that new tensors may take; None where the system does not tell."""
+    """Return how much memory new tensors may take.
+
+    Args:
+        device: where they would be.
+
+    Returns:
+        Bytes, those in the cache of the GPU's allocator included; None where the system does not tell.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-class PeakMemory:
-    """What is held from now on, at most, beyond what is held now: by the GPU's allocator, or by this process on Linux.
+def kept_bytes(work: Callable[[], Any], model: nn.Module) -> int:
+    """Return how much autograd keeps for a backward, without the model's own tensors.
 
-    On Linux the kernel's own peak is reset (5 to /proc/self/clear_refs) once what was freed has been given back.
+    Args:
+        work: the forward, which is run once.
+        model: whose parameters and buffers do not count.
+
+    Returns:
+        Bytes, each storage counted once and whole.
+    """
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no other storage gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        work()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return how much memory was held at the most since the start, or since the peak was last reset.
+
+    Args:
+        device: a GPU, or any other device for the memory of this process.
+
+    Returns:
+        Bytes: of the GPU's allocator, or resident ones of the whole process; 0 where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss of Linux starts at the peak of the process that started this one, VmHWM at zero.
+    if sys.platform == "linux" and (peak := _proc_status("VmHWM")):
+        return peak
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class PeakMemory:
+    """The most memory that is held from now on beyond what is held now, on a GPU or by this process on Linux.
+
+    The peak of before is reset: on Linux the kernel's, by writing 5 to /proc/self/clear_refs, once freed memory has
+    been given back.
+
+    Args:
+        device: a GPU, or the CPU for the memory of this process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,11 +90,12 @@ class PeakMemory:
         self._before = self._begin()
 
     def growth(self) -> int | None:
-        """Bytes; None where the system does not tell."""
-        if self._before is None:
-            return None
-        cuda = self.device.type == "cuda"
-        return (torch.cuda.max_memory_allocated(self.device) if cuda else _status("VmHWM")) - self._before
+        """Return the growth until now.
+
+        Returns:
+            Bytes; None where the system does not tell.
+        """
+        return None if self._before is None else peak_memory(self.device) - self._before
 
     def _begin(self) -> int | None:
         if self.device.type == "cuda":
@@ -52,40 +107,15 @@ class PeakMemory:
             ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
-            return _status("VmRSS")
         except OSError:
             return None
+        return _proc_status("VmRSS")
 
 
-def _status(key: str) -> int:
-    """Bytes of one line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def kept_bytes(work: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes of all that autograd keeps for a backward while ``work`` runs, without the model's own tensors."""
-    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Any] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        work()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or else of the whole process; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _proc_status(key: str) -> int | None:
+    """Return the bytes in one line of /proc/self/status, None where there is no such line."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

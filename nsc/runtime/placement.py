@@ -1,7 +1,7 @@
-"""Where the weights of a base lie, where its inputs go, and linears whose weight is fetched whenever it is used.
+"""Where the weights of a base are and where its inputs go, and linears that fetch their weight whenever they use it.
 
-accelerate's hooks bring an offloaded weight to its device for the forward only. autograd would keep that copy for the
-backward, so all of them would be on the device at once. Here the copy is let go and fetched again.
+accelerate's hooks bring an offloaded weight to its device for the forward. autograd would keep that copy for the
+backward, so that all copies would be on the device at once. Here the copy is freed, and fetched again in the backward.
 """
 
 from __future__ import annotations
@@ -16,37 +16,82 @@ from torch import Tensor, nn
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the inputs of a model go: where the first of its modules with weights runs, wherever those are kept."""
+    """Return where the inputs of a model belong: where its first module with weights runs, wherever those are kept.
+
+    Args:
+        model: a base, perhaps dispatched by accelerate.
+
+    Returns:
+        The device.
+    """
     return run_device(next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None))
 
 
 def run_device(module: nn.Module) -> torch.device:
-    """Where a module runs: the device of accelerate's hook where there is one, or else that of its weights."""
+    """Return where a module runs.
+
+    Args:
+        module: one with parameters.
+
+    Returns:
+        The device of accelerate's hook where there is one, or else that of the parameters.
+    """
     places = [hook.execution_device for hook in _hooks(module) if getattr(hook, "execution_device", None) is not None]
     return torch.device(places[0]) if places else next(module.parameters()).device
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a module is an ``nn.Linear`` with a whole, unquantised weight at hand, that others can be folded into."""
+    """Say whether updates can be folded into a module's weight.
+
+    Args:
+        linear: any module.
+
+    Returns:
+        Whether it is an ``nn.Linear`` with a whole weight on its device, neither quantised nor offloaded.
+    """
     weight = getattr(linear, "weight", None)
     return type(linear) is nn.Linear and type(weight) is nn.Parameter and not weight.is_meta and not _offloads(linear)
 
 
 def reload_in_backward(model: nn.Module) -> None:
-    """Make the offloaded linears of a dispatched model fetch their frozen weights anew in the backward, in place."""
+    """Make the offloaded linears of a model fetch their frozen weights again in the backward.
+
+    Args:
+        model: a base dispatched by accelerate; changed in place.
+    """
     for module in model.modules():
         if type(module) is nn.Linear and (hooks := _offloads(module)) and not module.weight.requires_grad:
-            # what the hook calls
-            module._old_forward = partial(_forward_offloaded, module, hooks[0])  # type: ignore[assignment]
+            replace_forward(module, partial(_forward_offloaded, module, hooks[0]))
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give a module another forward, around which accelerate's hook still runs where there is one.
+
+    Args:
+        module: changed in place.
+        forward: takes and returns what the module's own does.
+    """
+    # accelerate keeps the forward that its hook wraps in _old_forward.
+    setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)
 
 
 def fetched_linear(z: Tensor, bias: Tensor | None, fetch: Callable[[], Tensor]) -> Tensor:
-    """z: (..., d) -> z W' + b (..., m), with W (m, d) and b frozen; ``fetch`` gives W now and again in the backward."""
+    """Apply a frozen linear whose weight is not kept between forward and backward.
+
+    Args:
+        z: (..., d) the inputs.
+        bias: (m,) the frozen bias, if there is one.
+        fetch: returns the frozen weight W (m, d) in the dtype and on the device of ``z``; called in the forward, and
+            again in the backward.
+
+    Returns:
+        (..., m): ``z W^T + bias``.
+    """
     return _FetchedLinear.apply(z, bias, fetch)
 
 
 class _FetchedLinear(torch.autograd.Function):
-    """dz = dy W, which needs the weight and nothing else."""
+    """A linear whose backward, dz = dy W, needs the weight and no activation."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, bias: Tensor | None, fetch: Callable[[], Tensor]) -> Tensor:
@@ -59,7 +104,7 @@ class _FetchedLinear(torch.autograd.Function):
 
 
 def _forward_offloaded(linear: nn.Linear, hook: Any, z: Tensor) -> Tensor:
-    brought = [linear.weight]  # by the hook, for this forward
+    brought = [linear.weight]  # on the device for this forward, by the hook
 
     def fetch() -> Tensor:
         return brought.pop() if brought else hook.weights_map["weight"].to(z.device, z.dtype)
@@ -68,7 +113,7 @@ def _forward_offloaded(linear: nn.Linear, hook: Any, z: Tensor) -> Tensor:
 
 
 def _offloads(module: nn.Module) -> list[Any]:
-    """accelerate's hooks of a module that take its weights away after each forward."""
+    """Return accelerate's hooks that take a module's weights off the device after each forward."""
     return [h for h in _hooks(module) if getattr(h, "offload", False) is True and getattr(h, "weights_map", None)]
 
 

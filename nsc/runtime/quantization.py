@@ -1,9 +1,9 @@
 """Frozen weights in fewer bits, for learning only: nothing quantised is ever written.
 
-transformers quantises while it loads, by torchao (int8 and fp8, a scale for each output) or bitsandbytes (nf4). The
-products are not theirs: a weight is brought to the dtype of its input where it is used, in the forward and again in the
-backward, so the gradient to the input is that of the very same linear. (The CPU kernel of bitsandbytes 0.50 gives none,
-and its own int8 rounds the inputs too.)
+transformers quantises while it loads, by torchao (int8 and fp8, one scale per output) or bitsandbytes (nf4). Their
+matrix products are not used: a linear dequantises its weight to the dtype of its input in the forward and again in the
+backward, so the gradient to the input is that of the same linear. (The CPU kernel of bitsandbytes 0.50 gives no
+gradient, and its int8 rounds the inputs too.)
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from nsc.errors import NSCError
-from nsc.runtime.placement import fetched_linear
+from nsc.runtime.placement import fetched_linear, replace_forward
 
 LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
 
 def quantization_config(weights: str) -> Any:
-    """What transformers' ``from_pretrained`` takes as ``quantization_config``, for a key of LIBRARIES.
+    """Return the ``quantization_config`` for ``from_pretrained`` of transformers.
 
-    Raises NSCError if the library that it needs is not there, or too old.
+    Args:
+        weights: a key of ``LIBRARIES``: int8, fp8 or nf4.
+
+    Returns:
+        A ``TorchAoConfig`` or ``BitsAndBytesConfig``.
+
+    Raises:
+        NSCError: if the library that it needs is missing or too old.
     """
     try:
         return _nf4() if weights == "nf4" else _by_row(weights)
@@ -34,20 +41,30 @@ def quantization_config(weights: str) -> Any:
 
 
 def dequantise_where_used(model: nn.Module) -> None:
-    """Make the quantised linears of a model run by their weights in the dtype of the input, in place.
+    """Make the quantised linears of a model compute with their weights in the dtype of the input.
 
-    Raises NSCError if there is none: transformers may leave the weights as they are without a word.
+    Args:
+        model: a base that transformers loaded with a ``quantization_config``; changed in place.
+
+    Raises:
+        NSCError: if no linear is quantised, since transformers may ignore the config silently.
     """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and type(m.weight) is not nn.Parameter]
     if not linears:
         raise NSCError("no linear of the base was quantised; give weights full, or another version of transformers")
     for linear in linears:
-        inner = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"  # accelerate's hook runs around it
-        setattr(linear, inner, partial(_forward, linear))
+        replace_forward(linear, partial(_forward, linear))
 
 
 def dequantised(linear: nn.Linear) -> Tensor:
-    """(m, d) the weight that the bits of a quantised linear stand for."""
+    """Return the weight that the bits of a quantised linear stand for.
+
+    Args:
+        linear: one that torchao or bitsandbytes quantised.
+
+    Returns:
+        (m, d) floating.
+    """
     weight: Any = linear.weight
     if not hasattr(weight, "quant_state"):
         return weight.dequantize()
@@ -69,7 +86,7 @@ def _by_row(weights: str) -> Any:
 
 
 def _nf4() -> Any:
-    import bitsandbytes  # noqa: F401  # transformers tells its absence later, in other words
+    import bitsandbytes  # noqa: F401  # transformers notices its absence only later, with another error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -70,7 +70,7 @@ def gradient(setting, batches, tokens=None):
 @pytest.mark.parametrize("shares_rows", [True, False])
 def test_any_cut_is_one_sample_at_a_time(setting, samples, shares_rows, tokens):
     plain = collate(samples, TASKS, pad_id=0, causal=True)
-    alone = [part._map(lambda x, n=n: x[:, :n]) for part, n in zip(plain.split(1), LENGTHS, strict=True)]
+    alone = [part.map(lambda x, n=n: x[:, :n]) for part, n in zip(plain.split(1), LENGTHS, strict=True)]
     batches = pack(samples, TASKS, 0, causal=True, shares_rows=shares_rows)
     assert (len(batches) == 1 and batches[0].segment is not None) == shares_rows
     torch.testing.assert_close(gradient(setting, batches, tokens), gradient(setting, alone), **EXACT)
