@@ -1,4 +1,4 @@
-"""A tiny base with a tokenizer, adapters of every kind, their data and one merge of them all; a LLaVA with the same."""
+"""A tiny base with a tokenizer, different adapters, their data and a merge of them all; and a LLaVA with the same."""
 
 import json
 from pathlib import Path
@@ -21,16 +21,19 @@ from tests.tiny import (
     write_adapter,
 )
 
-# Ranks, scales, targets and wrappers all differ; every adapter has the v_proj of the last block, the default target.
+# Ranks, scales, target modules and task types differ; all have the v_proj of the last block, the default target.
 ADAPTERS = {
     "plain": dict(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     "rslora": dict(r=4, lora_alpha=8, use_rslora=True, target_modules=["k_proj", "v_proj", "down_proj"]),
     "double": dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], task_type="SEQ_CLS"),
     "pattern": dict(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2, r".*\.1\..*v_proj": 6},
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"q_proj": 2, r".*\.1\..*v_proj": 6},
         alpha_pattern={r"layers\.3\.self_attn\.v_proj": 2},
     ),
-}  # fmt: skip
+}
 # The live models of test_matching carry the names of transformers 5.
 collect_ignore = ["adapters/test_matching.py"] if transformers.__version__.startswith("4.") else []
 KINDS = {"SEQ_CLS": "AutoModelForSequenceClassification"}
@@ -53,7 +56,7 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def texts() -> dict[str, list[str]]:
-    """Five samples a task, of different lengths and words."""
+    """Five samples per task, of different lengths and words."""
     return {
         task: [" ".join(WORDS[(7 * k + 3 * i + j) % len(WORDS)] for j in range(3 + i)) for i in range(5)]
         for k, task in enumerate(ADAPTERS)
@@ -72,7 +75,7 @@ def llava(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def llava_adapters(tmp_path_factory, llava) -> dict[str, Path]:
-    """LoRA on q and v; the projector fine-tuned by two of three."""
+    """Three adapters with LoRA on q and v, two of which also fine-tuned the projector."""
     made, (text, projector) = {}, llava_prefixes()
     stored = load_file(llava / "model.safetensors")
     for seed, task in enumerate(("count", "color", "plain")):
@@ -92,7 +95,7 @@ def llava_adapters(tmp_path_factory, llava) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory, llava_adapters) -> dict[str, Path]:
-    """Three images a task, of different sizes, with questions of different lengths."""
+    """Four images per task, of different sizes, with questions of different lengths."""
     pillow, files = pytest.importorskip("PIL.Image"), {}
     for k, task in enumerate(llava_adapters):
         folder = tmp_path_factory.mktemp(task)
@@ -110,5 +113,5 @@ def questions(tmp_path_factory, llava_adapters) -> dict[str, Path]:
 
 @pytest.fixture(params=list(RATIOS))
 def ratio(request):
-    """Either ratio op, as a function of z, u and the rest."""
+    """Each ratio op in turn, as a function of z, u and the rest."""
     return RATIOS[request.param]

@@ -1,4 +1,4 @@
-"""The plain way of writing a step: task by task, dense merged weights, full forward, hooks, pseudo-inverses."""
+"""A step written plainly: task by task, with dense merged weights, full forwards, hooks and pseudo-inverses."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from nsc.batch import Batch
 
 
 def plain_objective(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, targets: list[str]) -> Tensor:
-    """() the loss of a batch with one sample a row, differentiable in ``lam`` (M, K)."""
+    """The loss () of a batch with one sample per row, differentiable in ``lam`` (M, K)."""
     weights = {
         f"{name}.weight": model.get_parameter(f"{name}.weight")
         + sum(lam[i, k] * s * b @ a for k, (a, b, s) in enumerate(segments(module)) if len(a))
@@ -40,7 +40,7 @@ def plain_objective(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, t
 def plain_steps(
     model: nn.Module, stack: Stack, batch: Batch, targets: list[str], start: float, lr: float, steps: int
 ) -> Tensor:
-    """(M, K) after ``steps`` of AdamW on the plain objective, every step on the same batch."""
+    """Coefficients (M, K) after ``steps`` of AdamW on the plain objective, every step on the same batch."""
     lam = nn.Parameter(torch.full((len(stack.names), len(stack.tasks)), start, dtype=torch.float64))
     optimizer = torch.optim.AdamW([lam], lr=lr, weight_decay=0)
     for _ in range(steps):
@@ -51,6 +51,6 @@ def plain_steps(
 
 
 def segments(module: ModuleStack) -> list[tuple[Tensor, Tensor, float]]:
-    """A (r_k, d), B (m, r_k) and scale of each adapter of one module."""
+    """A (r_k, d), B (m, r_k) and the scale of each adapter of one module."""
     ranks = list(module.ranks)
     return list(zip(module.A.split(ranks), module.B.split(ranks, dim=1), module.scales, strict=True))

@@ -1,4 +1,4 @@
-"""The plain way of writing every option of a merge: sample by sample, dense weights, torch's own functions."""
+"""Every option of a merge written plainly: sample by sample, with dense weights and torch's own functions."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ from tests.plain import segments
 
 @dataclass(frozen=True)
 class Plain:
-    """What the loss is made of.  shares: of each task's ratios.  entropies: of each task's entropy, which is None
-    without.  heads: of each task, and the rows whose entropy it is: the last of a sample that counts, or all, summed or
-    their mean.
+    """The options of the loss.
+
+    shares: the weight of each task's ratios.  quantile: of the ratios in a sample, None for their mean.  entropies: the
+    weight of each task's entropy, None for a loss without.  heads: weight and bias of each task's head.  all_rows:
+    entropy at every counted token of a sample, not only the last.  summed: their sum, not their mean.
     """
 
     shares: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)
@@ -28,7 +30,7 @@ class Plain:
 
 
 def merged_weight(weight: Tensor, module: ModuleStack, row: Tensor) -> Tensor:
-    """row: (K,), or by rank (C,)."""
+    """The merged weight (m, d); ``row`` holds the module's coefficients, (K,), or (C,) if each rank has its own."""
     start = 0
     for k, (a, b, s) in enumerate(segments(module)):
         of_rows = row[start : start + len(a)] if module.by_rank else row[k].expand(len(a))
@@ -37,10 +39,8 @@ def merged_weight(weight: Tensor, module: ModuleStack, row: Tensor) -> Tensor:
     return weight
 
 
-def merged_parameters(
-    model: nn.Module, name: str, layer: ModuleStack | DenseStack, row: Tensor
-) -> dict[str, Tensor]:  # fmt: skip
-    """The weight of a layer, and its bias where adapters fine-tuned it whole."""
+def merged_parameters(model: nn.Module, name: str, layer: ModuleStack | DenseStack, row: Tensor) -> dict[str, Tensor]:
+    """The merged weight of a layer by its name, and the bias where adapters fine-tuned the layer whole."""
     weight = model.get_parameter(f"{name}.weight")
     if isinstance(layer, ModuleStack):
         return {f"{name}.weight": merged_weight(weight, layer, row)}
@@ -54,7 +54,7 @@ def merged_parameters(
 
 
 def plain_loss(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, targets: list[str], how: Plain) -> Tensor:
-    """() of a batch with one sample a row, differentiable in ``lam`` (M, C)."""
+    """The loss () of a batch with one sample per row, differentiable in ``lam`` (M, C)."""
     weights: dict[str, Tensor] = {}
     for name, row in zip(stack.names, lam, strict=True):
         weights |= merged_parameters(model, name, stack.layer(name), row)
@@ -87,16 +87,21 @@ def plain_loss(model: nn.Module, stack: Stack, lam: Tensor, batch: Batch, target
 
 
 def decoded_entropy(
-    model: nn.Module, head: Tensor, stack: Stack, lam: Tensor, prompts: Sequence[Sequence[int]], most: int,
+    model: nn.Module,
+    head: Tensor,
+    stack: Stack,
+    lam: Tensor,
+    prompts: Sequence[Sequence[int]],
+    most: int,
     ends: Collection[int],
-) -> tuple[list[list[float]], Tensor]:  # fmt: skip
-    """Greedy decoding with a backward at every token, as the released NSC code has it; no cache, no batch.
+) -> tuple[list[list[float]], Tensor]:
+    """Decode greedily with a backward at every token, as the released NSC code does, without cache or batches.
 
-    The entropies at the tokens of each prompt, and the gradient (M, K) of their sum over tokens and prompts. model: a
-    body, with ``head`` (V, d).
+    Returns the entropies at the generated tokens of each prompt, and the gradient (M, K) of their sum over tokens and
+    prompts. ``model`` is a body, ``head`` (V, d) its head, ``most`` the number of tokens to generate at most.
     """
     lam = lam.clone().requires_grad_()
-    found = []
+    of_prompts = []
     for prompt in prompts:
         ids, entropies = list(prompt), []
         while len(entropies) < most and not (entropies and ids[-1] in ends):
@@ -109,9 +114,9 @@ def decoded_entropy(
             H.backward()
             entropies.append(H.item())
             ids.append(int(logits.argmax()))
-        found.append(entropies)
+        of_prompts.append(entropies)
     assert lam.grad is not None
-    return found, lam.grad
+    return of_prompts, lam.grad
 
 
 LINKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -134,7 +139,7 @@ SCHEDULES: Mapping[str, Callable[[int, int], float]] = {
 
 
 def plain_softmax(theta: Tensor, stack: Stack, start: float) -> Tensor:
-    """Row by row, over the tasks that are there; the others stay at the start."""
+    """Coefficients (M, C) by a softmax over the tasks that a module has; the others stay at the start."""
     rows = []
     for row, there in zip(theta.expand(len(stack.names), -1), stack.present, strict=True):
         if len(theta) == 1:
@@ -145,11 +150,20 @@ def plain_softmax(theta: Tensor, stack: Stack, start: float) -> Tensor:
 
 
 def plain_learning(
-    loss: Callable[[Tensor], Tensor], stack: Stack, start: float, lr: float, steps: int, columns: int,
-    link: str = "identity", granularity: str = "layer", optimizer: str = "adamw", schedule: str = "constant",
-    weight_decay: float = 0.0, max_drift: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The first loss (), its gradient in theta, and the coefficients (M, C) after the steps."""
+    loss: Callable[[Tensor], Tensor],
+    stack: Stack,
+    start: float,
+    lr: float,
+    steps: int,
+    columns: int,
+    link: str = "identity",
+    granularity: str = "layer",
+    optimizer: str = "adamw",
+    schedule: str = "constant",
+    weight_decay: float = 0.0,
+    max_drift: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first loss (), its gradient in theta, and the coefficients (M, C) after all steps."""
     first = torch.full((1 if granularity == "task" else len(stack.names), columns), start, dtype=torch.float64)
     theta = nn.Parameter(torch.zeros_like(first) if link == "softmax" else LINKS[link][1](first))
 
@@ -160,12 +174,12 @@ def plain_learning(
 
     torch_optimizer = OPTIMIZERS[optimizer]([theta], lr=lr, weight_decay=weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch_optimizer, lambda step: SCHEDULES[schedule](step, steps))
-    found: list[Tensor] = []
+    at_start: list[Tensor] = []
     for _ in range(steps):
         torch_optimizer.zero_grad()
         value = loss(lam())
         value.backward()
-        found = found or [value.detach(), theta.grad.clone()]
+        at_start = at_start or [value.detach(), theta.grad.clone()]
         frozen = theta.grad == 0
         before = theta.detach().clone()
         torch_optimizer.step()
@@ -174,4 +188,4 @@ def plain_learning(
             theta.copy_(torch.where(frozen, before, theta))
             if max_drift is not None:
                 theta.copy_(LINKS[link][1](LINKS[link][0](theta).clamp(start - max_drift, start + max_drift)))
-    return found[0], found[1], lam().detach()
+    return at_start[0], at_start[1], lam().detach()

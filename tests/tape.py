@@ -1,7 +1,7 @@
-"""A CUDA graph without CUDA: operators recorded with the very tensors they met, and run again on them in replay.
+"""A CUDA graph without CUDA: operators are recorded with the tensors they ran on, and replayed on the same tensors.
 
-What a graph does, so does a tape: only what goes through torch's dispatcher is repeated, values that the host worked
-out are those of the recording, waiting for the device is refused, and recording itself changes nothing.
+A tape behaves as a graph does: it repeats only what goes through torch's dispatcher, values that the host computed stay
+as they were in the recording, waiting for the device is refused, and recording leaves all tensors unchanged.
 """
 
 import torch
@@ -13,13 +13,13 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal
 
 
 class Tape(TorchDispatchMode):
-    """Records while it is entered; ``replay`` repeats."""
+    """A dispatch mode that records the operators inside its ``with``, and repeats them in ``replay``."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
-        self.made = {}  # storage -> a tensor of it, made while recording: what lies in a graph's pool
-        self.before = {}  # storage -> (tensor, its value) of what was written to and made before
+        self.made = {}  # storage -> a tensor made in it while recording, as in a graph's memory pool
+        self.before = {}  # storage -> (tensor, its value) for older tensors that are written to
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -53,14 +53,14 @@ class Tape(TorchDispatchMode):
         self.poison()
 
     def poison(self):
-        """Nothing may be read that this replay has not computed: another graph had the same memory."""
+        """Fill the pool with NaN: a replay may read nothing it has not computed, since graphs share the memory."""
         for x in self.made.values():
             whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
             whole.fill_(float("nan") if x.is_floating_point() else 0)
 
 
 class TapeRecorder:
-    """In place of ``nsc.runtime.cuda_graphs.CudaRecorder``."""
+    """The ``nsc.runtime.cuda_graphs.Recorder`` of the CPU, in place of ``CudaRecorder``."""
 
     def __init__(self, device):
         self.device = device
@@ -81,7 +81,7 @@ class TapeRecorder:
 
 @torch.no_grad()
 def as_is(tree):
-    """The same memory in the shapes it has now, which an ``unsqueeze_`` may change."""
+    """Aliases of the tensors with their present shapes, which a later ``unsqueeze_`` does not change."""
     return tree_map_only(Tensor, torch.ops.aten.alias.default, tree)
 
 
@@ -94,7 +94,7 @@ def tensors(tree) -> list[Tensor]:
 
 
 def written(func, args, kwargs) -> list[Tensor]:
-    """The arguments that ``func`` writes into, by its schema."""
+    """The arguments that ``func`` writes into, according to its schema."""
     schema = func._schema.arguments
     named = {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
     return tensors([named[a.name] for a in schema if a.name in named and a.alias_info and a.alias_info.is_write])

@@ -1,4 +1,4 @@
-"""Tiny models and adapters, made in milliseconds. transformers and peft are imported only where they are used."""
+"""Tiny models and adapters, made in milliseconds; transformers and peft are imported only where they are used."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -13,9 +13,17 @@ from torch import Tensor, nn
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module -> A (r, d), B (m, r)
 
 LLAMA = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 WORDS = [f"word{i}" for i in range(LLAMA["vocab_size"] - 4)]
 CHAT = (  # the user's words around the image, as LLaVA's template puts them
     "{% for message in messages %}word1 {% for part in message['content'] %}"
@@ -42,18 +50,27 @@ def write_adapter(
     extra: Mapping[str, Tensor] | None = None,  # stored under exactly these keys
     **config: Any,
 ) -> Path:
-    """A PEFT adapter folder written by hand; ``config`` overrides or adds fields, ``saved`` goes to modules_to_save."""
+    """A PEFT adapter folder written by hand; ``config`` overrides or adds fields, ``saved`` are modules_to_save."""
     tensors = {}
     for name, (A, B) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     tensors |= {f"base_model.model.{name}": tensor for name, tensor in (saved or {}).items()} | dict(extra or {})
     settings = {
-        "peft_type": "LORA", "base_model_name_or_path": "tiny", "r": r, "lora_alpha": alpha, "use_rslora": False,
-        "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "fan_in_fan_out": False,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in factors}), "task_type": None,
+        "peft_type": "LORA",
+        "base_model_name_or_path": "tiny",
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "bias": "none",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in factors}),
+        "task_type": None,
         "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in saved}) if saved else None,
-    }  # fmt: skip
+    }
     path.mkdir(parents=True, exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps(settings | config))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / "adapter_model.safetensors")
@@ -88,7 +105,7 @@ def tiny_vit(kind: str = "AutoModel", seed: int = 0, **config: Any) -> nn.Module
 
 
 def tiny_llava(kind: str = "AutoModelForImageTextToText", seed: int = 0, **config: Any) -> nn.Module:
-    """A random LLaVA with a LLaMA text model and a CLIP image tower; ``config`` is the LLaVA's own."""
+    """A random LLaVA with a LLaMA text model and a CLIP image tower; ``config`` overrides fields of LlavaConfig."""
     import transformers
 
     text, vision = transformers.LlamaConfig(**LLAMA), transformers.CLIPVisionConfig(**VISION)
@@ -127,29 +144,34 @@ def save_image_base(path: Path, **config: Any) -> Path:
 
 
 def save_llava_base(path: Path, chat_template: str | None = CHAT, **text: Any) -> Path:
-    """A random LLaVA with a processor, as a folder that the Auto classes load; ``text`` is of its language model."""
+    """A random LLaVA with a processor, as a folder that the Auto classes load; ``text`` configures its LLaMA."""
     import transformers
 
     size = {"height": VISION["image_size"], "width": VISION["image_size"]}
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**(LLAMA | {"vocab_size": 65, "initializer_range": 0.2} | text)),
-        vision_config=transformers.CLIPVisionConfig(**VISION), image_token_index=64, initializer_range=0.2,
-    )  # fmt: skip
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        image_token_index=64,
+        initializer_range=0.2,
+    )
     model = _from_config(transformers.AutoModelForImageTextToText, config, 0)
     for name, parameter in model.named_parameters():
         if "multi_modal_projector" in name:
             nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(path)
     transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(size=size, crop_size=size), tokenizer=word_tokenizer("<image>"),
-        patch_size=VISION["patch_size"], vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        image_processor=transformers.CLIPImageProcessor(size=size, crop_size=size),
+        tokenizer=word_tokenizer("<image>"),
+        patch_size=VISION["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=chat_template,
-    ).save_pretrained(path)  # fmt: skip
+    ).save_pretrained(path)
     return path
 
 
 def llava_prefixes() -> tuple[str, str]:
-    """What names of the language model's layers, and of the projector, begin with in this transformers' whole LLaVA."""
+    """The prefixes of the language model's layers and of the projector in the installed transformers' LLaVA."""
     import transformers
 
     if transformers.__version__.startswith("4."):
@@ -158,7 +180,7 @@ def llava_prefixes() -> tuple[str, str]:
 
 
 def save_tokenizer(path: Path) -> None:
-    """``word_tokenizer`` as a folder."""
+    """Save ``word_tokenizer`` to a folder."""
     word_tokenizer().save_pretrained(path)
 
 

@@ -3,8 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nsc_kernels import MergedLoRALinear
+from nsc_kernels.lora_down import lora_down_backward_reference, lora_down_reference
+from nsc_kernels.lora_fold import lora_fold_backward_reference, lora_fold_reference
+from nsc_kernels.lora_up import lora_up_backward_reference, lora_up_reference
+from nsc_kernels.modules import extra_flops
 
 RANKS, SCALES = (2, 0, 3), (1.0, 5.0, 0.5)
 
@@ -165,3 +170,20 @@ def test_compile_fullgraph():
     z = torch.randn(4, 7, requires_grad=True)
     results = [(y := function(z), *torch.autograd.grad(y.square().sum(), (z, lam))) for function in (layer, compiled)]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("plan", ["factors", "weights"])
+def test_flops_of_a_plan_are_those_of_its_passes(plan):
+    """Counted in the references of its ops, forward and backward, where only the coefficients train."""
+    n, d, m, R = 11, 7, 6, 5
+    z, y, u, c, A, B, W = (torch.randn(*shape) for shape in ((n, d), (n, m), (n, R), (R,), (R, d), (m, R), (m, d)))
+    with FlopCounterMode(display=False) as counter:
+        if plan == "factors":
+            lora_down_reference(z, A, False)
+            lora_up_reference(y, u, c, B)
+            lora_up_backward_reference(y, u, c, B, True)
+            lora_down_backward_reference(z, u, None, None, A)
+        else:
+            lora_fold_reference(W, B, c, A)
+            lora_fold_backward_reference(y.T @ z, B, c, A, False)
+    assert counter.get_total_flops() == extra_flops(plan, n, d, m, R)

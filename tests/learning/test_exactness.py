@@ -21,7 +21,7 @@ from nsc.learning.loop import learn, prepared
 from nsc.learning.passes import share_out
 from nsc.runtime.distributed import ALONE, Team, join
 from tests.plain import plain_objective, plain_steps
-from tests.runtime.test_distributed import together
+from tests.runtime.ranks import together
 from tests.tape import TapeRecorder
 from tests.tiny import linears, random_factors, tiny_llama, tiny_vit, write_adapter
 

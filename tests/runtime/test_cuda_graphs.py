@@ -1,4 +1,4 @@
-"""Recorded steps are the eager ones, bit for bit, on a tape that repeats operators as a CUDA graph would."""
+"""Replayed steps equal eager ones bit for bit, on a tape that repeats operators as a CUDA graph would."""
 
 import signal
 from dataclasses import replace
@@ -9,49 +9,33 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsc.runtime.cuda_graphs as graphs
-from nsc.adapters.lora import read_adapter
-from nsc.adapters.stack import stack_adapters, whitened
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.text import TextBatches
 from nsc.learning.loop import learn
 from nsc.learning.passes import Passes
 from nsc.runtime.cuda_graphs import Graphs
+from tests.stacks import random_stack, random_tokens
 from tests.tape import TapeRecorder
-from tests.tiny import linears, random_factors, tiny_llama, tiny_vit, write_adapter
+from tests.tiny import linears, tiny_llama, tiny_vit
 
 TARGETS = ["layers.0.self_attn.v_proj", "layers.1.self_attn.v_proj"]
 CONFIG = MergeConfig(steps=16, lr=1e-2)
 LENGTHS = {"a": (4, 17, 4), "b": (9, 2, 2), "c": (11,)}
 
 
-def a_stack(model, names, folder):
-    shapes = linears(model)
-    adapters = {}
-    for seed, task in enumerate(LENGTHS):
-        factors = {
-            n: random_factors([n], d=shapes[n][1], m=shapes[n][0], seed=9 * seed + i)[n] for i, n in enumerate(names)
-        }
-        adapters[task] = read_adapter(write_adapter(folder / task, factors), task)
-    return whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, shapes))
-
-
 @pytest.fixture(scope="module", params=["float32", "float64"])
 def setting(request, tmp_path_factory):
-    """(model, stack, batches): steps of several shapes that recur, samples sharing rows."""
+    """(model, stack, batches), where the shapes of steps recur and samples share rows."""
     model = tiny_llama("AutoModel", num_hidden_layers=2).to(getattr(torch, request.param)).requires_grad_(False).eval()
     names = [n for n in linears(model) if n.endswith(("q_proj", "v_proj"))]
-    generator = torch.Generator().manual_seed(0)
-    tokens = {
-        task: [torch.randint(3, 60, (n,), generator=generator).tolist() for n in ns] for task, ns in LENGTHS.items()
-    }
-    batches = TextBatches(tokens, batch_size=2, pad_id=0, shares_rows=True, few_shapes=True)
-    return model, a_stack(model, names, tmp_path_factory.mktemp("adapters")), batches
+    batches = TextBatches(random_tokens(LENGTHS), batch_size=2, pad_id=0, shares_rows=True, few_shapes=True)
+    return model, random_stack(model, names, LENGTHS, tmp_path_factory.mktemp("adapters")), batches
 
 
 @pytest.fixture
 def taped(monkeypatch):
-    """Steps are recorded on tapes; what was recorded, as a list of recorders."""
+    """Record steps on tapes instead of CUDA graphs; the list of the recorders that were made."""
     made = []
 
     def recorder(device):
@@ -70,7 +54,7 @@ def run(setting, config=CONFIG, batches=None, targets=None, **options):
 
 
 class Traced(TorchDispatchMode):
-    """What is seen by a mode runs by another door of the operators, with the last bit of a float32 gradient its own."""
+    """An idle mode: torch takes another path under any mode, which changes the last bit of a float32 gradient."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -117,7 +101,7 @@ def test_at_the_bound_and_through_resume(setting, taped, tmp_path):
 def test_images_are_recorded_too(taped, tmp_path):
     model = tiny_vit("AutoModel").requires_grad_(False).eval()
     names = [n for n in linears(model) if "attention" in n]
-    stack = a_stack(model, names, tmp_path)
+    stack = random_stack(model, names, LENGTHS, tmp_path)
     targets = [n for n in names if ".2." in n][:1]
     generator = torch.Generator().manual_seed(0)
 
@@ -132,7 +116,7 @@ def test_images_are_recorded_too(taped, tmp_path):
 
 
 def test_what_the_host_works_out_would_be_recorded():
-    """The tape is worth something: a value that the host changes is that of the recording ever after."""
+    """The tape does detect such values: one that the host changes stays as it was in the recording."""
     total, calls = torch.zeros(()), []
 
     def work():
@@ -142,11 +126,11 @@ def test_what_the_host_works_out_would_be_recorded():
     graphs = Graphs(TapeRecorder(total.device))
     for _ in range(5):
         graphs(work)
-    assert total.item() == 1 + 2 + 3 * 3 and graphs.replayed == 3  # the tape's own 3, not 3 + 4 + 5
+    assert total.item() == 1 + 2 + 3 * 3 and graphs.replayed == 3  # three times the recorded 3, not 3 + 4 + 5
 
 
 def test_a_learning_rate_that_the_host_changes_is_found(setting, taped, monkeypatch):
-    """So are they in learning itself: what a schedule would do to AdamW is lost in its graph, and shows."""
+    """The same in learning: a learning rate that a schedule gives AdamW is lost in the graph, and results differ."""
     step = torch.optim.AdamW.step
 
     def scheduled(self):
@@ -158,7 +142,7 @@ def test_a_learning_rate_that_the_host_changes_is_found(setting, taped, monkeypa
 
 
 def test_a_tensor_kept_from_a_recording_is_found():
-    """What another graph would have overwritten is poisoned."""
+    """Memory that another graph would have overwritten is poisoned."""
     x, kept = torch.ones(3), {}
 
     def work():
@@ -174,7 +158,7 @@ def test_a_tensor_kept_from_a_recording_is_found():
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_what_cannot_be_recorded_runs_as_usual_and_says_why_once(setting, taped, monkeypatch, capsys, failing):
-    """The first recording fails, or a later one; the numbers are the same."""
+    """The first recording fails, or a later one; the results are the eager ones."""
     record, calls = TapeRecorder.record, []
 
     def fails(self, work):
@@ -204,7 +188,7 @@ def test_without_cuda_that_is_said(setting, capsys):
 
 
 def test_memory_that_runs_out_in_a_recording_halves_the_pass(setting, taped, monkeypatch):
-    """The error that ends the recording hides it, as CUDA's does. The step starts anew, all graphs are dropped."""
+    """An error that ends the recording hides the cause, as CUDA's does; the step is repeated without any graph."""
     record, one_pass, sizes, warmed = TapeRecorder.record, Passes._pass, [], []
 
     def noted(self, batch):

@@ -1,123 +1,22 @@
 """Several gloo processes learn what one does: uneven shares, lost ranks, interrupts, NaN, and the command line."""
 
-import json
-import multiprocessing
 import os
-import pickle
 import signal
-import socket
-import subprocess
-import sys
 import time
-import uuid
 from dataclasses import replace
-from datetime import timedelta
 from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import nsc
 import nsc.learning.loop as learning
-from nsc.adapters.lora import read_adapter
-from nsc.adapters.stack import stack_adapters, whitened
-from nsc.config import MergeConfig
 from nsc.data.packing import pack
-from nsc.data.text import TextBatches
 from nsc.errors import NonFiniteError, ResumeError
-from nsc.learning.loop import learn
 from nsc.learning.passes import Passes, share_out
 from nsc.runtime.distributed import RankError, join
-from tests.tiny import linears, random_factors, tiny_llama, write_adapter
-
-TARGETS = ["layers.2.self_attn.v_proj", "layers.3.self_attn.v_proj"]
-CONFIG = MergeConfig(steps=12, lr=1e-2)
-LENGTHS = {"a": (4, 17, 5), "b": (9, 2, 2, 6, 3), "c": (11,)}
-CLOSE = {"rtol": 0, "atol": 1e-9}
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    """(model, stack, batches) in float64: three adapters on every q_proj and v_proj, tasks of 3, 5 and 1 samples."""
-    model = tiny_llama("AutoModel").double().requires_grad_(False).eval()
-    shapes = linears(model)
-    names = [name for name in shapes if name.endswith(("q_proj", "v_proj"))]
-    adapters = {}
-    for seed, task in enumerate(LENGTHS):
-        factors = {n: random_factors([n], d=32, m=shapes[n][0], seed=9 * seed + i)[n] for i, n in enumerate(names)}
-        adapters[task] = read_adapter(write_adapter(tmp_path_factory.mktemp(task), factors), task)
-    stack = whitened(stack_adapters(adapters, {task: {n: n for n in names} for task in adapters}, shapes))
-    generator = torch.Generator().manual_seed(0)
-    tokens = {
-        task: [torch.randint(3, 60, (n,), generator=generator).tolist() for n in ns] for task, ns in LENGTHS.items()
-    }
-    return model, stack, TextBatches(tokens, batch_size=2, pad_id=0)
-
-
-@pytest.fixture(scope="module")
-def alone(setting):
-    return run(setting)
-
-
-def run(setting, config=CONFIG, batches=None, **options):
-    """``learn`` in the group that this process belongs to, if any."""
-    model, stack, own = setting
-    return learn(model, stack, TARGETS, batches or own, config, progress=False, team=join(), **options)
-
-
-def together(folder, size, work, environment=False):
-    """What ``work(rank)`` returned or raised in each of ``size`` processes; the exit code of one that just ended.
-
-    They meet in a gloo group made here, or with ``environment`` by the variables that torchrun sets.
-    """
-    meeting, port = folder / uuid.uuid4().hex, free_port()
-
-    def process(rank):
-        torch.set_num_threads(1)  # a thread pool does not survive a fork
-        if environment:
-            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        else:
-            group = dict(init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=30))
-            dist.init_process_group("gloo", **group)
-        try:
-            outcome = work(rank)
-        except BaseException as error:
-            outcome = error
-        meeting.with_suffix(f".{rank}").write_bytes(pickle.dumps(outcome))
-
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=process, args=(rank,)) for rank in range(size)]
-    for one in processes:
-        one.start()
-    deadline = time.monotonic() + 60
-    for one in processes:
-        one.join(max(0, deadline - time.monotonic()))
-    hung = [rank for rank, one in enumerate(processes) if one.is_alive()]
-    for rank in hung:
-        processes[rank].kill()
-    assert not hung, f"rank {hung} hung"
-    files = [meeting.with_suffix(f".{rank}") for rank in range(size)]
-    return [pickle.loads(f.read_bytes()) if f.exists() else p.exitcode for f, p in zip(files, processes, strict=True)]
-
-
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
-def assert_same(learned, expected):
-    """The same bits on every rank, and what one process finds."""
-    for one in learned:
-        assert torch.equal(one.coefficients, learned[0].coefficients) and one.losses == learned[0].losses
-    torch.testing.assert_close(learned[0].coefficients, expected.coefficients, **CLOSE)
-    torch.testing.assert_close(learned[0].losses, expected.losses, **CLOSE)
-    assert torch.equal(learned[0].frozen, expected.frozen)
-    assert (expected.coefficients - CONFIG.start).abs().max() > 0.05  # there was something to find
+from tests.runtime.ranks import CLOSE, CONFIG, assert_same, run, together, torchrun
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -225,7 +124,7 @@ def test_ranks_that_drift_apart_are_found(setting, tmp_path):
 
 
 def test_a_merge_in_the_group_that_torchrun_describes(base, adapters, texts, tmp_path):
-    """Twice in one process, and then by ranks that were not started alike."""
+    """Twice in the same processes; then ranks with different seeds are refused."""
     settings = dict(steps=5, lr=0.05, dtype="float64", progress=False)
 
     def work(rank):
@@ -255,27 +154,9 @@ def test_others_that_never_come(tmp_path, monkeypatch):
     assert join("cpu").size == 1
 
 
-@pytest.fixture(scope="module")
-def command(base, adapters, texts, tmp_path_factory):
-    """``nsc merge`` of two adapters with its options, without ``--out``."""
-    folder = tmp_path_factory.mktemp("data")
-    words = ["merge", "--base", str(base), "--steps", "40", "--dtype", "float64"]
-    for task in ("plain", "rslora"):
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[task]))
-        words += ["--adapter", f"{task}={adapters[task]}", "--data", f"{task}={folder / task}.jsonl"]
-    return words
-
-
-def torchrun(size, launcher, command, out, *more):
-    ranks = ["-m", "torch.distributed.run", "--nproc_per_node", str(size), "--master_port", free_port()]
-    process = [sys.executable, *ranks, *launcher, *command, "--out", str(out), *more]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(process, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.slow
 def test_the_command_line_under_torchrun(command, tmp_path):
-    """A rank dies, two others resume; one result is written, that of one process."""
+    """One of two ranks dies, two new ones resume; they write one result, which equals that of a single process."""
     from typer.testing import CliRunner
 
     from nsc.cli import app

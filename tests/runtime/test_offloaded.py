@@ -1,4 +1,4 @@
-"""Bases that do not fit: offloaded by accelerate and quantised, on a CPU; the proof is always against the full base."""
+"""Bases that fit no device, offloaded by accelerate or quantised, on a CPU; the proof always takes the full base."""
 
 import copy
 import sys
@@ -22,7 +22,7 @@ from nsc.merging.from_data import _identity
 from nsc.runtime.placement import fetched_linear, input_device, is_plain, reload_in_backward, run_device
 from nsc.runtime.quantization import dequantise_where_used, dequantised
 from tests.conftest import ADAPTERS
-from tests.runtime.test_distributed import TARGETS, setting  # noqa: F401  # a fixture
+from tests.runtime.ranks import TARGETS
 from tests.tiny import WORDS, peft_adapter, save_base, tiny_llama
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ BITS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
 @pytest.fixture(params=["cpu", "disk"])
 def offloaded(request, tmp_path):
-    """The tiny LLaMA of ``setting``, with every weight taken to the meta device between its uses."""
+    """The tiny LLaMA of ``setting``, whose weights are on the meta device except while they are used."""
     model = tiny_llama("AutoModel").double().requires_grad_(False).eval()
     if request.param == "cpu":
         accelerate.cpu_offload(model, CPU)
@@ -41,7 +41,7 @@ def offloaded(request, tmp_path):
     return model
 
 
-def test_an_offloaded_base_gives_the_gradient_of_the_resident_one(setting, offloaded):  # noqa: F811
+def test_an_offloaded_base_gives_the_gradient_of_the_resident_one(setting, offloaded):
     model, stack, batches = setting
     batch, lam = batches(0)[0], torch.full((len(stack.names), len(stack.tasks)), 0.4, dtype=torch.float64)
     assert all(parameter.is_meta for parameter in offloaded.parameters())
@@ -105,9 +105,15 @@ def test_a_base_that_memory_does_not_hold_is_proven_by_its_files(base, merged, t
 
 def test_what_is_learned_depends_on_the_bits_of_the_base_but_not_on_its_places():
     config = nsc.MergeConfig()
-    identity = [_identity("b", {}, {}, [], c) for c in (
-        config, replace(config, weights="int8"), replace(config, device_map="auto"), replace(config, shard=True)
-    )]  # fmt: skip
+    identity = [
+        _identity("b", {}, {}, [], c)
+        for c in (
+            config,
+            replace(config, weights="int8"),
+            replace(config, device_map="auto"),
+            replace(config, shard=True),
+        )
+    ]
     assert identity[0] == identity[2] == identity[3] != identity[1]
 
 

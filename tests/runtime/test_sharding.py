@@ -1,4 +1,4 @@
-"""A base split over 2 and 4 gloo processes learns what one process does, and no rank ever holds more than its slice."""
+"""A base sharded over 2 to 4 gloo processes learns what one process does, and no rank holds more than its slice."""
 
 from dataclasses import replace
 
@@ -14,22 +14,12 @@ from nsc.learning.passes import share_out
 from nsc.runtime.distributed import ALONE, Team, join
 from nsc.runtime.placement import is_plain
 from nsc.runtime.sharding import ShardedLinear, Shards, shard_linears, shards_of, weightless
-from tests.runtime.test_distributed import (  # noqa: F401  # fixtures
-    CLOSE,
-    CONFIG,
-    TARGETS,
-    assert_same,
-    command,
-    run,
-    setting,
-    together,
-    torchrun,
-)
+from tests.runtime.ranks import CLOSE, assert_same, run, together, torchrun
 from tests.tiny import linears
 
 
-def sharded(setting, **options):  # noqa: F811
-    """``learn`` on this rank's slice of the setting's model; the process is a fork, so the model is its own."""
+def sharded(setting, **options):
+    """Call ``learn`` on this rank's slice of the setting's model, which the forked process has a copy of."""
     shard_linears(setting[0], join(), "cpu")
     return run(setting, **options)
 
@@ -40,15 +30,15 @@ def whole_bytes(model):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"shares_rows": True}], ids=str)
-def test_a_sharded_base_learns_what_a_whole_one_does(setting, tmp_path, size, options):  # noqa: F811
-    """Also where there are fewer rows than ranks."""
+def test_a_sharded_base_learns_what_a_whole_one_does(setting, tmp_path, size, options):
+    """This holds even with fewer rows than ranks."""
     batches = replace(setting[2], **options)
     expected = run(setting, batches=batches)
     assert_same(together(tmp_path, size, lambda rank: sharded(setting, batches=batches)), expected)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_each_rank_holds_its_share_and_the_forward_is_the_same(setting, tmp_path, size):  # noqa: F811
+def test_each_rank_holds_its_share_and_the_forward_is_the_same(setting, tmp_path, size):
     model, stack, batches = setting
     matrices = sum(m * d for m, d in linears(model).values())
     rest = whole_bytes(model) // 8 - matrices
@@ -70,9 +60,13 @@ def test_each_rank_holds_its_share_and_the_forward_is_the_same(setting, tmp_path
 @pytest.mark.parametrize("scarce", [0, 1])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(
-    setting, tmp_path, monkeypatch, scarce, where  # noqa: F811
-):  # fmt: skip
-    """In the middle of a pass, when the others are about to gather the next weight."""
+    setting,
+    tmp_path,
+    monkeypatch,
+    scarce,
+    where,
+):
+    """Memory runs out in the middle of a pass, when the other rank is about to gather the next weight."""
     loss, fell = NullSpaceObjective.loss, []
     batches = replace(setting[2], batch_size=4)
 
@@ -102,7 +96,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(
     assert_same(together(tmp_path, 2, work), run(setting, batches=batches))
 
 
-def test_nan_and_its_place_are_told_alike_by_all(setting, tmp_path):  # noqa: F811
+def test_nan_and_its_place_are_told_alike_by_all(setting, tmp_path):
     def work(rank):
         def poisoned(step):
             batches = setting[2](step)
@@ -143,14 +137,14 @@ def test_refusals(base, adapters, texts):
     assert shards_of(nn.Linear(2, 2)) is None
 
 
-def test_a_row_that_weighs_nothing(setting):  # noqa: F811
+def test_a_row_that_weighs_nothing(setting):
     batch = weightless(setting[2](0)[0])
     assert batch.task.shape[0] == 1 and not batch.weight.any()
     assert len(Shards(ALONE).even([batch])) == 1
 
 
 @pytest.mark.slow
-def test_the_command_line_shards_under_torchrun(command, tmp_path):  # noqa: F811
+def test_the_command_line_shards_under_torchrun(command, tmp_path):
     done = torchrun(2, ["-m", "nsc"], command, tmp_path / "out", "--shard")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1 and "hidden states to" in done.stdout
