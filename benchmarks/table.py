@@ -28,34 +28,36 @@ Devices = dict[str, Entries]  # file stem -> entries
 EMPTY = ""
 PREDICTED = (
     "Predicted: for each kernel the larger of its bytes over {bandwidth} and its FLOPs over 790 TFLOP/s, with every"
-    " tensor moved once, summed over kernels; launches and waiting are not included. For a step: the base, attention,"
-    " adapters and ratios as `nsc plan` counts them; for the loop the same base once per task, PEFT's layers, the ratios"
-    " as eager torch runs them, and the image tower in every step; norms, activations and sums between the linear layers"
-    " are included in neither. An empty cell has not been measured yet: `make gpu` measures it."
+    " tensor moved once, summed over kernels; launches and waiting are not included. For a step: the base,"
+    " attention, adapters and ratios as `nsc plan` counts them; for the loop the same base once per task, PEFT's"
+    " layers, the ratios as eager torch runs them, and the image tower in every step; norms, activations and sums"
+    " between the linear layers are included in neither. An empty cell has not been measured yet: `make gpu`"
+    " measures it."
 )
 STEPS = (
-    "Medians of runs by turns, in seconds on the clock. `loop`: the method as it is usually written, one task after the"
-    " other. `floor`: the frozen base alone, to the last target's input and back. The split is that of a profiled step:"
-    " base with everything around it, LoRA, ratios, optimizer, and host: the time in which the device, or on a CPU every"
-    " operator, was idle."
+    "Medians of runs by turns, in seconds on the clock. `loop`: the method as it is usually written, one task after"
+    " the other. `floor`: the frozen base alone, to the last target's input and back. The split is that of a"
+    " profiled step: base with everything around it, LoRA, ratios, optimizer, and host: the time in which the"
+    " device, or on a CPU every operator, was idle."
 )
 OPS = (
-    "GB/s count the bytes that the shape requires, each tensor moved once; the last figure is their share of the rate of"
-    " a device copy in the same run. `usual`: the ratio in the fewest lines of torch, under autograd. `linear`:"
-    " `F.linear` alone."
+    "GB/s count the bytes that the shape requires, each tensor moved once; the last figure is their share of the"
+    " rate of a device copy in the same run. `usual`: the ratio in the fewest lines of torch, under autograd."
+    " `linear`: `F.linear` alone."
 )
 OVERHEAD = (
-    "`public`: the complete function. `op`: without its checks. `registered`: through torch's dispatcher. `launch`: only"
-    " the launches of its kernels, prepared beforehand. `graph`: device time in a CUDA graph. On a CPU, `public` and"
-    " `op` run without the kernels, and `registered` and `reference` both run the reference: in the forward they differ"
-    " by the dispatcher. The fastest of all rounds: other work on the machine can only add time."
+    "`public`: the complete function. `op`: without its checks. `registered`: through torch's dispatcher. `launch`:"
+    " only the launches of its kernels, prepared beforehand. `graph`: device time in a CUDA graph. On a CPU,"
+    " `public` and `op` run without the kernels, and `registered` and `reference` both run the reference: in the"
+    " forward they differ by the dispatcher. The fastest of all rounds: other work on the machine can only add"
+    " time."
 )
 METHODS = (
-    "Six adapters of rank 16 on q_proj (4096 x 4096) and v_proj (1024 x 4096): all 64 layers, empty where the time of one"
-    " block says that it would take too long; one block, q and v; and the peak memory beyond the factors. Dense: one"
-    " block by the formulation as it is usually written, in full space; `knots` is the SVD of [D_1 .. D_6] and a sum,"
-    " the least that a method in such a basis must compute. Linear, LoRA-LEGO and RobustMerge have none. On a CPU all"
-    " times are CPU seconds, which exclude other work on the machine."
+    "Six adapters of rank 16 on q_proj (4096 x 4096) and v_proj (1024 x 4096): all 64 layers, empty where the time"
+    " of one block says that it would take too long; one block, q and v; and the peak memory beyond the factors."
+    " Dense: one block by the formulation as it is usually written, in full space; `knots` is the SVD of [D_1 .."
+    " D_6] and a sum, the least that a method in such a basis must compute. Linear, LoRA-LEGO and RobustMerge have"
+    " none. On a CPU all times are CPU seconds, which exclude other work on the machine."
 )
 
 

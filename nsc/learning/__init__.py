@@ -1,1 +1,1 @@
-"""Learning coefficients: objectives, passes, the optimiser loop and its checkpoint."""
+"""Learning coefficients: objectives, passes, the optimizer loop and its checkpoint."""

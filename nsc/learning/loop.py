@@ -1,6 +1,6 @@
 """The optimisation: one forward for all tasks, one backward to the coefficients, AdamW, a bound; checkpoint and resume.
 
-The state of a run is ``theta``, the optimiser's moments and the step; batches are a function of the step. So a run that
+The state of a run is ``theta``, the optimizer's moments and the step; batches are a function of the step. So a run that
 is interrupted anywhere and resumed ends where the uninterrupted one would, bit for bit where the arithmetic is.
 """
 

@@ -64,7 +64,7 @@ class State:
         assert self.theta.grad is not None
         before = None if self.factors is None else self.theta.clone()
         self.optimizer.step()
-        if self.factors is not None and before is not None:  # every optimiser's step is proportional to its lr
+        if self.factors is not None and before is not None:  # every optimizer's step is proportional to its lr
             self.theta.copy_(torch.lerp(before, self.theta, self.factors.index_select(0, self.done)))
         self.theta.clamp_(self.lower, self.upper)
         self.coefficients.draw_back(self.theta, self.reach)

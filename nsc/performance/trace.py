@@ -1,7 +1,7 @@
 """Where the time of a step goes, read off torch's profiler: operators and kernels by the range the host issued them in.
 
-The ops of ``nsc_kernels`` open a range of their own name while a profiler runs, and torch's optimisers one of theirs.
-What was issued within such a range is LoRA, ratio or optimiser; everything else is the base, with what surrounds it.
+The ops of ``nsc_kernels`` open a range of their own name while a profiler runs, and torch's optimizers one of theirs.
+What was issued within such a range is LoRA, ratio or optimizer; everything else is the base, with what surrounds it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The processes that ``torchrun`` or ``accelerate launch`` started, which learn one set of coefficients together.
 
 Every rank holds the base (or its slice of it, see ``nsc.runtime.sharding``), the adapters and the same state. The rows
-of a step are divided among the ranks, one all-reduce adds up the gradients, and all ranks take the same optimiser step,
+of a step are divided among the ranks, one all-reduce adds up the gradients, and all ranks take the same optimizer step,
 so their coefficients are equal bit for bit.
 """
 
