@@ -120,7 +120,7 @@ def side_gradients(
 def _row_vectors(
     inverse_norm: Tensor, u: Tensor, adapter: Tensor | None, offsets: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v = u/|z| (n, R), 0 outside a row's segment; where that segment is; (n,) False where the adapter is missing."""
+    """Return v = u/|z| (n, R), 0 outside each row's segment, and what ``_row_segments`` returns."""
     inside, known = _row_segments(u, adapter, offsets, weight)
     return torch.where(inside, u * inverse_norm[:, None], 0.0), inside, known
 
@@ -128,7 +128,10 @@ def _row_vectors(
 def _row_segments(
     u: Tensor, adapter: Tensor | None, offsets: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(n, R) the columns that measure a row, none for weight 0; (n,) False where a row's adapter does not exist."""
+    """Return (n, R): the columns that measure each row, none for weight 0; and (n,): whether its adapter exists.
+
+    A row of weight 0 needs no adapter.
+    """
     live = u.new_ones(u.shape[0], dtype=torch.bool) if weight is None else weight != 0
     columns = torch.arange(u.shape[1], device=u.device)
     if adapter is None or offsets is None:
@@ -141,13 +144,13 @@ def _row_segments(
 
 
 def _gram_product(v: Tensor, gram_inverse: Tensor | None) -> Tensor:
-    """G v of each row of (n, R); v itself where A's rows are orthonormal."""
+    """Return G v for each row of v (n, R); v itself where A's rows are orthonormal."""
     return v if gram_inverse is None else v @ gram_inverse
 
 
 @without_autocast
 def _gram_gradient(slope: Tensor, v: Tensor) -> Tensor:
-    """(R, R): -1/2 sum over rows of g/om v v^T; block-diagonal, since v is 0 outside its row's segment."""
+    """Return -1/2 times the sum over rows of g/om v v^T: block-diagonal, since v is 0 outside its row's segment."""
     return -0.5 * (v * slope[:, None]).T @ v
 
 

@@ -103,7 +103,7 @@ def weighted_sum(lam: Tensor, deltas: Tensor) -> Tensor:
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Keeps nothing but ``deltas`` itself for the backward."""
+    """A weighted sum that keeps nothing but ``deltas`` itself for the backward."""
 
     @staticmethod
     def forward(ctx: Any, lam: Tensor, deltas: Tensor) -> Tensor:

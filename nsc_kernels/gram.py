@@ -139,7 +139,7 @@ class GramCache:
 
 
 class _DifferentiableInverse(torch.autograd.Function):
-    """G(A) with dA = -G (S + S') G A for an incoming S; exact on A's row space when A is rank-deficient."""
+    """The inverse Gram with dA = -G (S + S') G A for an incoming S, exact on the row space of a rank-deficient A."""
 
     @staticmethod
     def forward(ctx, lora_A: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

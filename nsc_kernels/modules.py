@@ -260,7 +260,7 @@ def _widths(layers: Sequence[MergedLoRALinear]) -> list[int]:
 
 
 def _version(z: Tensor) -> int:
-    """How often z has been written to; inference tensors do not count."""
+    """Return how often z has been written to; inference tensors do not count that."""
     return 0 if z.is_inference() else z._version
 
 

@@ -92,7 +92,7 @@ def null_space_ratio_backward_reference(
 
 
 def _inverse_norm(z: Tensor, weight: Tensor | None) -> Tensor:
-    """(n,): 1/|z|, scaled so that no square overflows; 0 for a zero row and one of weight 0, NaN if not finite."""
+    """Return 1/|z| (n,), scaled so that no square overflows: 0 for zero rows and weight 0, NaN if not finite."""
     if weight is not None:
         z = torch.where(weight[:, None] == 0, 0.0, z)
     tiny = torch.finfo(z.dtype).tiny
@@ -247,7 +247,7 @@ def plan_backward(grad: Tensor, z: Tensor, u: Tensor, *rest: Any) -> tuple[Launc
 
 
 def _shared_args(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[dict[str, Any], dict[str, int], int]:
-    """Arguments of both kernels, their settings, and the number of programs."""
+    """Return the arguments of both kernels, their block sizes and warps, and the number of programs."""
     z, (n, d) = unit_stride(z), z.shape
     blocks = row_blocks(n, d, u.shape[1])
     args = _ratio.launch_args(u, *given) | {"z_ptr": z, "D": d, "z_stride": z.stride(0)}

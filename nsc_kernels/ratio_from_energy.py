@@ -77,7 +77,7 @@ def ratio_from_energy_backward_reference(
 
 
 def _inverse_norm(energy: Tensor, weight: Tensor | None) -> Tensor:
-    """(n,): 1/|z|; 0 for a zero row and one of weight 0, NaN for one that is not finite."""
+    """Return 1/|z| (n,): 0 for a zero row and one of weight 0, NaN for one that is not finite."""
     if weight is not None:
         energy = torch.where(weight == 0, 0.0, energy)
     inverse = torch.where(energy <= torch.finfo(energy.dtype).max, energy.rsqrt(), torch.nan)
@@ -197,7 +197,7 @@ def plan_backward(grad: Tensor, energy: Tensor, u: Tensor, *rest: Any) -> tuple[
 
 
 def _shared_args(energy: Tensor, u: Tensor, *given: Tensor | None) -> tuple[dict[str, Any], dict[str, int], int]:
-    """Arguments of both kernels, their block sizes and warps, and the number of programs."""
+    """Return the arguments of both kernels, their block sizes and warps, and the number of programs."""
     n, r = u.shape
     blocks = row_blocks(n, max(r, 1), r)
     settings = {name: size for name, size in blocks._asdict().items() if name != "BLOCK_D"}
