@@ -15,9 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nsc.adapters.stack import DenseStack, ModuleStack, Stack
 from nsc.bases.structure import replace_module
 from nsc.batch import Batch
-from nsc.config import PLANS
 from nsc.runtime.placement import is_plain, run_device
 from nsc_kernels import MergedDenseLinear, MergedLoRALinear, Siblings
+from nsc_kernels.modules import layer_plan
 
 
 @contextmanager
@@ -149,34 +149,3 @@ def _merged_layer(
         return MergedDenseLinear(linear, module.deltas.to(**to), bias, module.present, lam)
     A, B = module.A.to(**to), module.B.to(**to)
     return MergedLoRALinear(linear, A, B, module.ranks, module.scales, lam, plan=plan, by_rank=module.by_rank)
-
-
-def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
-    """Return the FLOPs that adapters add to a step of one frozen linear layer, forward and backward.
-
-    Args:
-        plan: "factors" or "weights".
-        n: rows.
-        d: in_features.
-        m: out_features.
-        R: ranks of all adapters.
-
-    Returns:
-        FLOPs.
-    """
-    return 4 * n * R * (d + m) if plan == "factors" else 2 * n * d * m + 4 * R * d * m
-
-
-def layer_plan(n: int, d: int, m: int, R: int) -> str:
-    """Return the plan with fewer FLOPs; with many rows and d = m that is "factors" up to R = d/4.
-
-    Args:
-        n: rows.
-        d: in_features.
-        m: out_features.
-        R: ranks of all adapters.
-
-    Returns:
-        One of PLANS.
-    """
-    return min(PLANS, key=lambda plan: extra_flops(plan, n, d, m, R))

@@ -18,10 +18,10 @@ from itertools import groupby
 
 from torch import nn
 
-from nsc.adapters.surgery import extra_flops, layer_plan
 from nsc.bases.structure import block_of, is_causal, linear_shapes
 from nsc.config import PLANS
 from nsc.performance.linears import Linear
+from nsc_kernels.modules import extra_flops, layer_plan
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class Step:
                     flops += extra_flops(way, n, d, m, R)
                     moved += 2 * R * (d + m) + (3 * n * (d + m + R) if way == "factors" else 4 * d * m + n * (d + m))
                 elif x not in self.forward and x.name in self.targets and way == "factors":
-                    flops += 4 * n * d * R
+                    flops += extra_flops("factors", n, d, 0, R)
                     moved += 2 * R * d + 3 * n * d + 2 * n * R
             if flops:
                 yield Work(f"adapters as {way}", flops, e * moved)

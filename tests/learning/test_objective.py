@@ -8,13 +8,14 @@ import torch
 
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack, stack_adapters, whitened
-from nsc.adapters.surgery import choose_plans, layer_plan, merged_layers, set_coefficients, share_inputs
+from nsc.adapters.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
 from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.data.packing import collate
 from nsc.errors import TargetError
 from nsc.learning.loop import initial_gradient
 from nsc.learning.objective import NullSpaceObjective
+from nsc_kernels.modules import layer_plan
 from tests.plain import plain_objective
 from tests.tiny import linears, random_factors, tiny_llama, write_adapter
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import stack_adapters, whitened
-from nsc.adapters.surgery import extra_flops, layer_plan, merged_layers, set_coefficients
+from nsc.adapters.surgery import merged_layers, set_coefficients
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
 from nsc.learning.objective import NullSpaceObjective
@@ -19,6 +19,7 @@ from nsc.performance.costs import Memory
 from nsc.performance.hardware import get_hardware
 from nsc.performance.launch import choose_launch
 from nsc.performance.plan import Cluster, Plan, Workload, format_plan, plan_merge
+from nsc_kernels.modules import extra_flops, layer_plan
 from tests.cli.test_cli import refused, run
 from tests.tiny import VISION, linears, random_factors, tiny_llama, tiny_llava, tiny_vit, write_adapter
 
