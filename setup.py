@@ -47,7 +47,7 @@ setup(
     extras_require={
         "compare": COMPARE,
         "datasets": ["datasets>=3"],
-        "demo": DEMO,
+        "demo": DEMO + COMPARE,
         "images": IMAGES,
         "quantized": QUANTIZED,
         "test": TEST + IMAGES + COMPARE,
