@@ -48,7 +48,7 @@ setup(
     extras_require={
         "compare": COMPARE,
         "datasets": ["datasets>=3"],
-        "demo": DEMO,
+        "demo": DEMO + COMPARE,
         "docs": DOCS,
         "images": IMAGES,
         "quantized": QUANTIZED,

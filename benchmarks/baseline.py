@@ -25,9 +25,13 @@ TINY = 1e-8
 
 
 class PerTaskLoop:
-    """Coefficients ``lam`` (M, K) of all adapters of a PEFT model, learned one task at a time.
+    """Learn the coefficients ``lam`` (M, K) of all adapters of a PEFT model, one task at a time.
 
-    model: a PEFT model that holds the K adapters.  targets: names in its base model of the layers that are measured.
+    Args:
+        model: a PEFT model that holds the K adapters.
+        targets: names in its base model of the layers that are measured.
+        start: of every coefficient.
+        lr: of AdamW.
     """
 
     def __init__(self, model: PeftModel, targets: Sequence[str], start: float = 0.4, lr: float = 3e-4) -> None:
@@ -47,14 +51,14 @@ class PerTaskLoop:
         self.optimizer = torch.optim.AdamW([self.lam], lr=lr, weight_decay=0.0)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        """One step of AdamW on a batch of each task; returns the loss ()."""
+        """Take one step of AdamW on a batch of each task, and return the loss ()."""
         self.optimizer.zero_grad()
         loss = self.backward(batches)
         self.optimizer.step()
         return loss
 
     def backward(self, batches: Sequence[Batch]) -> Tensor:
-        """The loss () over a batch of each task; its gradient is added to ``lam.grad``."""
+        """Return the loss () over a batch of each task, and add its gradient to ``lam.grad``."""
         total = torch.zeros((), dtype=self.lam.dtype, device=self.lam.device)
         for task, batch in zip(self.tasks, batches, strict=True):
             loss = self.loss(task, batch) / len(self.tasks)
@@ -63,7 +67,7 @@ class PerTaskLoop:
         return total
 
     def loss(self, task: str, batch: Batch) -> Tensor:
-        """(): mean over the targets of the weighted ratio of one task's rows."""
+        """Return the mean () over the targets of the weighted ratio of one task's rows."""
         self._apply_coefficients()
         self.body(**batch.inputs)
         means = []
@@ -75,7 +79,7 @@ class PerTaskLoop:
         return torch.stack(means).mean()
 
     def _apply_coefficients(self) -> None:
-        """PEFT multiplies each adapter's output by ``scaling``: a tensor there makes it differentiable in ``lam``."""
+        """Put a tensor where PEFT keeps each adapter's factor: outputs become differentiable in ``lam``."""
         for layer, scales, row in zip(self.layers.values(), self.scales, self.lam.unbind(0), strict=True):
             for task, coefficient in zip(self.tasks, row.unbind(0), strict=True):
                 if task in scales:
@@ -86,7 +90,7 @@ class PerTaskLoop:
 
 
 def split_by_task(batch: Batch) -> list[Batch]:
-    """A batch of all tasks, each sample of one task -> one batch a task."""
+    """Return a batch for each task, from a batch of all in which each sample is of one task."""
     parts = []
     for task in batch.task[:, 0].unique():
         rows = batch.task[:, 0] == task
@@ -96,7 +100,7 @@ def split_by_task(batch: Batch) -> list[Batch]:
 
 
 def _gram_inverses(layer: LoraLayer) -> dict[str, Tensor]:
-    """Task -> (A A')^-1 (r, r), computed in float64, kept in float32 at least."""
+    """Return task -> (A A')^-1, (r, r), computed in float64, kept in float32 at least."""
     inverses = {}
     for task, down in layer.lora_A.items():
         A = down.weight.double()
@@ -105,7 +109,7 @@ def _gram_inverses(layer: LoraLayer) -> dict[str, Tensor]:
 
 
 def _null_space_ratio(z: Tensor, A: Tensor, inverse: Tensor) -> Tensor:
-    """z: (..., d)  A: (r, d)  inverse: (r, r)  ->  (...,)"""
+    """Return the ratios (...,) of z (..., d), by A (r, d) and the inverse (r, r) of its Gram matrix."""
     z, A = z.to(inverse.dtype), A.to(inverse.dtype)
     u = z @ A.T
     captured = (u @ inverse * u).sum(-1) / z.square().sum(-1).clamp_min(TINY)

@@ -25,7 +25,16 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of one op. inputs(shape, dtype, device): what its reference takes. moved(shape, e), flops(shape)."""
+    """One pass of one op.
+
+    Attributes:
+        op: its name, and that of its module in ``nsc_kernels``.
+        step: FORWARD, BACKWARD or BOTH.
+        inputs: (shape, dtype, device) -> what the reference takes.
+        moved: (shape, bytes of an element) -> bytes that must be read or written.
+        flops: shape -> FLOPs.
+        variant: "Gram" where the rows of A are not orthonormal.
+    """
 
     op: str
     step: str
@@ -39,7 +48,7 @@ class Pass:
 
     @property
     def reference(self) -> Callable:
-        """The op in plain torch; of both passes, its gradient by autograd."""
+        """The op in plain torch; for BOTH, with its gradient by autograd."""
         suffix = "_backward_reference" if self.step == BACKWARD else "_reference"
         function = getattr(_module(self.op), self.op + suffix)
         return _with_gradient(lambda *args: function(*args)[0]) if self.step == BOTH else function
@@ -73,7 +82,7 @@ def _c(s: Shape, device: str) -> Tensor:
 
 
 def _routing(s: Shape, device: str) -> tuple[None, Tensor, Tensor, Tensor]:
-    """No Gram (orthonormal rows), each row's adapter, offsets, and weights of 1/n: as the merge calls the ratio."""
+    """Return what the merge gives a ratio: no Gram (orthonormal rows), each row's adapter, offsets, weights of 1/n."""
     adapter = torch.arange(s.n, device=device) * len(s.ranks) // s.n
     offsets = torch.tensor([0, *s.ranks]).cumsum(0).to(device)
     return None, adapter, offsets, torch.full((s.n,), 1 / s.n, device=device)
@@ -91,7 +100,7 @@ def _ratio_backward(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def _with_gram(inputs: Callable[..., Inputs], position: int) -> Callable[..., Inputs]:
-    """The inputs with a Gram inverse (R, R) at ``position``: the identity, which nobody can tell from another."""
+    """Return the inputs with a Gram inverse (R, R) at ``position``: the identity, as fast as any other."""
 
     def run(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
         made = inputs(s, dtype, device)
@@ -144,6 +153,22 @@ def _ratio_backward_bytes(s: Shape, e: int) -> int:
     return s.n * (2 * s.d * e + s.own * e + s.r * e + 8 + 4 + 4 + 4)
 
 
+def _ratio_both_bytes(s: Shape, e: int) -> int:
+    return _ratio_bytes(s, e) + _ratio_backward_bytes(s, e)
+
+
+def _energy_bytes(s: Shape, e: int) -> int:
+    return s.n * (s.own * e + 4 + 8 + 4 + 4)
+
+
+def _energy_backward_bytes(s: Shape, e: int) -> int:
+    return s.n * (s.own * e + s.r * e + 4 + 8 + 4 + 4 + 4)
+
+
+def _down_bytes(s: Shape, e: int) -> int:
+    return s.n * s.d * e + s.r * s.d * e + s.n * s.r * e + 4 * s.n
+
+
 def _down_backward_bytes(s: Shape, e: int) -> int:
     return 3 * s.n * s.d * e + s.n * s.r * e + 4 * s.n + s.r * s.d * e
 
@@ -156,52 +181,49 @@ def _up_backward_bytes(s: Shape, e: int) -> int:
     return s.n * s.m * e + 2 * s.n * s.r * e + s.m * s.r * e + 8 * s.r
 
 
+def _fold_bytes(s: Shape, e: int) -> int:
+    return (2 * s.m * s.d + s.m * s.r + s.r * s.d) * e + 4 * s.r
+
+
+def _fold_backward_bytes(s: Shape, e: int) -> int:
+    return (s.m * s.d + 2 * s.m * s.r + s.r * s.d) * e + 8 * s.r
+
+
+def _ratio_flops(s: Shape) -> int:
+    return 2 * s.n * (s.d + s.own)
+
+
+def _gram_flops(s: Shape) -> int:
+    return 2 * s.n * (s.d + s.own + s.own**2)
+
+
+def _down_flops(s: Shape) -> int:
+    return 2 * s.n * s.d * (s.r + 1)
+
+
+RATIO, ENERGY, DOWN, UP, FOLD = "null_space_ratio", "ratio_from_energy", "lora_down", "lora_up", "lora_fold"
 PASSES = [
-    Pass("null_space_ratio", FORWARD, _ratio, _ratio_bytes, lambda s: 2 * s.n * (s.d + s.own)),
-    Pass("null_space_ratio", BACKWARD, _ratio_backward, _ratio_backward_bytes, lambda s: 2 * s.n * (s.d + s.own)),
-    Pass(
-        "null_space_ratio", BOTH, _ratio,
-        lambda s, e: _ratio_bytes(s, e) + _ratio_backward_bytes(s, e), lambda s: 4 * s.n * (s.d + s.own),
-    ),
-    Pass(
-        "null_space_ratio", FORWARD, _with_gram(_ratio, 2),
-        _ratio_bytes, lambda s: 2 * s.n * (s.d + s.own + s.own**2), "Gram",
-    ),
-    Pass(
-        "null_space_ratio", BACKWARD, _with_gram(_ratio_backward, 3),
-        _ratio_backward_bytes, lambda s: 2 * s.n * (s.d + s.own + s.own**2), "Gram",
-    ),
-    Pass(
-        "ratio_from_energy", FORWARD, _energy,
-        lambda s, e: s.n * (s.own * e + 4 + 8 + 4 + 4), lambda s: 2 * s.n * s.own,
-    ),
-    Pass(
-        "ratio_from_energy", BACKWARD, _energy_backward,
-        lambda s, e: s.n * (s.own * e + s.r * e + 4 + 8 + 4 + 4 + 4), lambda s: 2 * s.n * s.own,
-    ),
-    Pass(
-        "lora_down", FORWARD, _down,
-        lambda s, e: s.n * s.d * e + s.r * s.d * e + s.n * s.r * e + 4 * s.n, lambda s: 2 * s.n * s.d * (s.r + 1),
-    ),
-    Pass("lora_down", BACKWARD, _down_backward, _down_backward_bytes, lambda s: 2 * s.n * s.d * (s.r + 1)),
-    Pass("lora_up", FORWARD, _up, _up_bytes, lambda s: 2 * s.n * s.m * s.r),
-    Pass("lora_up", BACKWARD, _and_gradient(_up), _up_backward_bytes, lambda s: 2 * s.n * s.r * (s.m + 1)),
-    Pass(
-        "lora_fold", FORWARD, _fold,
-        lambda s, e: (2 * s.m * s.d + s.m * s.r + s.r * s.d) * e + 4 * s.r, lambda s: 2 * s.m * s.d * s.r,
-    ),
-    Pass(
-        "lora_fold", BACKWARD, _and_gradient(_fold),
-        lambda s, e: (s.m * s.d + 2 * s.m * s.r + s.r * s.d) * e + 8 * s.r, lambda s: 2 * s.m * s.r * (s.d + 1),
-    ),
-]  # fmt: skip
+    Pass(RATIO, FORWARD, _ratio, _ratio_bytes, _ratio_flops),
+    Pass(RATIO, BACKWARD, _ratio_backward, _ratio_backward_bytes, _ratio_flops),
+    Pass(RATIO, BOTH, _ratio, _ratio_both_bytes, lambda s: 2 * _ratio_flops(s)),
+    Pass(RATIO, FORWARD, _with_gram(_ratio, 2), _ratio_bytes, _gram_flops, "Gram"),
+    Pass(RATIO, BACKWARD, _with_gram(_ratio_backward, 3), _ratio_backward_bytes, _gram_flops, "Gram"),
+    Pass(ENERGY, FORWARD, _energy, _energy_bytes, lambda s: 2 * s.n * s.own),
+    Pass(ENERGY, BACKWARD, _energy_backward, _energy_backward_bytes, lambda s: 2 * s.n * s.own),
+    Pass(DOWN, FORWARD, _down, _down_bytes, _down_flops),
+    Pass(DOWN, BACKWARD, _down_backward, _down_backward_bytes, _down_flops),
+    Pass(UP, FORWARD, _up, _up_bytes, lambda s: 2 * s.n * s.m * s.r),
+    Pass(UP, BACKWARD, _and_gradient(_up), _up_backward_bytes, lambda s: 2 * s.n * s.r * (s.m + 1)),
+    Pass(FOLD, FORWARD, _fold, _fold_bytes, lambda s: 2 * s.m * s.d * s.r),
+    Pass(FOLD, BACKWARD, _and_gradient(_fold), _fold_backward_bytes, lambda s: 2 * s.m * s.r * (s.d + 1)),
+]
 
 
 # Providers
 
 
 def providers(work: Pass, shape: Shape) -> dict[str, Callable]:
-    """Name -> function of the pass's inputs. ``triton`` only on a GPU: elsewhere the op is its reference."""
+    """Return the ways to compute a pass by name; without a GPU the op is its reference, and ``triton`` is missing."""
     found: dict[str, Callable] = {"reference": work.reference}
     if shape.compiled and not work.variant:
         found["compiled"] = _Compiled(work)
@@ -221,7 +243,7 @@ def _triton(work: Pass) -> Callable:
 
 
 class _Compiled:
-    """torch.compile of the reference for these very shapes, made at the first call."""
+    """``torch.compile`` of the reference for these very shapes, made at the first call."""
 
     def __init__(self, work: Pass) -> None:
         self.work = work
@@ -241,7 +263,7 @@ class _Compiled:
 
 
 def _with_gradient(value: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """value(z, u, ...) -> the value, and its gradients to z and u by autograd."""
+    """Return a function of (z, u, ...) that gives ``value`` and its gradients to z and u by autograd."""
 
     def run(z: Tensor, u: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
         z, u = z.detach().requires_grad_(), u.detach().requires_grad_()
@@ -257,7 +279,7 @@ def _public_ratio(z: Tensor, u: Tensor, gram_inverse: Tensor | None, *routed: Te
 
 
 def usual_ratio(z: Tensor, u: Tensor, _gram: None, adapter: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """The weighted ratio in the fewest lines of torch, as in ``baseline.py``; the target's "eager PyTorch"."""
+    """Return the weighted ratio in the fewest lines of torch, as ``baseline.py`` does: the targets' "eager PyTorch"."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     columns = torch.arange(u.shape[1], device=u.device)
     own = (columns >= offsets[adapter, None]) & (columns < offsets[adapter + 1, None])
@@ -269,10 +291,10 @@ usual_with_gradient = _with_gradient(usual_ratio)
 
 
 def linear_alone(z: Tensor, lora_A: Tensor, _energy: bool) -> tuple[Tensor]:
-    """``lora_down`` without the energy."""
+    """Return what ``lora_down`` does, without the energy."""
     return (F.linear(z, lora_A),)
 
 
 def linear_and_norm(z: Tensor, lora_A: Tensor, _energy: bool) -> tuple[Tensor, Tensor]:
-    """``lora_down`` by two kernels; the norm is not squared."""
+    """Return what ``lora_down`` does, by two kernels; the norm is not squared."""
     return F.linear(z, lora_A), torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)

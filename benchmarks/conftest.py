@@ -16,7 +16,7 @@ WRITTEN = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--base FOLDER, --results FOLDER, --dense."""
+    """Add --base FOLDER, --dense and --results FOLDER."""
     parser.addoption("--base", help="folder of SmolLM2-135M; default: random weights of its shapes (the same times)")
     parser.addoption("--dense", action="store_true", help="measure the dense formulations of merging methods too")
     parser.addoption("--results", type=Path, default=record.HERE / "results", help="folder for the numbers")
@@ -24,19 +24,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def made() -> dict[str, Any]:
-    """What the numbers of this run are made with."""
+    """Return what the numbers of this run are made with."""
     return record.provenance()
 
 
 @pytest.fixture(scope="session")
 def copy_gb_per_s() -> float:
-    """GB/s of a large device copy in this run, bytes read and written."""
+    """Return GB/s of a large device copy in this run, bytes read and written."""
     return timing.copy_gb_per_s()
 
 
 @pytest.fixture(autouse=True)
 def kept(request: pytest.FixtureRequest, pytestconfig: pytest.Config, made: dict[str, Any]) -> Iterator[None]:
-    """Writes the number of a benchmark as soon as it has passed."""
+    """Write the number of a benchmark as soon as it has passed."""
     yield
     benchmark = request.node.funcargs.get("benchmark")
     if benchmark is None or benchmark.stats is None or not request.node.stash.get(PASSED, False):
@@ -57,6 +57,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 
 def pytest_terminal_summary(config: pytest.Config, terminalreporter: Any) -> None:
-    """Where the numbers are."""
+    """Say where the numbers are."""
     if WRITTEN in config.stash:
         terminalreporter.write_line(f"numbers in {config.stash[WRITTEN]}")

@@ -14,12 +14,12 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-3}  # 
 
 
 def exact(inputs: Sequence[Any]) -> list[Any]:
-    """The inputs of an oracle: what is floating in float64, the rest as it is."""
+    """Return the inputs of an oracle: floating tensors in float64, the rest as it is."""
     return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
 
 
 def results(function: Callable, inputs: Sequence[Any]) -> list[Tensor]:
-    """The tensors that a call returns, from memory in which a first call's were overwritten with NaN."""
+    """Return the tensors that a call gives, out of memory in which a first call's were overwritten with NaN."""
     for left in _tensors(function(*inputs)):
         left.detach().fill_(torch.nan)
     del left
@@ -27,9 +27,12 @@ def results(function: Callable, inputs: Sequence[Any]) -> list[Tensor]:
 
 
 def error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest distance of a row of ``got`` from that of ``want``, over its norm or the typical one; NaN stays NaN.
+    """Return the largest distance of a row of ``got`` from that of ``want``, relative to its norm or the typical norm.
 
-    Rows are those of a matrix, or the single elements of a vector. Raises ValueError if the shapes differ.
+    Rows are those of a matrix, or the single elements of a vector. NaN counts as infinitely far.
+
+    Raises:
+        ValueError: if the shapes differ.
     """
     if [x.shape for x in got] != [x.shape for x in want]:
         raise ValueError(f"shapes {[tuple(x.shape) for x in got]} where {[tuple(x.shape) for x in want]} are due")
@@ -49,6 +52,6 @@ def _nan_last(value: float) -> float:
 
 
 def _tensors(returned: Any) -> list[Tensor]:
-    """The tensors among what a function returns, but for empty ones that stand for nothing."""
+    """Return the tensors among what a function gives."""
     found = [returned] if isinstance(returned, Tensor) else list(returned)
     return [x for x in found if isinstance(x, Tensor)]

@@ -18,17 +18,17 @@ Dense = Callable[[Tensor], Tensor]
 
 
 def dense_updates(A: list[Tensor], B: list[Tensor], scales: list[float]) -> Tensor:
-    """(K, m, d)."""
+    """Return the dense updates D, (K, m, d)."""
     return torch.stack([s * b @ a for s, b, a in zip(scales, B, A, strict=True)])
 
 
 def task_arithmetic(D: Tensor) -> Tensor:
-    """The sum. https://arxiv.org/abs/2212.04089"""
+    """Sum the updates. https://arxiv.org/abs/2212.04089"""
     return D.sum(0)
 
 
 def ties(D: Tensor, density: float = 0.2) -> Tensor:
-    """Trim each update, elect a sign by sum, mean of what agrees. https://arxiv.org/abs/2306.01708"""
+    """Trim each update, elect a sign by sum, and average what agrees with it. https://arxiv.org/abs/2306.01708"""
     size = D[0].numel()
     drop = size - int(size * density)
     if drop:
@@ -38,7 +38,7 @@ def ties(D: Tensor, density: float = 0.2) -> Tensor:
 
 
 def disjoint_mean(D: Tensor) -> Tensor:
-    """Mean of the non-zero entries that have the elected sign."""
+    """Return the mean of the non-zero entries that have the elected sign."""
     elected = D.sum(0).sign()
     majority = elected.sum().sign()
     elected = torch.where(elected == 0, majority, elected)
@@ -47,29 +47,29 @@ def disjoint_mean(D: Tensor) -> Tensor:
 
 
 def masked(D: Tensor, drop: float, keep: Tensor | None) -> Tensor:
-    """Entries dropped at random, the others rescaled."""
+    """Drop entries at random, and rescale the others."""
     keep = torch.rand(D.shape, device=D.device) >= drop if keep is None else keep
     return D * keep / (1 - drop)
 
 
 def dare(D: Tensor, drop: float = 0.9, keep: Tensor | None = None) -> Tensor:
-    """Drop, rescale, sum. https://arxiv.org/abs/2311.03099"""
+    """Drop entries at random, rescale the others, and sum. https://arxiv.org/abs/2311.03099"""
     return masked(D, drop, keep).sum(0)
 
 
 def dare_ties(D: Tensor, drop: float = 0.9, keep: Tensor | None = None) -> Tensor:
-    """Drop, rescale, elect, mean of what agrees."""
+    """Drop entries at random, rescale the others, elect a sign, and average what agrees with it."""
     return disjoint_mean(masked(D, drop, keep))
 
 
 def emr(D: Tensor) -> Tensor:
-    """The unified update: the largest magnitude among those with the elected sign. https://arxiv.org/abs/2405.17461"""
+    """Return the unified update: the largest magnitude with the elected sign. https://arxiv.org/abs/2405.17461"""
     elected = torch.where(D.mean(0) > 0, 1.0, -1.0).to(D)
     return elected * (D.abs() * (D * elected > 0)).amax(0)
 
 
 def fr(D: Tensor, ratio: float = 0.7) -> Tensor:
-    """Spectra masked by distance from the middle of the grid, not shifted. https://arxiv.org/abs/2411.16815"""
+    """Mask spectra by distance from the middle of the grid, not shifted. https://arxiv.org/abs/2411.16815"""
     h, w = D.shape[-2:]
     y, x = (torch.arange(n, device=D.device) - n // 2 for n in (h, w))
     distance = (y[:, None] ** 2 + x**2).sqrt()
@@ -79,13 +79,13 @@ def fr(D: Tensor, ratio: float = 0.7) -> Tensor:
 
 
 def truncated_svd(D: Tensor, rank: int) -> Tensor:
-    """The best of this rank of the sum, as PEFT's ``svd`` makes it."""
+    """Return the best approximation of the sum of this rank, as PEFT's ``svd`` does."""
     U, S, Vh = torch.linalg.svd(D.sum(0), full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
 def tsv(D: Tensor) -> Tensor:
-    """The first 1/K of each task's singular triplets, bases made orthogonal. https://arxiv.org/abs/2412.00081"""
+    """Make the bases of the first 1/K of each task's triplets orthogonal. https://arxiv.org/abs/2412.00081"""
     share = min(D.shape[1:]) // len(D)
     triplets = [[part[..., :share] for part in true_triplets(update)] for update in D]
     U, S, V = (torch.cat(parts, -1) for parts in zip(*triplets, strict=True))
@@ -93,7 +93,7 @@ def tsv(D: Tensor) -> Tensor:
 
 
 def cart(D: Tensor, fraction: float = 0.12, prior: float = 2.0) -> Tensor:
-    """The mean, and each task's distance from it at low rank. https://arxiv.org/abs/2412.12153"""
+    """Add each task's distance from the mean, at low rank, to the mean. https://arxiv.org/abs/2412.12153"""
     mean, rank = D.mean(0), max(1, int(fraction * min(D.shape[1:])))
     merged = mean.clone()
     for update in D:
@@ -103,13 +103,13 @@ def cart(D: Tensor, fraction: float = 0.12, prior: float = 2.0) -> Tensor:
 
 
 def iso_c(D: Tensor) -> Tensor:
-    """The sum, all its singular values made their mean. https://arxiv.org/abs/2502.04959"""
+    """Make all singular values of the sum their mean. https://arxiv.org/abs/2502.04959"""
     U, S, V = true_triplets(D.sum(0))
     return S.mean() * U @ V.T
 
 
 def iso_cts(D: Tensor, common: float = 0.8) -> Tensor:
-    """Most directions those of the sum, the others of what they leave of each task, all with one singular value."""
+    """Take most directions from the sum, the others from what these leave of each task; all get one singular value."""
     U, S, V = true_triplets(D.sum(0))
     own = round((len(S) - int(common * len(S))) / len(D))
     shared = len(S) - own * len(D)
@@ -122,7 +122,7 @@ def iso_cts(D: Tensor, common: float = 0.8) -> Tensor:
 
 
 def knots(D: Tensor, merge: Dense = task_arithmetic) -> Tensor:
-    """U of [D_1 .. D_K], and what ``merge`` makes of the tasks' parts of S V'. https://arxiv.org/abs/2410.19735"""
+    """Merge the tasks' parts of S V' in the basis U of [D_1 .. D_K]. https://arxiv.org/abs/2410.19735"""
     U, S, Vh = torch.linalg.svd(torch.cat(list(D), 1), full_matrices=False)
     kept = tolerance(S, D) < S
     parts = (S[kept, None] * Vh[kept]).chunk(len(D), 1)
@@ -130,18 +130,18 @@ def knots(D: Tensor, merge: Dense = task_arithmetic) -> Tensor:
 
 
 def true_triplets(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V without singular values that are zero up to rounding."""
+    """Return U, S and V without singular values that are zero up to rounding."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
     kept = tolerance(S, X) < S
     return U[:, kept], S[kept], Vh[kept].T
 
 
 def tolerance(S: Tensor, X: Tensor) -> Tensor:
-    """Below this a singular value of X is rounding."""
+    """Return the value below which a singular value of X is rounding."""
     return S[0] * max(X.shape) * torch.finfo(X.dtype).eps
 
 
 def orthogonal(X: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns."""
+    """Return the nearest matrix with orthonormal columns."""
     U, _, Vh = torch.linalg.svd(X, full_matrices=False)
     return U @ Vh

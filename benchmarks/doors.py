@@ -28,7 +28,7 @@ DIFFERENTIABLE = {  # positions of the arguments that get a gradient in a merge
 
 
 def arguments(op: str, gradient: bool) -> list[Any]:
-    """What the op takes, as the merge calls it (routed and weighted, no Gram), on this device."""
+    """Return what the op takes, as the merge calls it (routed and weighted, no Gram), on this device."""
     kwargs = {"device": DEVICE, "dtype": DTYPE}
     z, u, y = (torch.randn(N, width, **kwargs) for width in (D, sum(RANKS), M))
     A, B = torch.randn(sum(RANKS), D, **kwargs), torch.randn(M, sum(RANKS), **kwargs)
@@ -47,7 +47,7 @@ def arguments(op: str, gradient: bool) -> list[Any]:
 
 
 def public(op: str) -> Callable:
-    """The function that users call, taking what the op takes."""
+    """Return the function that users call, made to take what the op takes."""
     function = getattr(nsc_kernels, op)
     if op in ("null_space_ratio", "ratio_from_energy"):
         return lambda x, u, gram, adapter, offsets, weight: function(
@@ -57,14 +57,14 @@ def public(op: str) -> Callable:
 
 
 def doors(op: str) -> dict[str, Callable]:
-    """Name -> a way to call the op: in full, past the checks, through torch's dispatcher."""
+    """Return the ways to call an op by name: in full, past the checks, and through torch's dispatcher."""
     registered = importlib.import_module(f"nsc_kernels.{op}")._forward_op
     found = {"public": public(op), "op": registered, "registered": registered.registered}
     return found if CUDA else found | {"reference": registered.reference}
 
 
 def call(function: Callable, args: list[Any]) -> Callable[[], Any]:
-    """A call of ``function``, with a backward to whatever of ``args`` requires a gradient."""
+    """Return a call of ``function``, with a backward to whatever of ``args`` requires a gradient."""
     leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
     if not leaves:
         return lambda: function(*args)
@@ -79,7 +79,10 @@ def _differentiable(returned: Any) -> list[Tensor]:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """On a machine without a GPU: ops prepare their launch as they would on one, and then launch nothing."""
+    """Let ops prepare their launches as on a GPU, and launch nothing.
+
+    It is meant for a machine without a GPU.
+    """
     with (
         patch.object(Launch, "run", lambda self: None),
         patch("nsc_kernels._op.runs_triton", lambda args: True),
@@ -88,7 +91,7 @@ def without_kernels() -> Iterator[None]:
 
 
 def launches_of(function: Callable[[], Any]) -> list[Launch]:
-    """The launches of a call, ready to run again without anything around them."""
+    """Return the launches of a call, ready to run again without anything around them."""
     found: list[Launch] = []
     run = Launch.run
 
@@ -102,13 +105,13 @@ def launches_of(function: Callable[[], Any]) -> list[Launch]:
 
 
 def run_all(launches: list[Launch]) -> None:
-    """Only the launches."""
+    """Run these launches and nothing else."""
     for launch in launches:
         launch.run()
 
 
 def captured(function: Callable[[], Any], calls: int) -> Callable[[], None]:
-    """The replay of a CUDA graph of that many calls."""
+    """Return the replay of a CUDA graph of that many calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # once outside the graph, on a stream of its own, as torch asks

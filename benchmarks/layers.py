@@ -19,11 +19,17 @@ SCALE = 2.0
 
 @dataclass(frozen=True)
 class Step:
-    """Forward and backward of ``module``: z (n, d), dy (n, m) -> y, dz, and the gradients to ``trained``."""
+    """A layer's forward and backward: z (n, d), dy (n, m) -> y, dz, and the gradients to ``trained``.
+
+    Attributes:
+        module: the layer.
+        trained: parameters that get a gradient.
+        before: called first in every forward.
+    """
 
     module: nn.Module
     trained: Sequence[nn.Parameter] = ()
-    before: Callable[[], None] = lambda: None  # called first in every forward
+    before: Callable[[], None] = lambda: None
 
     def __call__(self, z: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         z = z.detach().requires_grad_()
@@ -32,7 +38,7 @@ class Step:
         return y.detach(), *torch.autograd.grad(y, (z, *self.trained), dy)
 
     def saved_bytes(self, z: Tensor, dy: Tensor) -> int:
-        """What autograd keeps for the backward beside parameters and buffers: storages, each counted once."""
+        """Return the bytes that autograd keeps for the backward beside parameters and buffers, each storage once."""
         kept: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
@@ -46,9 +52,13 @@ class Step:
 
 
 class Layer:
-    """The frozen weight, the stacked factors and the coefficients that all three share.
+    """The frozen weight, the stacked factors and the coefficients that all three ways of writing the layer share.
 
-    weight: (m, d).  lora_A: (R, d).  lora_B: (m, R).  lam: (K,) float32, the only parameter that trains.
+    Attributes:
+        weight: (m, d).
+        lora_A: (R, d).
+        lora_B: (m, R).
+        lam: (K,) in at least float32, the only parameter that trains.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
@@ -59,7 +69,7 @@ class Layer:
         self.lam = nn.Parameter(0.2 + 0.1 * torch.arange(len(shape.ranks), device=device, dtype=widest))
 
     def double(self) -> Layer:
-        """The same values in float64."""
+        """Return the same values in float64."""
         copy = object.__new__(Layer)
         copy.ranks = self.ranks
         for name in ("weight", "lora_A", "lora_B"):
@@ -68,7 +78,7 @@ class Layer:
         return copy
 
     def linear(self) -> nn.Linear:
-        """The frozen base."""
+        """Return the frozen base layer."""
         m, d = self.weight.shape
         base = nn.Linear(d, m, bias=False, device="meta").requires_grad_(False)
         base.weight = nn.Parameter(self.weight, requires_grad=False)
@@ -76,19 +86,19 @@ class Layer:
 
 
 def bare(layer: Layer) -> Step:
-    """The frozen ``nn.Linear`` alone; no gradient but to z."""
+    """Return the frozen ``nn.Linear`` alone, with no gradient but to z."""
     return Step(layer.linear())
 
 
 def merged(layer: Layer) -> Step:
-    """This project's layer."""
+    """Return this project's layer."""
     scales = [SCALE] * len(layer.ranks)
     module = MergedLoRALinear(layer.linear(), layer.lora_A, layer.lora_B, layer.ranks, scales, layer.lam)
     return Step(module, [layer.lam])
 
 
 def with_peft(layer: Layer) -> Step:
-    """PEFT's layer with every adapter active; a tensor in ``scaling`` makes it differentiable in ``lam``."""
+    """Return PEFT's layer with every adapter active; a tensor in ``scaling`` makes it differentiable in ``lam``."""
     carrier, names = nn.ModuleDict({"proj": layer.linear()}), [f"task{k}" for k in range(len(layer.ranks))]
     for name, rank in zip(names, layer.ranks, strict=True):
         config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["proj"])
@@ -110,13 +120,16 @@ def with_peft(layer: Layer) -> Step:
 
 
 def layer_work(shape: Shape, e: int, adapters: bool) -> tuple[int, int]:
-    """Bytes and FLOPs of forward and backward: in each pass z and y (or their gradients) once and every matrix once."""
+    """Return bytes and FLOPs of forward and backward.
+
+    In each pass z and y (or their gradients) and every matrix are moved once.
+    """
     matrices = shape.m * shape.d + (shape.r * (shape.d + shape.m) if adapters else 0)
     return 2 * e * (shape.n * (shape.d + shape.m) + matrices), 4 * shape.n * matrices
 
 
 def exact_layer(layer: Layer, z: Tensor, dy: Tensor) -> list[Tensor]:
-    """y, dz and dlam by one float64 matrix, to hold the providers against: y = z (W + sum lam_k s_k B_k A_k)'."""
+    """Return y, dz and dlam by one float64 matrix, to compare providers with: y = z (W + sum lam_k s_k B_k A_k)'."""
     layer, z, dy = layer.double(), z.double(), dy.double()
     pairs = zip(layer.lora_B.split(layer.ranks, dim=1), layer.lora_A.split(layer.ranks), strict=True)
     products = [SCALE * B @ A for B, A in pairs]

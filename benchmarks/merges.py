@@ -49,10 +49,10 @@ SPECTRAL = ("tsv", "cart")
 
 
 def formulation(name: str) -> str | None:
-    """What a method is measured against: of FORMULATIONS, or None.
+    """Return the name in FORMULATIONS of what a method is measured against, or None.
 
-    Spectral methods in Core Space against themselves in full space; others there, and all in KnOTS, against the SVD of
-    [D_1 .. D_K] with the sum, which is the least that a method in such a basis must do.
+    Spectral methods in Core Space are measured against themselves in full space; others there, and all in KnOTS,
+    against the SVD of [D_1 .. D_K] with the sum, which is the least that a method in such a basis must do.
     """
     space, _, rest = name.partition("-")
     if space == "knots" or (space == "core" and rest not in SPECTRAL):
@@ -62,7 +62,7 @@ def formulation(name: str) -> str | None:
 
 
 def updates(blocks: int, shapes: dict[str, tuple[int, int]], rank: int) -> dict[str, Updates]:
-    """Random factors of all layers, on the device."""
+    """Return random factors of all layers, on the device."""
     generator = torch.Generator().manual_seed(0)
     tasks = tuple(f"task{k}" for k in range(TASKS))
 
@@ -70,16 +70,14 @@ def updates(blocks: int, shapes: dict[str, tuple[int, int]], rank: int) -> dict[
         return tuple((torch.randn(*shape, generator=generator) * 0.02).to(DEVICE) for _ in tasks)
 
     return {
-        f"layers.{i}.{name}": Updates(
-            name, tasks, normal(rank, d), normal(m, rank), (2.0,) * TASKS, (1.0,) * TASKS
-        )
+        f"layers.{i}.{name}": Updates(name, tasks, normal(rank, d), normal(m, rank), (2.0,) * TASKS, (1.0,) * TASKS)
         for i in range(blocks)
         for name, (m, d) in shapes.items()
-    }  # fmt: skip
+    }
 
 
 def of_nsc(name: str, layers: dict[str, Updates]) -> Callable[[], None]:
-    """All updates of a recipe with its default settings, one after the other."""
+    """Return a run of a recipe with its default settings, which makes all updates, one after the other."""
     stack, recipe = stack_of(layers), read_recipe(name)
 
     def run() -> None:
@@ -91,7 +89,7 @@ def of_nsc(name: str, layers: dict[str, Updates]) -> Callable[[], None]:
 
 
 def of_dense(name: str, layers: dict[str, Updates]) -> Callable[[], None]:
-    """The same by a dense formulation."""
+    """Return the same by a dense formulation."""
 
     def run() -> None:
         for layer in layers.values():
@@ -106,10 +104,14 @@ SIDES = {"nsc": of_nsc, "dense": of_dense}
 def measure(
     side: str, name: str, shapes: dict[str, tuple[int, int]] = SHAPES, rank: int = RANK, blocks: int = BLOCKS
 ) -> dict[str, Any]:
-    """Seconds of one block (median), of all blocks if that was measured, the same on the clock, and peak bytes.
+    """Measure one method.
 
-    Without a GPU seconds are CPU seconds, in which other work on the machine is not. The peak is beyond the factors, of
-    everything run here; what libraries take when they are first used is not in it.
+    Without a GPU seconds are CPU seconds, in which other work on the machine is not. The peak is of everything run
+    here, beyond the factors; what libraries take when they are first used is not in it.
+
+    Returns:
+        Seconds of one block (median), of all blocks if that was measured, the same on the clock, peak bytes, and what
+        was measured.
     """
     SIDES[side](name, updates(1, SMALL, 2))()
     layers = updates(blocks if side == "nsc" else 1, shapes, rank)
@@ -123,10 +125,18 @@ def measure(
     fits = side == "nsc" and block * blocks <= BUDGET
     whole, clock_whole = _timed(every) if fits else (None, None)
     return {
-        "block": block, "clock_block": clock_block, "rounds": len(took), "whole": whole, "clock_whole": clock_whole,
-        "blocks": blocks, "layers": len(layers), "peak_bytes": peak(), "factor_bytes": held, "dtype": "float32",
+        "block": block,
+        "clock_block": clock_block,
+        "rounds": len(took),
+        "whole": whole,
+        "clock_whole": clock_whole,
+        "blocks": blocks,
+        "layers": len(layers),
+        "peak_bytes": peak(),
+        "factor_bytes": held,
+        "dtype": "float32",
         "load_average": os.getloadavg()[0],
-    }  # fmt: skip
+    }
 
 
 def _timed(run: Callable[[], None]) -> tuple[float, float]:
@@ -139,7 +149,10 @@ def _timed(run: Callable[[], None]) -> tuple[float, float]:
 
 
 def peak_counter() -> Callable[[], int | None]:
-    """Gives the most bytes held since now, beyond what is held now; None where the system does not count them."""
+    """Return a function that gives the most bytes held since now, beyond what is held now.
+
+    It gives None where the system does not count them.
+    """
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()

@@ -14,33 +14,50 @@ from typing import Any
 import torch
 from timing import CUDA, DEVICE
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    CLIPVisionConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    ViTConfig,
-)
+from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, PretrainedConfig, ViTConfig
 
 from nsc.bases.loading import DTYPE
 from nsc.batch import Batch
 
 SMOLLM2 = LlamaConfig(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, max_position_embeddings=8192,
-)  # fmt: skip
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+)
 LLAMA3_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+)
 LLAMA3_70B = LlamaConfig(
-    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-    num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+)
 VICUNA_7B = LlamaConfig(  # the language model of LLaVA-1.5-7B
-    vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
-)  # fmt: skip
+    vocab_size=32064,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+)
 CLIP_L = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -57,38 +74,47 @@ QV = ("q_proj", "v_proj", "query", "value")  # as transformers 5 and 4 name them
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A step: a model, and of each task so many samples of so many tokens of text.
+    """A step: a model, and for each task so many samples of so many tokens of text.
 
-    tower: of the images before it.  tokens_per_pass: of nsc's step, None for a single pass.
+    Attributes:
+        model: its name.
+        config: of the body.
+        tasks: how many adapters.
+        samples: of each task.
+        length: tokens of text in a sample; 0 for images alone.
+        tower: config of the tower for the images before the text.
+        dtype: of weights and adapters.
+        tokens_per_pass: of nsc's step, None for a single pass.
+        cut: what this machine does not hold.
     """
 
     model: str
     config: PretrainedConfig
     tasks: int
     samples: int
-    length: int = 0  # of the text; 0 for images alone
+    length: int = 0
     tower: CLIPVisionConfig | None = None
     dtype: str = "bfloat16"
     tokens_per_pass: int | None = None
-    cut: str = ""  # what this machine does not hold
+    cut: str = ""
 
     def __str__(self) -> str:
         return f"{self.model}, {self.dtype}"
 
     @property
     def tokens(self) -> int:
-        """Of a sample."""
+        """Tokens of a sample, those of its image included."""
         images = self.tower or (None if self.length else self.config)
         patches = (images.image_size // images.patch_size) ** 2 if images else 0
         return self.length + patches + (1 if images is self.config else 0)
 
     @property
     def passes(self) -> int:
-        """Of nsc's step."""
+        """How many passes nsc's step takes."""
         return math.ceil(self.tasks * self.samples * self.tokens / self.tokens_per_pass) if self.tokens_per_pass else 1
 
     def here(self) -> Case:
-        """The case as this machine runs it."""
+        """Return the case as this machine runs it."""
         if CUDA or self.model not in CUTS:
             return self
         cut = CUTS[self.model]
@@ -101,10 +127,13 @@ class Case:
                 f", {cut.blocks} of {self.tower.num_hidden_layers} blocks of the tower, images of {cut.image} pixels"
             )
         return replace(
-            self, config=_changed(self.config, num_hidden_layers=cut.blocks, **text), samples=cut.samples,
-            length=cut.length, cut=said,
+            self,
+            config=_changed(self.config, num_hidden_layers=cut.blocks, **text),
+            samples=cut.samples,
+            length=cut.length,
+            cut=said,
             tower=self.tower and _changed(self.tower, num_hidden_layers=cut.blocks, image_size=cut.image),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +161,7 @@ CUTS = {"ViT-B/16": Cut(2, 1), "LLaMA-3-8B": Cut(2, 1, 16), "LLaVA-1.5-7B": Cut(
 
 
 def random_body(config: PretrainedConfig, dtype: str) -> nn.Module:
-    """The frozen body of a config, made where it runs, with the weights that transformers draws (deviation 0.02)."""
+    """Return the frozen body of a config, on the device, with the weights that transformers draws (deviation 0.02)."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = AutoModel.from_config(config, **{DTYPE: getattr(torch, dtype)})
@@ -141,7 +170,10 @@ def random_body(config: PretrainedConfig, dtype: str) -> nn.Module:
 
 
 def random_rows(case: Case, model: nn.Module, features: Callable[[Tensor], Tensor] | None) -> tuple[Batch, Batch]:
-    """A step's batch as nsc takes it, without padding, and as the loop does: the same, or with images yet to encode."""
+    """Return a step's batch without padding as nsc takes it, and as the loop does.
+
+    Both are the same, but where a tower's images are yet to be encoded by the loop.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = case.tasks * case.samples
     task = (torch.arange(rows) // case.samples)[:, None].expand(-1, case.tokens).contiguous()
@@ -159,7 +191,7 @@ def random_rows(case: Case, model: nn.Module, features: Callable[[Tensor], Tenso
 
 @torch.no_grad()
 def embedded(raw: Batch, model: nn.Module, features: Callable[[Tensor], Tensor]) -> Batch:
-    """Images and text -> what the language model of LLaVA takes: the tokens of the image, then those of the text."""
+    """Return what LLaVA's language model takes of images and text: the image's tokens, then those of the text."""
     text = model.get_input_embeddings()(raw.inputs["input_ids"])
     return replace(raw, inputs={"inputs_embeds": torch.cat([features(raw.inputs["pixel_values"]), text], 1)})
 
@@ -178,6 +210,6 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """The features of every patch, without the class token."""
+        """Return the features of every patch, without the class token."""
         seen = self.clip(pixels, output_hidden_states=True).hidden_states[self.layer]
         return self.projector(seen[:, 1:])

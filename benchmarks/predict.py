@@ -22,7 +22,12 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes and bfloat16 FLOPs a second."""
+    """What a GPU's datasheet says.
+
+    Attributes:
+        bandwidth: bytes a second.
+        rate: bfloat16 FLOPs a second.
+    """
 
     bandwidth: float
     rate: float
@@ -33,44 +38,47 @@ Kernels = list[tuple[int, int]]  # bytes and FLOPs of each
 
 
 def seconds(kernels: Kernels, gpu: Gpu) -> float:
-    """The floor of these kernels, one after the other."""
+    """Return the least seconds that these kernels take, one after the other."""
     return sum(max(moved / gpu.bandwidth, flops / gpu.rate) for moved, flops in kernels)
 
 
 def of_pass(work: Pass, shape: Shape) -> Kernels:
-    """One kernel that moves every tensor once; of both passes, one each."""
+    """Return one kernel that moves every tensor once; for both passes, one each."""
     if work.step != "forward + backward":
         return [(work.moved(shape, BF16.itemsize), work.flops(shape))]
     return [kernel for step in ("forward", "backward") for kernel in of_pass(find(work.op, step), shape)]
 
 
 def find(op: str, step: str) -> Pass:
-    """The pass of this name, without a Gram."""
+    """Return the pass of this name, without a Gram."""
     return next(work for work in PASSES if (work.op, work.step, work.variant) == (op, step, ""))
 
 
 def of_usual_ratio(shape: Shape) -> Kernels:
-    """The ratio and its gradient as one would write it in torch."""
+    """Return the kernels of the ratio and its gradient as one would write it in torch."""
     return counted(usual_with_gradient, *find("null_space_ratio", "forward").inputs(shape, BF16, "meta"))
 
 
 def of_linear(shape: Shape, *, norm: bool) -> Kernels:
-    """What ``lora_down`` is compared with."""
+    """Return the kernels of what ``lora_down`` is compared with."""
     return counted(linear_and_norm if norm else linear_alone, *find("lora_down", "forward").inputs(shape, BF16, "meta"))
 
 
 def of_bare_layer(shape: Shape) -> Kernels:
-    """Forward and backward of the frozen linear."""
+    """Return the kernels of forward and backward of the frozen linear."""
     return counted(bare(Layer(shape, BF16, "meta")), *_rows(shape))
 
 
 def of_peft_layer(shape: Shape) -> Kernels:
-    """The same of PEFT's layer, gradients to the coefficients included."""
+    """Return the kernels of PEFT's layer, gradients to the coefficients included."""
     return counted(with_peft(Layer(shape, BF16, "meta")), *_rows(shape))
 
 
 def of_merged_layer(shape: Shape) -> Kernels:
-    """The bare layer, u from one more pass over z, both passes of ``lora_up``, and dz once more read and written."""
+    """Return the kernels of this project's layer.
+
+    They are the bare layer, u from one more pass over z, both passes of ``lora_up``, and dz once more read and written.
+    """
     e, (n, d, r) = BF16.itemsize, (shape.n, shape.d, shape.r)
     down = (n * d * e + n * r * e + r * d * e, 2 * n * d * r)
     down_backward = (2 * n * d * e + n * r * e + r * d * e, 2 * n * d * r)
@@ -79,12 +87,12 @@ def of_merged_layer(shape: Shape) -> Kernels:
 
 
 def saved_by_merged(shape: Shape) -> int:
-    """Bytes of u and c."""
+    """Return the bytes of u and c."""
     return shape.n * shape.r * BF16.itemsize + shape.r * 4
 
 
 def saved_by_peft(shape: Shape) -> int:
-    """Bytes of every adapter's output, which the gradient to its coefficient needs."""
+    """Return the bytes of every adapter's output, which the gradient to its coefficient needs."""
     return len(shape.ranks) * shape.n * shape.m * BF16.itemsize
 
 
@@ -93,7 +101,7 @@ def _rows(shape: Shape) -> Iterator[Tensor]:
 
 
 def counted(function: Callable[..., Any], *inputs: Any) -> Kernels:
-    """The kernels of a call in eager torch on meta tensors: bytes of inputs and outputs, FLOPs of matrix products."""
+    """Return the kernels of a call in eager torch on meta tensors: bytes in and out, FLOPs of matrix products."""
     with _Counter() as counter:
         function(*inputs)
     return counter.kernels
@@ -121,7 +129,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _bytes(x: Tensor) -> int:
-    """What is behind a tensor in memory: of an expanded one, only what it repeats."""
+    """Return what is behind a tensor in memory: for an expanded one, only what it repeats."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 

@@ -27,7 +27,7 @@ LARGEST = Case("LLaMA-3-70B", LLAMA3_70B, 6, 2, 96)
 
 @lru_cache(maxsize=16)
 def plan(case: Case) -> Step:
-    """The step of a case, as ``nsc plan`` sees it."""
+    """Return the step of a case, as ``nsc plan`` sees it."""
     model, _, _ = meta_body(case.config)
     linears = linears_in_order(model)
     names = [x.name for x in linears if x.name.endswith(QV)]
@@ -37,23 +37,23 @@ def plan(case: Case) -> Step:
 
 
 def seconds(case: Case, gpu: Gpu) -> float:
-    """Of a step of nsc, in all its passes."""
+    """Return the seconds of a step of nsc, in all its passes."""
     return case.passes * sum(work.seconds(gpu.rate, gpu.bandwidth) for work in one_pass(case).work())
 
 
 def one_pass(case: Case) -> Step:
-    """Of the passes in which nsc takes the step, the largest."""
+    """Return the largest of the passes in which nsc takes the step."""
     step = plan(case)
     return replace(step, samples=math.ceil(step.samples / case.passes))
 
 
 def floor(case: Case, gpu: Gpu) -> float:
-    """Of the frozen base alone, with its attention."""
+    """Return the seconds of the frozen base alone, with its attention."""
     return sum(work.seconds(gpu.rate, gpu.bandwidth) for work in plan(case).work()[:3])
 
 
 def loop(case: Case, gpu: Gpu) -> float:
-    """Of a step of the per-task loop."""
+    """Return the seconds of a step of the per-task loop."""
     step = replace(plan(case), samples=case.samples)
     base = sum(work.seconds(gpu.rate, gpu.bandwidth) for work in step.work()[:3])
     behind = [x for x in step.linears if x not in step.forward]  # the loop runs its forward to the end
@@ -70,18 +70,18 @@ def loop(case: Case, gpu: Gpu) -> float:
 
 
 def beyond_weights(case: Case) -> float:
-    """Bytes of a pass, without the base's weights."""
+    """Return the bytes of a pass, without the base's weights."""
     memory = one_pass(case).memory()
     return memory.total - memory.weights
 
 
 def in_8_bits() -> Memory:
-    """Of LLaMA-3-70B, its linears in 8 bits."""
+    """Return the memory of a step on LLaMA-3-70B, its linears in 8 bits."""
     return plan(LARGEST).memory().in_8_bits(BF16.itemsize)
 
 
 def _tower(case: Case, gpu: Gpu) -> float:
-    """The image tower once forward, on the images of one task."""
+    """Return the seconds of the image tower once forward, on the images of one task."""
     if not case.tower:
         return 0.0
     parameters = sum(p.numel() for p in meta_body(case.tower)[0].parameters())

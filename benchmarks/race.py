@@ -22,7 +22,15 @@ from nsc.performance.timing import Floor, sharing_weights
 
 @dataclass
 class Race:
-    """What runs against one another on the same weights: nsc's stack and batch, the loop and the floor."""
+    """What runs against one another on the same weights.
+
+    Attributes:
+        stack: the adapters of nsc.
+        targets: names of the measured layers.
+        batch: the rows of a step of nsc.
+        loop_step: a step of the per-task loop.
+        floor_step: a pass of the frozen base alone.
+    """
 
     stack: Stack
     targets: list[str]
@@ -32,7 +40,7 @@ class Race:
 
     @classmethod
     def of(cls, case: Case, model: nn.Module, folder: Path) -> Race:
-        """folder: where the adapters are written, and read again as nsc does."""
+        """Prepare all runners for a case; adapters are written to ``folder``, and read again as nsc does."""
         carrier = with_random_adapters(sharing_weights(model), case.tasks)
         stack = read_stack(carrier, folder, model)
         targets = choose_targets(model, stack.names, [name for name in QV if "v" in name])
@@ -48,7 +56,7 @@ class Race:
 
 
 def with_random_adapters(model: nn.Module, tasks: int) -> peft.PeftModel:
-    """PEFT's layers in ``model``, in its dtype."""
+    """Put PEFT's layers into ``model``, in its dtype."""
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_shapes(model)} & set(QV))
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, init_lora_weights=False)
     carrier = peft.get_peft_model(model, config, adapter_name="task0", autocast_adapter_dtype=False)
@@ -64,7 +72,7 @@ def with_random_adapters(model: nn.Module, tasks: int) -> peft.PeftModel:
 
 
 def read_stack(carrier: peft.PeftModel, folder: Path, model: nn.Module) -> Stack:
-    """The carrier's adapters, written by PEFT, and read, matched and whitened by nsc."""
+    """Return the carrier's adapters, written by PEFT, and read, matched and whitened by nsc."""
     carrier.save_pretrained(folder)
     adapters = {task: read_adapter(folder / task) for task in carrier.peft_config}
     shapes = linear_shapes(model)
@@ -72,5 +80,5 @@ def read_stack(carrier: peft.PeftModel, folder: Path, model: nn.Module) -> Stack
 
 
 def random_stack(model: nn.Module, tasks: int, folder: Path) -> Stack:
-    """Random adapters for a model."""
+    """Return random adapters for a model."""
     return read_stack(with_random_adapters(sharing_weights(model), tasks), folder, model)

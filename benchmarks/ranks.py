@@ -33,7 +33,11 @@ Took = list[tuple[float, float]]  # seconds on the clock and CPU seconds of a st
 
 
 def main(rounds: int, blocks: int) -> dict[str, float | int]:
-    """Seconds of a step alone and together, CPU seconds of this rank likewise, and 2 x alone / together."""
+    """Time steps alone and together, and return nothing but on rank 0.
+
+    Returns:
+        Seconds of a step alone and together, CPU seconds of this rank likewise, and 2 x alone / together.
+    """
     team = join("cpu")
     config = LlamaConfig(**{**SMOLLM2.to_dict(), "num_hidden_layers": blocks, "vocab_size": 1024})
     case = Case("SmolLM2-135M", config, 6, 2, 64, dtype="float32")
@@ -62,9 +66,13 @@ def main(rounds: int, blocks: int) -> dict[str, float | int]:
         map(median, zip(*took[1:], strict=True)) for took in (alone, together)
     )  # one warm
     return {
-        "one": one, "two": two, "cpu_one": cpu_one, "cpu_two": cpu_two, "speedup": 2 * one / two,
+        "one": one,
+        "two": two,
+        "cpu_one": cpu_one,
+        "cpu_two": cpu_two,
+        "speedup": 2 * one / two,
         "tokens": single.tokens,
-    }  # fmt: skip
+    }
 
 
 def _timed(step: Callable[[], Any]) -> tuple[float, float]:

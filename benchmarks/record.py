@@ -25,7 +25,7 @@ STATS = ("median", "min", "max", "mean", "stddev", "iqr", "rounds")  # seconds, 
 
 @lru_cache(maxsize=1)
 def device_name() -> str:
-    """The GPU that torch sees, or else the CPU."""
+    """Return the name of the GPU that torch sees, or else of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     from cpuinfo import get_cpu_info
@@ -34,14 +34,14 @@ def device_name() -> str:
 
 
 def file_name() -> str:
-    """Of the numbers of this device; those of a CPU by its number of threads."""
+    """Return the name of this device's file of numbers; that of a CPU says the number of threads."""
     threads = "" if torch.cuda.is_available() else f" {torch.get_num_threads()} threads"
     slug = re.sub(r"[^a-z0-9]+", "-", f"{device_name()}{threads}".lower()).strip("-")
     return f"{slug}.json"
 
 
 def commit() -> str:
-    """COMMIT, for a copy of the tree without its history, or what git says."""
+    """Return what git says, or COMMIT where a copy of the tree comes without its history."""
     git = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         told = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """What a number depends on beside the code that it names."""
+    """Return what a number depends on beside the code that it names."""
     return {
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -71,7 +71,7 @@ def _version(name: str) -> str | None:
 
 
 def entry(name: str, group: str | None, extra_info: dict[str, Any], stats: Any, made: dict[str, Any]) -> dict[str, Any]:
-    """One number: its name, its times in seconds (without the single rounds), and the rates that follow from them."""
+    """Return one number: its name, its times in seconds (without the single rounds), and the rates that follow."""
     seconds = {field: getattr(stats, field) for field in STATS}
     return {
         "fullname": name,
@@ -83,7 +83,7 @@ def entry(name: str, group: str | None, extra_info: dict[str, Any], stats: Any, 
 
 
 def rates(info: dict[str, Any], seconds: float) -> dict[str, float]:
-    """GB/s, the fraction of the copy's, and TFLOP/s, of what ``info`` counts and a time."""
+    """Return GB/s, the fraction of the copy's, and TFLOP/s, from what ``info`` counts and a time."""
     found = {}
     if "bytes" in info:
         found["gb_per_s"] = info["bytes"] / seconds / 1e9
@@ -95,7 +95,7 @@ def rates(info: dict[str, Any], seconds: float) -> dict[str, float]:
 
 
 def add_earlier(entries: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    """New entries, and those of ``file`` that were not measured again, in the order of their names."""
+    """Return new entries, and those of ``file`` that were not measured again, in the order of their names."""
     earlier = json.loads(file.read_text())["benchmarks"] if file.is_file() else []
     merged = {entry["fullname"]: entry for entry in [*earlier, *entries]}
     return [merged[name] for name in sorted(merged)]

@@ -12,15 +12,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """``n`` rows entering a linear of (m, d) that carries adapters of these ranks."""
+    """``n`` rows entering a linear of (m, d) that carries adapters of these ranks.
+
+    Attributes:
+        model: whose linear it is.
+        rows: what the n rows are.
+        n: rows.
+        d: inputs.
+        m: outputs.
+        ranks: of the adapters.
+        compiled: whether torch.compile is timed too: each costs seconds of compilation.
+    """
 
     model: str
-    rows: str  # what the n rows are
+    rows: str
     n: int
     d: int
     m: int
     ranks: tuple[int, ...]
-    compiled: bool = False  # whether torch.compile is timed too: each costs seconds of compilation
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -34,7 +44,7 @@ class Shape:
 
     @property
     def own(self) -> int:
-        """Columns of u that belong to one row's adapter."""
+        """The columns of u that belong to one row's adapter."""
         return self.r // len(self.ranks)
 
 
@@ -60,5 +70,5 @@ SHAPES = GPU_SHAPES if CUDA else CPU_SHAPES
 
 @lru_cache(maxsize=8)
 def orthonormal_adapters(d: int, ranks: tuple[int, ...]) -> Tensor:
-    """(R, d) float32 on the CPU: adapters whose rows are orthonormal each, as the merge runs them."""
+    """Return adapters, (R, d) float32 on the CPU, whose rows are orthonormal each, as the merge runs them."""
     return torch.cat([torch.linalg.qr(torch.randn(d, r))[0].T for r in ranks])

@@ -18,7 +18,7 @@ GPU_MEMORY = 141e9
 
 
 def step_targets() -> list[Target]:
-    """All of them, in the order of the table."""
+    """Return all targets of steps and merges, in the order of the table."""
     return [
         _against_loop(LLAMA, f"{LLAMA.model} step, 6 tasks x 2 prompts of 96 tokens, {LLAMA.passes} passes", "≥ 4x"),
         _against_loop(LLAVA, f"{LLAVA.model} step, 6 tasks x 1 prompt of 576 + 64 tokens", "≥ 2x"),
@@ -27,10 +27,12 @@ def step_targets() -> list[Target]:
         *(_job(name, *job) for name, job in JOBS.items()),
         _memory(),
         Target(
-            "learning for a 70B base fits one GPU of 141 GB with 8-bit weights", "≤ 141 GB",
-            lambda _: metric(predict_step.in_8_bits().total, "B"), _measured_memory("LLaMA-3-70B, 8 bits"),
+            "learning for a 70B base fits one GPU of 141 GB with 8-bit weights",
+            "≤ 141 GB",
+            lambda _: metric(predict_step.in_8_bits().total, "B"),
+            _measured_memory("LLaMA-3-70B, 8 bits"),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _against_loop(case: Case, what: str, goal: str) -> Target:
@@ -39,9 +41,11 @@ def _against_loop(case: Case, what: str, goal: str) -> Target:
         return faster(info["seconds"]["loop"], info["seconds"]["nsc"]) if info else ""
 
     return Target(
-        f"{what}, against the per-task hook loop", goal,
-        lambda gpu: faster(predict_step.loop(case, gpu), predict_step.seconds(case, gpu)), measured,
-    )  # fmt: skip
+        f"{what}, against the per-task hook loop",
+        goal,
+        lambda gpu: faster(predict_step.loop(case, gpu), predict_step.seconds(case, gpu)),
+        measured,
+    )
 
 
 def _over_floor() -> Target:
@@ -53,30 +57,35 @@ def _over_floor() -> Target:
         return worst([(info["seconds"]["floor"], info["seconds"]["nsc"]) for info in infos])
 
     return Target(
-        f"the slower of {LLAMA.model} and {LLAVA.model}, a step over its floor", "≤ 1.15x",
+        f"the slower of {LLAMA.model} and {LLAVA.model}, a step over its floor",
+        "≤ 1.15x",
         lambda gpu: worst([(predict_step.floor(c, gpu), predict_step.seconds(c, gpu)) for c in (LLAMA, LLAVA)]),
         measured,
-    )  # fmt: skip
+    )
 
 
 def _job(name: str, steps: int, goal: str) -> Target:
-    """Predicted are the steps alone; measured is only a whole merge."""
+    """Return a target whose prediction is of the steps alone, its measurement of a whole merge."""
 
     def measured(results: Results) -> str:
         seconds = results.seconds("job", model=LLAVA.model, steps=steps)
         return "" if seconds is None else f"{seconds:.1f} s"
 
     return Target(
-        f"six adapters on {LLAVA.model}, a whole merge, {name}", goal,
-        lambda gpu: f"{steps * predict_step.seconds(LLAVA, gpu):.1f} s, steps alone", measured,
-    )  # fmt: skip
+        f"six adapters on {LLAVA.model}, a whole merge, {name}",
+        goal,
+        lambda gpu: f"{steps * predict_step.seconds(LLAVA, gpu):.1f} s, steps alone",
+        measured,
+    )
 
 
 def _memory() -> Target:
     return Target(
-        f"peak memory of a {LLAMA.model} step in {LLAMA.passes} passes, beyond the base's weights", "≤ 3 GB",
-        lambda _: metric(predict_step.beyond_weights(LLAMA), "B"), _measured_memory(LLAMA.model),
-    )  # fmt: skip
+        f"peak memory of a {LLAMA.model} step in {LLAMA.passes} passes, beyond the base's weights",
+        "≤ 3 GB",
+        lambda _: metric(predict_step.beyond_weights(LLAMA), "B"),
+        _measured_memory(LLAMA.model),
+    )
 
 
 def _measured_memory(model: str) -> Callable[[Results], str]:
@@ -89,13 +98,13 @@ def _measured_memory(model: str) -> Callable[[Results], str]:
 
 
 def _info(results: Results, case: Case) -> dict[str, Any] | None:
-    """Of the case as it is: one that was cut for a small machine is another."""
+    """Return what was measured of the case as it is: one that was cut for a small machine is another."""
     hit = results.find("step", model=case.model, dtype="bfloat16", cut="")
     return hit["extra_info"] if hit else None
 
 
 def cpu_targets(results: Results) -> list[list[str]]:
-    """Target, goal and what one machine without a GPU measured."""
+    """Return rows of target, goal and what one machine without a GPU measured."""
     rows = []
     for dtype in ("float32", "bfloat16"):
         hit = results.find("step", model="SmolLM2-135M", dtype=dtype)

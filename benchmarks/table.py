@@ -62,12 +62,16 @@ METHODS = (
 
 
 def load(folder: Path = ROOT / "benchmarks" / "results") -> Devices:
-    """The numbers of every device that was measured."""
+    """Return the numbers of every device that was measured."""
     return {file.stem: json.loads(file.read_text())["benchmarks"] for file in sorted(folder.glob("*.json"))}
 
 
 def filled(text: str, devices: Devices) -> str:
-    """``text`` with every marked section written anew. Raises KeyError for a table that does not exist."""
+    """Return ``text`` with every marked section written anew.
+
+    Raises:
+        KeyError: for a table that does not exist.
+    """
 
     def section(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]](devices)}\n<!-- /table -->"
@@ -76,7 +80,7 @@ def filled(text: str, devices: Devices) -> str:
 
 
 def on_gpus(devices: Devices) -> dict[str, Results]:
-    """Name in ``GPUS`` -> what was measured on such a GPU; a CPU's figures are never among them."""
+    """Return, for each name in ``GPUS``, what was measured on such a GPU; a CPU's figures are never among them."""
     found: dict[str, Entries] = {name: [] for name in GPUS}
     for entry in (entry for entries in devices.values() for entry in entries):
         device = entry["made"]["device"]
@@ -87,7 +91,10 @@ def on_gpus(devices: Devices) -> dict[str, Results]:
 
 
 def targets_table(devices: Devices, *, every: bool = True) -> str:
-    """Target, prediction and measurement on each GPU; unless ``every``, only GPUs that were measured, or the H200."""
+    """Return target, prediction and measurement on each GPU.
+
+    Unless ``every``, only GPUs that were measured are in the table, or else the H200.
+    """
     measured = on_gpus(devices)
     names = [name for name in GPUS if every or measured[name].entries] or ["H200"]
     heads = ["in bfloat16", "target", *(f"{name}, {kind}" for name in names for kind in ("predicted", "measured"))]
@@ -101,7 +108,7 @@ def targets_table(devices: Devices, *, every: bool = True) -> str:
 
 
 def cpu_targets_table(devices: Devices) -> str:
-    """Targets of machines without a GPU, and what each of those measured."""
+    """Return the targets of machines without a GPU, and what each of those measured."""
     parts = []
     for entries in devices.values():
         results = Results([e for e in entries if e["made"]["device"].startswith("CPU")])
@@ -111,7 +118,7 @@ def cpu_targets_table(devices: Devices) -> str:
 
 
 def step_table(entries: Entries) -> str:
-    """Whole steps."""
+    """Return the table of whole steps."""
     rows = []
     for info, _ in _timed(entries):
         took, split = info["seconds"], info["split"]
@@ -140,7 +147,7 @@ def step_table(entries: Entries) -> str:
 
 
 def ops_table(entries: Entries) -> str:
-    """Every pass of every op at every shape."""
+    """Return the table of every pass of every op at every shape."""
     rows: dict[str, dict[str, str]] = {}
     for info, seconds in _timed(entries):
         op = " ".join(filter(None, [f"`{info['op']}`", info["variant"], info["step"]]))
@@ -156,7 +163,7 @@ def ops_table(entries: Entries) -> str:
 
 
 def layer_table(entries: Entries) -> str:
-    """Time and memory of the layers."""
+    """Return the table of time and memory of the layers."""
     bare = {info["shape"]: seconds for info, seconds in _timed(entries) if info["provider"] == "bare"}
     rows = []
     for info, seconds in _timed(entries):
@@ -168,7 +175,7 @@ def layer_table(entries: Entries) -> str:
 
 
 def overhead_table(entries: Entries) -> str:
-    """What a call takes the host, by each way into an op."""
+    """Return the table of what a call takes the host, by each way into an op."""
     results, measured = Results(entries), {info["way"] for info, _ in _timed(entries)}
     ways = [way for way in ("public", "op", "registered", "reference", "launch", "graph") if way in measured]
     rows = []
@@ -179,7 +186,7 @@ def overhead_table(entries: Entries) -> str:
 
 
 def methods_table(entries: Entries) -> str:
-    """Every merging method, beside its dense formulation where that was measured on the same device."""
+    """Return every merging method beside its dense formulation, where the same device measured that."""
     results, rows = Results(entries), []
     for info in (entry["extra_info"] for entry in entries if entry["extra_info"]["side"] == "nsc"):
         other = results.find("method", side="dense", method=info["against"])
@@ -197,22 +204,22 @@ def methods_table(entries: Entries) -> str:
 
 
 def spent(seconds: float) -> str:
-    """A duration that may be minutes."""
+    """Return a duration that may be minutes."""
     return f"{seconds:.{0 if seconds >= 100 else 2}f} s" if seconds >= 1 else duration(seconds)
 
 
 def megabytes(info: dict[str, Any]) -> str:
-    """The peak of a method, where the system counts it."""
+    """Return the peak of a method, or an empty cell where the system does not count it."""
     return EMPTY if info["peak_bytes"] is None else f"{info['peak_bytes'] / 1e6:.0f} MB"
 
 
 def _timed(entries: Entries) -> list[tuple[dict[str, Any], float]]:
-    """What was measured, and the median in seconds."""
+    """Return what was measured, and the median in seconds."""
     return [(entry["extra_info"], entry["stats"]["median"]) for entry in entries]
 
 
 def by_device(kind: str, table: Callable[[Entries], str], legend: str = "") -> Callable[[Devices], str]:
-    """A table for each device on which something of this kind was measured, below a legend."""
+    """Return what makes a table for each device on which this kind was measured, below a legend."""
 
     def run(devices: Devices) -> str:
         parts = [legend] if legend else []
@@ -225,7 +232,7 @@ def by_device(kind: str, table: Callable[[Entries], str], legend: str = "") -> C
 
 
 def made_with(entries: Entries) -> str:
-    """The device, versions, dates and commits of these entries, in a line."""
+    """Return the device, versions, dates and commits of these entries, in a line."""
 
     def said(key: str) -> str:
         return ", ".join(sorted({str(entry["made"].get(key))[: 10 if key == "date" else None] for entry in entries}))
@@ -239,7 +246,7 @@ def made_with(entries: Entries) -> str:
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """Return a table in Markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])
 
 

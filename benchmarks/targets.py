@@ -22,30 +22,37 @@ class Results:
         self.entries = entries
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """The entries of ops, layers, overheads, or the Gram cache."""
+        """Return the entries of one kind, such as "op", "layer", "overhead" or "gram"."""
         return [entry for entry in self.entries if entry["extra_info"].get("kind") == kind]
 
     def find(self, kind: str, **wanted: Any) -> dict[str, Any] | None:
-        """The one entry whose ``extra_info`` holds all of this. Raises ValueError if there are more."""
+        """Return the one entry whose ``extra_info`` holds all of this, or None.
+
+        Raises:
+            ValueError: if there are more.
+        """
         hits = [e for e in self.of_kind(kind) if all(e["extra_info"].get(k) == v for k, v in wanted.items())]
         if len(hits) > 1:
             raise ValueError(f"{kind} {wanted} has more than one result: {[hit['fullname'] for hit in hits]}")
         return hits[0] if hits else None
 
     def seconds(self, kind: str, **wanted: Any) -> float | None:
-        """The median of that entry, of host times the least (other work only adds); None if it was not measured."""
+        """Return the median of that entry, or None if it was not measured.
+
+        Of host times it is the least: other work only adds.
+        """
         hit = self.find(kind, **wanted)
         return None if hit is None else hit["stats"]["min" if kind == "overhead" else "median"]
 
     def op(self, op: str, step: str, shape: Shape, *providers: str) -> Pair:
-        """Seconds that two providers take for one pass of an op (without a Gram)."""
+        """Return the seconds that two providers take for one pass of an op (without a Gram)."""
         first, second = (
             self.seconds("op", op=op, step=step, variant="", shape=shape.name, provider=name) for name in providers
         )
         return first, second
 
     def layer(self, *providers: str) -> Pair:
-        """Seconds that two layers take at the target's shape."""
+        """Return the seconds that two layers take at the target's shape."""
         first, second = (self.seconds("layer", shape=PREFILL.name, provider=name) for name in providers)
         return first, second
 
@@ -55,7 +62,14 @@ Pair = tuple[float | None, float | None]  # theirs and ours
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table. predicted(gpu) and measured(results) give its cells; "" for what is not known."""
+    """One row of the table.
+
+    Attributes:
+        what: is asked for.
+        goal: with its unit.
+        predicted: a GPU -> the cell that bytes and FLOPs give, "" for what is not known.
+        measured: a device's results -> the cell, "" for what was not measured.
+    """
 
     what: str
     goal: str
@@ -64,18 +78,18 @@ class Target:
 
 
 def duration(seconds: float) -> str:
-    """With three digits, in µs below a millisecond, in ms from there on."""
+    """Return seconds with three digits, in µs below a millisecond, in ms from there on."""
     value, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms")
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
 def faster(theirs: float, ours: float) -> str:
-    """How many times as fast as theirs, and both times."""
+    """Return how many times as fast as theirs ours is, and both times."""
     return f"{theirs / ours:.2f}x ({duration(ours)} against {duration(theirs)})"
 
 
 def longer(theirs: float, ours: float) -> str:
-    """How many times their time ours is, and both."""
+    """Return how many times their time ours is, and both times."""
     return f"{ours / theirs:.2f}x ({duration(ours)} against {duration(theirs)})"
 
 
@@ -86,7 +100,7 @@ def comparison(
     pairs: Callable[[Results], list[Pair]],
     form: Callable[[float, float], str] = faster,
 ) -> Target:
-    """Ours against theirs, at the shape where ours compares worst."""
+    """Return the target of ours against theirs, at the shape where ours compares worst."""
 
     def worst(found: list[Pair]) -> str:
         known = [(theirs, ours) for theirs, ours in found if theirs is not None and ours is not None]
@@ -101,7 +115,7 @@ def comparison(
 
 
 def targets() -> list[Target]:
-    """All of them, in the order of the table."""
+    """Return all targets of ops and layers, in the order of the table."""
     return [*_ratio(), *_down(), *_layer(), _gram(), _host()]
 
 
@@ -159,15 +173,20 @@ def _layer() -> list[Target]:
 
     return [
         comparison(
-            f"{name}, against the bare linear", "≤ 1.15x", [(bare, merged)],
-            lambda r: [r.layer("bare", "merged")], longer,
+            f"{name}, against the bare linear",
+            "≤ 1.15x",
+            [(bare, merged)],
+            lambda r: [r.layer("bare", "merged")],
+            longer,
         ),
         comparison("the same against PEFT's layer", "≥ 2x", [(peft, merged)], lambda r: [r.layer("peft", "merged")]),
         Target(
-            "memory that it saves for the backward, over that of PEFT's", "≤ 0.25",
-            lambda gpu: saved(predict.saved_by_merged(PREFILL), predict.saved_by_peft(PREFILL)), measured,
+            "memory that it saves for the backward, over that of PEFT's",
+            "≤ 0.25",
+            lambda gpu: saved(predict.saved_by_merged(PREFILL), predict.saved_by_peft(PREFILL)),
+            measured,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _gram() -> Target:
@@ -191,7 +210,7 @@ def _host() -> Target:
 
 
 def overheads(results: Results, step: str) -> dict[str, float]:
-    """Op -> seconds by which a call of the public function takes the host longer than its launches alone."""
+    """Return, for each op, by how many seconds the public function takes the host longer than its launches alone."""
     found = {}
     for op in sorted({entry["extra_info"]["op"] for entry in results.of_kind("overhead")}):
         public, launch = (results.seconds("overhead", op=op, step=step, way=way) for way in ("public", "launch"))

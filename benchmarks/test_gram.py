@@ -12,7 +12,7 @@ pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 @pytest.fixture(scope="module")
 def lora_A() -> list[torch.Tensor]:
-    """Six rank-16 adapters on 64 modules of width 4096."""
+    """Return six rank-16 adapters on 64 modules of width 4096."""
     return [torch.randn(RANK, WIDTH, device=DEVICE) / 64 for _ in range(TASKS * MODULES)]
 
 
@@ -23,12 +23,15 @@ def test_factor(benchmark, lora_A):
     benchmark.group = f"Gram cache, {TASKS} adapters x {MODULES} modules, width {WIDTH}"
     work = TASKS * MODULES * RANK * WIDTH
     benchmark.extra_info |= {
-        "kind": "gram", "dtype": "float32", "bytes": 4 * work, "flops": 2 * RANK * work,
+        "kind": "gram",
+        "dtype": "float32",
+        "bytes": 4 * work,
+        "flops": 2 * RANK * work,
         "peak_bytes": peak_bytes(factor_all, lora_A),
-    }  # fmt: skip
+    }
     benchmark.pedantic(CLOCK.wall, args=(factor_all, lora_A), rounds=10, warmup_rounds=1)
 
 
 def factor_all(lora_A: list[torch.Tensor]) -> None:
-    """With a cache that has seen none of them."""
+    """Factor all of them with a cache that has seen none."""
     GramCache().factor(lora_A)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 @lru_cache(maxsize=1)
 def prepared(shape: Shape) -> tuple[Layer, list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """A layer, (z, dy) to rotate among, and y, dz, dlam of the first in float64."""
+    """Return a layer, pairs (z, dy) to rotate among, and y, dz, dlam of the first pair in float64."""
     torch.manual_seed(SEED)
     layer = Layer(shape, DTYPE, DEVICE)
     widths, count = (shape.d, shape.m), input_sets(shape.n * (shape.d + shape.m) * DTYPE.itemsize)
@@ -50,9 +50,21 @@ def test_layer(benchmark: BenchmarkFixture, copy_gb_per_s: float, shape: Shape, 
     moved, flops = layer_work(shape, DTYPE.itemsize, adapters=provider != "bare")
     benchmark.group = f"layer, {shape.name}"
     benchmark.extra_info |= {
-        "kind": "layer", "provider": provider, "shape": shape.name, "n": shape.n, "d": shape.d, "m": shape.m,
-        "ranks": f"{len(shape.ranks)} x {shape.own}", "dtype": str(DTYPE).removeprefix("torch."), "error": off,
-        "saved_bytes": step.saved_bytes(*sets[0]), "peak_bytes": peak_bytes(step, *sets[0]),
-        "seed": SEED, "input_sets": len(sets), "bytes": moved, "flops": flops, "copy_gb_per_s": copy_gb_per_s,
-    }  # fmt: skip
+        "kind": "layer",
+        "provider": provider,
+        "shape": shape.name,
+        "n": shape.n,
+        "d": shape.d,
+        "m": shape.m,
+        "ranks": f"{len(shape.ranks)} x {shape.own}",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "error": off,
+        "saved_bytes": step.saved_bytes(*sets[0]),
+        "peak_bytes": peak_bytes(step, *sets[0]),
+        "seed": SEED,
+        "input_sets": len(sets),
+        "bytes": moved,
+        "flops": flops,
+        "copy_gb_per_s": copy_gb_per_s,
+    }
     measure(benchmark, step, sets)

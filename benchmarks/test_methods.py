@@ -52,7 +52,7 @@ def kept(benchmark: BenchmarkFixture, side: str, name: str) -> None:
 
 
 def measured_alone(side: str, name: str) -> dict[str, Any]:
-    """What a process of merges.py says."""
+    """Return what a process of merges.py says."""
     path = os.pathsep.join([str(HERE.parent), str(HERE)])
     command = [sys.executable, str(HERE / "merges.py"), side, name]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 
 def all_cases() -> Iterator[Any]:
-    """(pass, shape, provider), the providers of one pass and shape in a row: they share their inputs."""
+    """Yield (pass, shape, provider), the providers of one pass and shape in a row: they share their inputs."""
     for work in PASSES:
         for shape in weights(SHAPES) if work.op == "lora_fold" else SHAPES:
             for name, function in providers(work, shape).items():
@@ -29,13 +29,13 @@ def all_cases() -> Iterator[Any]:
 
 
 def weights(shapes: list[Shape]) -> list[Shape]:
-    """One shape for each model: a fold has no rows."""
+    """Return one shape for each model: a fold has no rows."""
     return list({shape.model: replace(shape, rows="one weight", n=0) for shape in reversed(shapes)}.values())[::-1]
 
 
 @lru_cache(maxsize=1)
 def prepared(work: Pass, shape: Shape) -> tuple[list[Inputs], list[Tensor]]:
-    """Sets of inputs to rotate among, and what the first must give, in float64."""
+    """Return sets of inputs to rotate among, and what the first must give, in float64."""
     torch.manual_seed(SEED)
     sets = [work.inputs(shape, DTYPE, DEVICE) for _ in range(input_sets(work.moved(shape, DTYPE.itemsize)))]
     want = work.reference(*exact(sets[0]))
@@ -52,15 +52,31 @@ def test_op(
         pytest.fail(f"{work} by {provider} is wrong by {off}, more than {TOLERANCE[DTYPE]}: no number")
     benchmark.group = f"{work}, {shape.name}"
     benchmark.extra_info |= {
-        "kind": "op", "op": work.op, "variant": work.variant, "step": work.step, "shape": shape.name,
-        "provider": provider, "n": shape.n, "d": shape.d, "m": shape.m, "ranks": f"{len(shape.ranks)} x {shape.own}",
-        "dtype": str(DTYPE).removeprefix("torch."), "bytes": work.moved(shape, DTYPE.itemsize),
-        "flops": work.flops(shape), "copy_gb_per_s": copy_gb_per_s, "peak_bytes": peak_bytes(function, *sets[0]),
-        "error": off, "seed": SEED, "input_sets": len(sets),
-    }  # fmt: skip
+        "kind": "op",
+        "op": work.op,
+        "variant": work.variant,
+        "step": work.step,
+        "shape": shape.name,
+        "provider": provider,
+        "n": shape.n,
+        "d": shape.d,
+        "m": shape.m,
+        "ranks": f"{len(shape.ranks)} x {shape.own}",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "bytes": work.moved(shape, DTYPE.itemsize),
+        "flops": work.flops(shape),
+        "copy_gb_per_s": copy_gb_per_s,
+        "peak_bytes": peak_bytes(function, *sets[0]),
+        "error": off,
+        "seed": SEED,
+        "input_sets": len(sets),
+    }
     measure(benchmark, function, sets)
 
 
 def expected(provider: str, want: list[Tensor]) -> list[Tensor]:
-    """What this provider gives of u and the energy: the two that are not an op's own give less, or another form."""
+    """Return what this provider gives of u and the energy.
+
+    The two of ``lora_down`` that are no op give less, or the norm instead.
+    """
     return {"linear": want[:1], "linear + norm": [want[0], want[-1].sqrt()]}.get(provider, want)

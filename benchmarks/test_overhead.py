@@ -29,15 +29,20 @@ def test_overhead(benchmark: BenchmarkFixture, op: str, step: str, way: str) -> 
     left_out = not CUDA and way in ("public", "op")
     benchmark.group = f"host time of one call, {op} {step}"
     benchmark.extra_info |= {
-        "kind": "overhead", "op": op, "step": step, "way": way, "calls": CALLS, "dtype": "bfloat16",
+        "kind": "overhead",
+        "op": op,
+        "step": step,
+        "way": way,
+        "calls": CALLS,
+        "dtype": "bfloat16",
         "measures": "device time a call" if way == "graph" else f"host time a call{', no kernel' if left_out else ''}",
-    }  # fmt: skip
+    }
     with without_kernels() if left_out else nullcontext():
         benchmark.pedantic(*timed(op, step, way), rounds=ROUNDS, warmup_rounds=WARMUP)
 
 
 def timed(op: str, step: str, way: str) -> tuple[Callable, tuple[Any, ...]]:
-    """What pytest-benchmark is to call, and with what."""
+    """Return what pytest-benchmark is to call, and with what."""
     args = arguments(op, gradient=step == BOTH)
     function = call(doors(op).get(way, doors(op)["op"]), args)
     if way == "graph":

@@ -29,13 +29,16 @@ def test_two_processes(benchmark: BenchmarkFixture) -> None:
     found: dict[str, Any] = {}
     benchmark.pedantic(lambda: found.update(run_two(ROUNDS, BLOCKS)), rounds=1)
     benchmark.extra_info |= found | {
-        "kind": "ranks", "model": "SmolLM2-135M", "cut": f"{BLOCKS} of 30 blocks, a vocabulary of 1024",
-        "dtype": "float32", "load_average": os.getloadavg()[0],
-    }  # fmt: skip
+        "kind": "ranks",
+        "model": "SmolLM2-135M",
+        "cut": f"{BLOCKS} of 30 blocks, a vocabulary of 1024",
+        "dtype": "float32",
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def run_two(rounds: int, blocks: int) -> dict[str, Any]:
-    """What the first of two processes of ranks.py says."""
+    """Return what the first of two processes of ranks.py says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -44,11 +47,14 @@ def run_two(rounds: int, blocks: int) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "ranks.py"), str(rounds), str(blocks)]
     started = [
         subprocess.Popen(
-            command, env={**os.environ, **shared, "PYTHONPATH": path, "RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command,
+            env={**os.environ, **shared, "PYTHONPATH": path, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         told = [process.communicate(timeout=500) for process in started]
     finally:

@@ -26,7 +26,7 @@ MAX_SETS = 16
 
 
 class Clock:
-    """Seconds spent in what it was told to run: on the device, on the host, or on the wall."""
+    """A sum of the seconds spent in what it was told to run: on the device, on the host, or on the wall."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -38,10 +38,13 @@ class Clock:
         return self.seconds
 
     def device(self, function: Callable[..., Any], *inputs: Any) -> None:
-        """Time from the start of the first kernel of a call to the end of the last, with nothing of it in the L2 cache.
+        """Add the time from the start of a call's first kernel to the end of its last, the L2 cache emptied before.
 
         The device waits until the host has handed in all kernels. A round in which it did not is counted as ``behind``:
-        gaps between launches may be in its time. On a CPU, the time of the call.
+        gaps between launches may be in its time. On a CPU, the time of the call is added.
+
+        Raises:
+            RuntimeError: if the device says more than passed on the wall, or nothing.
         """
         if not CUDA:
             self.wall(function, *inputs)
@@ -64,7 +67,7 @@ class Clock:
         self.seconds += seconds
 
     def wall(self, function: Callable[..., Any], *inputs: Any) -> None:
-        """Time of a call until the device is done with it, the waits inside it included."""
+        """Add the time of a call until the device is done with it, the waits inside it included."""
         synchronize()
         called = time.perf_counter()
         function(*inputs)
@@ -72,7 +75,7 @@ class Clock:
         self.seconds += time.perf_counter() - called
 
     def host(self, calls: int, function: Callable[..., Any], *inputs: Any) -> None:
-        """What one call takes the host, the device running beside it: the mean of a few, the device idle before."""
+        """Add what one call takes the host, the device running beside it: the mean of a few, the device idle before."""
         synchronize()
         called = time.perf_counter()
         for _ in range(calls):
@@ -80,7 +83,7 @@ class Clock:
         self.seconds += (time.perf_counter() - called) / calls
 
     def graph(self, replay: Callable[[], None], calls: int) -> None:
-        """Device time of one call of a CUDA graph that holds a few."""
+        """Add the device time of one call of a CUDA graph that holds a few."""
         before = self.seconds
         self.device(replay)
         self.seconds = before + (self.seconds - before) / calls
@@ -109,12 +112,15 @@ def synchronize() -> None:
 
 
 def input_sets(nbytes: int) -> int:
-    """How many sets of inputs to rotate among, so that together they are three times the cache, within reason."""
+    """Return how many sets of inputs to rotate among, to be three times the cache together, within reason."""
     return min(max(-(-3 * CACHE_BYTES // max(nbytes, 1)), 2), MAX_SETS)
 
 
 def measure(benchmark: BenchmarkFixture, function: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> None:
-    """Rounds of device time of ``function``, its inputs by turns from ``sets``; says how often the host was behind."""
+    """Time ``function`` on the device in rounds, its inputs by turns from ``sets``.
+
+    On a GPU the number of rounds in which the host was behind is recorded.
+    """
     turns = itertools.cycle(sets)
     CLOCK.behind, CLOCK.lead = 0, LEAD
     CLOCK.wake()
@@ -124,7 +130,7 @@ def measure(benchmark: BenchmarkFixture, function: Callable[..., Any], sets: Seq
 
 
 def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int | None:
-    """The most that a call holds beside its inputs, outputs included; None on a CPU."""
+    """Return the most bytes that a call holds beside its inputs, outputs included; None on a CPU."""
     if not CUDA:
         return None
     torch.cuda.synchronize()
@@ -136,7 +142,7 @@ def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int | None:
 
 
 def copy_gb_per_s(rounds: int = ROUNDS) -> float:
-    """GB/s of a device copy, bytes read and bytes written, with the clock that times the ops; the median."""
+    """Return GB/s of a device copy, bytes read and written, with the clock that times the ops; the median."""
     source, target = torch.randn(2, COPY_BYTES // 4, device=DEVICE)
     clock, seconds = Clock(), []
     clock.wake()

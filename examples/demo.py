@@ -11,18 +11,17 @@ import shutil
 import time
 from pathlib import Path
 
-from compare import Exam, compare
+from compare import compare, text_scorer
 from smollm2 import NAME, prepare_base
-from tasks import TASKS, load, write_unlabelled
+from tasks import ADAPTERS, first_test_rows, write_all_unlabelled
 
 import nsc
 
-HERE = Path(__file__).parent
-ROWS = 200  # of each task's 400 test rows, to stay within minutes on two cores
+ROWS, MAX_LENGTH = 200, 32  # rows of each task's 400 test rows, to stay within minutes on two cores
 
 
 def main() -> None:
-    """Prepare, merge, compare, export, prove."""
+    """Prepare the base and the texts, merge, compare, export and prove the export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="results; made anew")
     parser.add_argument("--steps", type=int, default=100)
@@ -30,12 +29,10 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
     shutil.rmtree(args.out, ignore_errors=True)
-    (args.out / "data").mkdir(parents=True)
     base = prepare_base(args.out.parent / NAME)
-    adapters = {name: HERE / "adapters" / name for name in TASKS}
-    data = {name: write_unlabelled(task, args.out / "data" / f"{name}.jsonl") for name, task in TASKS.items()}
-    result = nsc.merge(base, adapters, data, steps=args.steps, lr=args.lr, batch_size=4, max_length=32)
-    table = compare(result, base, {name: Exam(task.metric, load(task).test[:ROWS]) for name, task in TASKS.items()})
+    data = write_all_unlabelled(args.out / "data")
+    result = nsc.merge(base, ADAPTERS, data, steps=args.steps, lr=args.lr, batch_size=4, max_length=MAX_LENGTH)
+    table, _ = compare(text_scorer(result, base, first_test_rows(ROWS), MAX_LENGTH))
     proof = result.save(args.out / "merged")
     print(f"\n{table}\n\nproof: {proof}")
     print(f"merged adapter, report and heat map: {args.out / 'merged'} ({time.perf_counter() - began:.0f} s in all)")

@@ -3,8 +3,9 @@
     pip install --no-deps easy-vqa==1.0
 
 4000 images to train on and 1000 others to test with, 64 x 64, one coloured shape each. Questions that hold a negation
-("is there not a circle?") are left out, and of those that are answered with "no" as many as those with "yes" are kept
-(elsewise "no" alone were right in 82 %). The captions are by template, of the answers and of where the pixels lie.
+("is there not a circle?") are left out, and of those answered with "no" only as many are kept as are answered
+with "yes"
+(otherwise "no" alone would be right in 82 %). The captions are by template, of the answers and of where the pixels lie.
 """
 
 import json
@@ -45,10 +46,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """Colour and shape, as the projector is trained to show them."""
         return f"a {self.color} {self.shape}"
 
     @property
     def long_caption(self) -> str:
+        """Colour, shape and place, as the task asks for them."""
         return f"{self.caption} at the {self.place}"
 
 
@@ -61,14 +64,14 @@ TASKS: dict[str, Callable[[Part], list[Row]]] = {
 
 
 def load(task: str, part: Part) -> list[Row]:
-    """The rows of one task, in the same shuffled order every time."""
+    """Return the rows of one task, in the same shuffled order every time."""
     rows = TASKS[task](part)
     random.Random(f"{task}/{part}").shuffle(rows)
     return rows
 
 
 def write_unlabelled(task: str, path: Path, count: int) -> Path:
-    """``count`` training rows as JSON lines of an image and a prompt; no answer is written."""
+    """Write ``count`` training rows as JSON lines of an image and a prompt, without answers, and return ``path``."""
     rows = [{"image": str(row.image), "prompt": row.prompt} for row in load(task, "train")[:count]]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,18 +80,18 @@ def write_unlabelled(task: str, path: Path, count: int) -> Path:
 
 @cache
 def scenes(part: Part) -> list[Scene]:
-    """What the images show, by their questions; the few whose questions leave the colour or the shape open are out."""
+    """Return what the images show, by their questions, without the few whose colour or shape these leave open."""
     known: dict[Path, set[str]] = {}
     for row in _all(part):
         told = re.findall("|".join(COLORS + SHAPES), f"{row.prompt} {row.answer}")
         if row.answer not in ("yes", "no") or (row.answer == "yes" and not _negated(row.prompt)):
             known.setdefault(row.image, set()).update(told)
-    found = []
+    shown = []
     for image, words in sorted(known.items()):
         color, shape = words & set(COLORS), words & set(SHAPES)
         if color and shape:
-            found.append(Scene(image, color.pop(), shape.pop(), _place(image)))
-    return found
+            shown.append(Scene(image, color.pop(), shape.pop(), _place(image)))
+    return shown
 
 
 def _questions(part: Part, chosen: Callable[[str, str], bool]) -> list[Row]:
@@ -118,7 +121,7 @@ def _folder() -> Path:
 
 
 def _place(image: Path) -> str:
-    """The quarter of the image that holds the middle of the shape."""
+    """Return the quarter of the image that holds the middle of the shape."""
     with Image.open(image) as picture:
         pixels = picture.convert("RGB")
     ground = Image.new("RGB", pixels.size, pixels.getpixel((0, 0)))

@@ -10,6 +10,7 @@ a regression are standardised as in training.
 import argparse
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -24,8 +25,7 @@ def main() -> None:
     parser.add_argument("--unlabelled", type=int, default=512)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for folder in sorted(path for path in args.adapters.iterdir() if path.is_dir()):
-        about = json.loads((folder / "metrics.json").read_text())
+    for name, about in read_about(args.adapters).items():
         test = shuffled(args.data / f"{about['dataset']}_test.jsonl", about)[: args.test]
         asked = {row["text"] for row in test}
         train = shuffled(args.data / f"{about['dataset']}_train.jsonl", about)
@@ -33,23 +33,29 @@ def main() -> None:
         rest = [{"text": row["text"]} for row in train[args.validation :][: args.unlabelled]]
         for kind, rows in {"test": test, "validation": train[: args.validation], "unlabelled": rest}.items():
             lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-            (args.out / f"{folder.name}_{kind}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (args.out / f"{name}_{kind}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_about(adapters: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
+    """Return what ``metrics.json`` tells of each adapter in these folders below ``adapters``, by default in all."""
+    names = names or sorted(path.name for path in adapters.iterdir() if path.is_dir())
+    return {name: json.loads((adapters / name / "metrics.json").read_text()) for name in names}
 
 
 def shuffled(file: Path, about: dict) -> list[dict]:
-    """Text and label of each row, in an order of its own, always the same."""
+    """Return text and label of each row, in the seeded order that the adapters' own scores were taken in."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(rows)
     return [{"text": text_of(row), "label": label_of(row, about)} for row in rows]
 
 
 def text_of(row: dict) -> str:
-    """As the adapters read it."""
+    """Return a row's text as the adapters read it: two texts are joined by a newline."""
     return row["text"] if "text" in row else f"{row['text_a']}\n{row['text_b']}"
 
 
 def label_of(row: dict, about: dict) -> float:
-    """A class, or a standardised score."""
+    """Return a row's class, or its score standardised as in training."""
     if about["metric"] == "accuracy":
         return row["label"]
     return (row["score"] - about["target_mean"]) / about["target_std"]

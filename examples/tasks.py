@@ -29,12 +29,23 @@ CONTINENTS = ("AF", "AS", "EU", "NA", "SA")  # Oceania has too few cities
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked, of which data, and how an answer is scored."""
+    """What is asked, of which data, and how an answer is scored.
+
+    Attributes:
+        name: of the task and its adapter.
+        metric: "accuracy" or "pearson".
+        num_labels: outputs of the head.
+        prompt: in which "{}" stands for the words.
+        words: gives single words with their labels.
+        source: of the data.
+        licence: of the data.
+        words_per_text: how many words of one label make a text.
+    """
 
     name: str
-    metric: str  # "accuracy" or "pearson"
+    metric: str
     num_labels: int
-    prompt: str  # "{}" stands for the words
+    prompt: str
     words: Callable[[], Iterable[Row]]
     source: str
     licence: str
@@ -110,10 +121,11 @@ TASKS = {
         Task("latitude", "pearson", 1, "The climate in {}", _latitude, *_GEONAMES),
     )
 }
+ADAPTERS = {name: Path(__file__).parent / "adapters" / name for name in TASKS}  # made by train_adapters.py
 
 
 def load(task: Task) -> Split:
-    """Train and test rows of ``task``, the same on every call."""
+    """Return the train and test rows of ``task``, the same on every call."""
     rng = random.Random(0)
     train, test = _split(sorted(task.words()), rng)
     train, test = _texts(train, task, rng), _texts(test, task, rng)[:TEST_ROWS]
@@ -123,6 +135,17 @@ def load(task: Task) -> Split:
     mean, std = statistics.fmean(labels), statistics.pstdev(labels)
     train, test = ([(text, (label - mean) / std) for text, label in rows] for rows in (train, test))
     return Split(train, test, mean, std)
+
+
+def first_test_rows(count: int) -> dict[str, list[Row]]:
+    """Return the first ``count`` test rows of every task."""
+    return {name: load(task).test[:count] for name, task in TASKS.items()}
+
+
+def write_all_unlabelled(folder: Path) -> dict[str, Path]:
+    """Write the unlabelled training texts of every task into ``folder``, and return the file of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: write_unlabelled(task, folder / f"{name}.jsonl") for name, task in TASKS.items()}
 
 
 def write_unlabelled(task: Task, path: Path, rows: int = 512) -> Path:

@@ -11,11 +11,12 @@ from pictures import PATCH, SIZE, Samples, Task, patches
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import descend, warmed_up
 from transformers import AutoModel, ViTConfig, ViTImageProcessor, ViTModel
 
-from nsc.bases.loading import quiet_loading
+from nsc.bases.base_model import quiet_loading
 
-BATCH, WARMUP, MASKED = 64, 0.05, 0.4
+BATCH, MASKED = 64, 0.4
 BASE_RATE, LORA_RATE, HEAD_RATE = 1e-3, 4e-3, 2e-3
 MEASURED = ("o_proj", "attention.output.dense")  # as transformers 5 and 4 name it
 TARGETS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", *MEASURED)
@@ -24,7 +25,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 (n, 3, H, W) -> from -1 to 1, as the base's image processor does it."""
+    """Scale uint8 (n, 3, H, W) to between -1 and 1, as the base's image processor does."""
     return images.float() / 127.5 - 1
 
 
@@ -43,7 +44,7 @@ def prepare_base(out: Path, images: Tensor, steps: int, **body: int) -> Path:
 
 
 def _pretrain(model: nn.Module, images: Tensor, steps: int) -> None:
-    """Turned by a multiple of 90 degrees, four in ten patches masked: what was there, and which turn is it?"""
+    """Train to fill in four masked patches in ten and to tell by which multiple of 90 degrees a picture was turned."""
     width = model.config.hidden_size
     fill, turn = nn.Linear(width, 3 * PATCH**2), nn.Linear(width, 4)
 
@@ -58,28 +59,17 @@ def _pretrain(model: nn.Module, images: Tensor, steps: int) -> None:
         return filled + F.cross_entropy(turn(hidden[:, 1:].mean(1)), turns)
 
     parameters = [p for module in (model, fill, turn) for p in module.parameters()]
-    descend("base", [{"params": parameters, "lr": BASE_RATE}], len(images), loss_of, steps)
+    train_on_rows("base", [{"params": parameters, "lr": BASE_RATE}], len(images), loss_of, steps)
 
 
-def descend(name: str, groups: list[dict], count: int, loss_of: Callable[[Tensor], Tensor], steps: int) -> None:
-    """AdamW on seeded batches of row numbers below ``count``, the rates falling to zero."""
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    rates, losses = [group["lr"] for group in optimizer.param_groups], []
-    for step in range(steps):
-        progress = (step + 1) / (steps + 1)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(progress / WARMUP, 1) * (1 - progress)
-        loss = loss_of(torch.randint(count, (BATCH,)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if len(losses) % 100 == 0:
-            print(f"{name}  step {len(losses)}  loss {sum(losses[-100:]) / 100:.3f}", flush=True)
+def train_on_rows(name: str, groups: list[dict], count: int, loss_of: Callable[[Tensor], Tensor], steps: int) -> None:
+    """Train on seeded batches of row numbers below ``count``."""
+    rates = (warmed_up((step + 1) / (steps + 1)) for step in range(steps))
+    descend(name, groups, lambda: loss_of(torch.randint(count, (BATCH,))), rates, every=100)
 
 
 def features(model: nn.Module, task: Task, images: Tensor) -> Tensor:
-    """What the head of a task sees: each patch's last hidden state if it is dense, or else their mean."""
+    """Return what the head of a task sees: each patch's last hidden state if the task is dense, else their mean."""
     hidden = model(pixel_values=pixels(images)).last_hidden_state[:, 1:]
     return hidden if task.dense else hidden.mean(1)
 
@@ -102,7 +92,7 @@ def train_adapter(base: Path, out: Path, task: Task, train: Samples, seed: int, 
 
     lora = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": lora, "lr": LORA_RATE}, {"params": list(head.parameters()), "lr": HEAD_RATE}]
-    descend(task.name, groups, len(train.inputs), loss_of, steps)
+    train_on_rows(task.name, groups, len(train.inputs), loss_of, steps)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, save_embedding_layers=False)
@@ -115,20 +105,20 @@ def train_adapter(base: Path, out: Path, task: Task, train: Samples, seed: int, 
 
 
 def load(base: Path) -> nn.Module:
-    """The body alone, in eval mode."""
+    """Return the body alone, in eval mode."""
     with quiet_loading():
         return AutoModel.from_pretrained(base, add_pooling_layer=False)
 
 
 def _standardised(targets: Tensor) -> Tensor:
-    """Every output with mean 0 and standard deviation 1."""
+    """Scale every output to mean 0 and standard deviation 1."""
     rows = targets.flatten(0, -2)
     return (targets - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
 
 
 @torch.no_grad()
 def score(model: nn.Module, task: Task, head: Path, test: Samples, batch: int = 250) -> float:
-    """Accuracy, or the Pearson correlation averaged over outputs: of ``head``'s answers from ``model``'s features."""
+    """Return the accuracy of the head's answers, or their Pearson correlation averaged over outputs."""
     weights = load_file(head / "head.safetensors")
     seen = torch.cat([features(model, task, part) for part in test.inputs.split(batch)])
     answers = F.linear(seen, weights["weight"], weights["bias"])
@@ -138,6 +128,6 @@ def score(model: nn.Module, task: Task, head: Path, test: Samples, batch: int = 
 
 
 def pearson(answers: Tensor, true: Tensor) -> float:
-    """(n, outputs) each -> the correlation over rows, averaged over outputs; an output that is constant counts 0."""
+    """Return the correlation over rows of (n, outputs), averaged over outputs; one that is constant counts as 0."""
     a, b = (x.double() - x.double().mean(0) for x in (answers, true))
     return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)).mean().item()

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from compare import Scorer, compare
 from peft import PeftModel
-from pictures import TASKS, Pictures, Samples, read
-from shares import Scores, format_table, mean_share
-from torch import Tensor
+from pictures import TASKS, Pictures, Samples, Task, read
+from shares import Scores
+from torch import nn
 from train_vision import MEASURED, load, prepare_base, score, train_adapter
 
 import nsc
-from nsc.adapters.surgery import merged_layers
 
 TEST_ROWS, UNLABELLED = 1000, 512
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
@@ -29,18 +29,21 @@ Source = tuple[Pictures, Pictures]
 
 
 @dataclass(frozen=True)
-class Exams:
-    """The test samples of every task, scored with any coefficients in the model."""
+class Exam:
+    """The test samples of one task, answered by the head in its adapter's folder."""
 
-    result: nsc.MergeResult
-    heads: Mapping[str, Path]
-    tests: Mapping[str, Samples]
+    task: Task
+    head: Path
+    test: Samples
 
-    def score(self, coefficients: Tensor, *tasks: str) -> Scores:
-        """coefficients: (M, K), tasks: all if none is named -> score of each."""
-        model = self.result.model
-        with merged_layers(model, self.result.stack, coefficients):
-            return {t: score(model, TASKS[t], self.heads[t], self.tests[t]) for t in tasks or self.tests}
+    @property
+    def metric(self) -> str:
+        """What a score of the task is."""
+        return self.task.metric
+
+    def score(self, model: nn.Module) -> float:
+        """Return the metric of the head on what ``model`` makes of the samples."""
+        return score(model, self.task, self.head, self.test)
 
 
 def main() -> None:
@@ -54,8 +57,8 @@ def main() -> None:
     began = time.perf_counter()
     result = merge(base, adapters, sources, args)
     print(f"merge: {time.perf_counter() - began:.0f} s", flush=True)
-    exams = Exams(result, adapters, {name: test_samples(name, sources) for name in TASKS})
-    table, merged = compare(exams)
+    exams = exams_of(adapters, sources)
+    table, merged = compare(Scorer(result, result.model, exams), SCALES)
     out = args.work / f"merged-{args.steps}x{args.lr:g}"
     proof = result.save(out)
     again = scores_of_export(base, out, exams)
@@ -79,7 +82,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def train(work: Path, sources: Mapping[str, Source], base_steps: int, steps: int, **body: int) -> tuple[Path, dict]:
-    """The base, from the training images of all sources without labels; task -> its adapter."""
+    """Return the base, trained on the images of all sources without labels, and the adapter folder of each task."""
     pool = torch.cat([train.images for train, _ in sources.values()])
     base = prepare_base(work / "base", pool, base_steps, **body)
     adapters = {}
@@ -92,41 +95,36 @@ def train(work: Path, sources: Mapping[str, Source], base_steps: int, steps: int
 def merge(
     base: Path, adapters: Mapping[str, Path], sources: Mapping[str, Source], args: argparse.Namespace
 ) -> nsc.MergeResult:
-    """NSC on training inputs, without their targets."""
+    """Merge the adapters by NSC on training inputs, without their targets."""
     inputs = {name: TASKS[name].make(sources[TASKS[name].source][0]).inputs[:UNLABELLED] for name in adapters}
     data = {name: list(images) for name, images in inputs.items()}
     return nsc.merge(
-        base, adapters, data, steps=args.steps, lr=args.lr, batch_size=args.batch_size, target_modules=MEASURED,
-        evaluation_samples=64, progress=False,
-    )  # fmt: skip
+        base,
+        adapters,
+        data,
+        steps=args.steps,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        target_modules=MEASURED,
+        evaluation_samples=64,
+        progress=False,
+    )
 
 
-def test_samples(name: str, sources: Mapping[str, Source]) -> Samples:
-    """The first test pictures of a task, with what it asks of them."""
-    _, pictures = sources[TASKS[name].source]
-    return TASKS[name].make(pictures[torch.arange(min(TEST_ROWS, len(pictures.images)))])
+def exams_of(adapters: Mapping[str, Path], sources: Mapping[str, Source]) -> dict[str, Exam]:
+    """Return an exam for each task: the first test pictures of its source, and what it asks of them."""
+    exams = {}
+    for name, folder in adapters.items():
+        task = TASKS[name]
+        _, pictures = sources[task.source]
+        exams[name] = Exam(task, folder, task.make(pictures[torch.arange(min(TEST_ROWS, len(pictures.images)))]))
+    return exams
 
 
-def compare(exams: Exams) -> tuple[str, Scores]:
-    """The table: fine-tuned, the heads on the bare base, the plain sum at the scale best on these very rows, NSC."""
-    like = exams.result.coefficients
-    one_hot = torch.eye(like.shape[1])
-    alone: Scores = {}
-    for k, name in enumerate(exams.result.tasks):
-        alone |= exams.score(one_hot[k].expand_as(like), name)
-    sums = {scale: exams.score(torch.full_like(like, scale)) for scale in SCALES}
-    for scale, scores in sums.items():
-        print(f"plain sum x {scale:g}: {mean_share(scores, alone):.1%} of fine-tuned", flush=True)
-    best = max(SCALES, key=lambda scale: mean_share(sums[scale], alone))
-    merged = exams.score(like)
-    merges = {"heads alone": exams.score(torch.zeros_like(like)), f"sum x {best:g}": sums[best], "NSC": merged}
-    return format_table(alone, merges, {name: TASKS[name].metric for name in alone}), merged
-
-
-def scores_of_export(base: Path, out: Path, exams: Exams) -> Scores:
-    """Of the merged adapter as PEFT loads it."""
+def scores_of_export(base: Path, out: Path, exams: Mapping[str, Exam]) -> Scores:
+    """Return the scores of the adapter in ``out`` as PEFT loads it."""
     model = PeftModel.from_pretrained(load(base), out).eval()
-    return {t: score(model, TASKS[t], exams.heads[t], exams.tests[t]) for t in exams.tests}
+    return {name: exam.score(model) for name, exam in exams.items()}
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 from easyvqa import TASKS, Row, load, write_unlabelled
 from peft import LoraConfig, PeftModel, get_peft_model
-from shares import SCALES, Scores, format_table, mean_share
+from shares import SCALES, Scores, best_sum, format_table
 from smollm2 import NAME, prepare_base
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from vlm_base import answer_logits, fit, prepare_vlm
 
 import nsc
-from nsc.adapters.lora import read_adapter
 
 TARGETS = r".*language_model.*\.(q_proj|v_proj)"
 PROJECTOR = ["multi_modal_projector.linear_1", "multi_modal_projector.linear_2"]
@@ -46,19 +45,19 @@ def train_adapter(base: Path, task: str, steps: int, out: Path) -> Path:
 
 
 def add_lora(model: nn.Module, r: int = 16) -> PeftModel:
-    """LoRA in the language model alone, whose names the image tower shares, and the projector in full."""
+    """Add LoRA to the language model alone, whose names the image tower shares, and train the projector in full."""
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS, modules_to_save=PROJECTOR))
 
 
 def load_vlm(base: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, LlavaProcessor]:
-    """The base, frozen, and its processor."""
+    """Return the base, frozen, and its processor."""
     model = LlavaForConditionalGeneration.from_pretrained(base).to(dtype).requires_grad_(False)
     return model.eval(), AutoProcessor.from_pretrained(base)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, processor: LlavaProcessor, rows: list[Row], batch_size: int = 40) -> float:
-    """The share of rows whose greedy answer is exactly right, its end included.
+    """Return the share of rows whose greedy answer is exactly right, its end included.
 
     Greedy decoding gives the answer if and only if each of its tokens is the likeliest after those before it, so that
     one forward is enough.
@@ -72,11 +71,11 @@ def accuracy(model: nn.Module, processor: LlavaProcessor, rows: list[Row], batch
 
 @torch.no_grad()
 def add_scaled(model: nn.Module, adapters: Mapping[str, Path], scale: float) -> nn.Module:
-    """The model with ``scale`` times the sum of all adapters in it: of LoRAs, and of what changed in the projector."""
+    """Add ``scale`` times the sum of all adapters to the weights: of LoRA updates, and of changes of the projector."""
     parameters = dict(model.named_parameters())
     before = {name: p.clone() for name, p in parameters.items() if "multi_modal_projector" in name}
     for task, folder in adapters.items():
-        adapter = read_adapter(folder, task)
+        adapter = nsc.read_adapter(folder, task)
         for name, factors in adapter.factors.items():
             weight = parameters[f"{name}.weight"]
             weight += scale * factors.scale * (factors.B @ factors.A).to(weight)
@@ -86,7 +85,10 @@ def add_scaled(model: nn.Module, adapters: Mapping[str, Path], scale: float) -> 
 
 
 def compare(base: Path, adapters: Mapping[str, Path], merged: Path | None, file: Path) -> str:
-    """The table: fine-tuned, base, the plain sum at the scale that is best on these very rows, NSC if it is there."""
+    """Return the table: fine-tuned, base, the plain sum at the scale that is best on these very rows, NSC if merged.
+
+    Scores are kept in ``file`` and not taken again, but for those of NSC.
+    """
     exams = {task: load(task, "test")[:ROWS] for task in adapters}
     kept = json.loads(file.read_text()) if file.exists() else {}
     kept = {key: value for key, value in kept.items() if not key.endswith("NSC")}  # merged anew each time
@@ -106,16 +108,15 @@ def compare(base: Path, adapters: Mapping[str, Path], merged: Path | None, file:
         alone |= scores("fine-tuned", partial(PeftModel.from_pretrained, model_id=folder), [task])
     base_alone = scores("base", lambda model: model)
     learned = {"NSC": scores("NSC", partial(PeftModel.from_pretrained, model_id=merged))} if merged else {}
-    sums = {scale: scores(f"sum x {scale:g}", partial(add_scaled, adapters=adapters, scale=scale)) for scale in SCALES}
-    for scale, values in sums.items():
-        print(f"plain sum x {scale:g}: {mean_share(values, alone):.1%} of fine-tuned", flush=True)
-    best = max(SCALES, key=lambda scale: mean_share(sums[scale], alone))
-    merges = {"base": base_alone, f"sum x {best:g}": sums[best], **learned}
+    name, best = best_sum(
+        lambda scale: scores(f"sum x {scale:g}", partial(add_scaled, adapters=adapters, scale=scale)), alone, SCALES
+    )
+    merges = {"base": base_alone, name: best, **learned}
     return format_table(alone, merges, dict.fromkeys(exams, "exact"))
 
 
 def main() -> None:
-    """Train what is missing, merge, compare."""
+    """Train what is missing, merge and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language-model", type=Path, default=Path("out") / NAME, help="written if it is not there")
     parser.add_argument("--out", type=Path, default=Path("out/vlm"))

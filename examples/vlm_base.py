@@ -14,6 +14,7 @@ from easyvqa import COLORS, PLACES, SHAPES, Row, scenes
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import descend
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -40,7 +41,7 @@ END = "<|im_end|>"
 
 
 def prepare_vlm(language_model: Path, out: Path, tower_steps: int, steps: int) -> Path:
-    """Train tower and projector and write the whole into ``out``/base, each unless it is there; return the folder."""
+    """Train tower and projector, and write the whole into ``out``/base, unless it is there; return that folder."""
     base = out / "base"
     if base.exists():
         return base
@@ -61,7 +62,7 @@ def prepare_vlm(language_model: Path, out: Path, tower_steps: int, steps: int) -
 
 
 def assemble(language_model: Path, blocks: Sequence[int], vision: dict[str, int]) -> tuple[nn.Module, LlavaProcessor]:
-    """A LLaVA with those blocks of a LLaMA, in float32, and a random tower and projector; with its processor."""
+    """Return a LLaVA of these blocks of a LLaMA, in float32, with a random tower and projector; and its processor."""
     llama = AutoModelForCausalLM.from_pretrained(language_model).float()
     llama.model.layers = nn.ModuleList(llama.model.layers[i] for i in blocks)
     llama.config.num_hidden_layers = len(blocks)
@@ -70,10 +71,14 @@ def assemble(language_model: Path, blocks: Sequence[int], vision: dict[str, int]
     llama.resize_token_embeddings(len(tokenizer))
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(
-        text_config=llama.config, vision_config=CLIPVisionConfig(**vision), image_token_index=image,
-        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2, vision_feature_layer=LAYER,
-        tie_word_embeddings=llama.config.tie_word_embeddings, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        text_config=llama.config,
+        vision_config=CLIPVisionConfig(**vision),
+        image_token_index=image,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+        vision_feature_layer=LAYER,
+        tie_word_embeddings=llama.config.tie_word_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = LlavaForConditionalGeneration(config)
     model.get_decoder().load_state_dict(llama.model.state_dict())
     model.tie_weights()
@@ -83,13 +88,17 @@ def assemble(language_model: Path, blocks: Sequence[int], vision: dict[str, int]
 def _processor(tokenizer: Any, vision: dict[str, int]) -> LlavaProcessor:
     size = {"height": vision["image_size"], "width": vision["image_size"]}
     return LlavaProcessor(
-        CLIPImageProcessor(size=size, crop_size=size), tokenizer, patch_size=vision["patch_size"],
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
+        CLIPImageProcessor(size=size, crop_size=size),
+        tokenizer,
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
 
 
 def tower_of(model: nn.Module) -> CLIPVisionModel:
-    """The image tower, wherever this version of transformers keeps it."""
+    """Return the image tower, wherever this version of transformers keeps it."""
     return next(m for m in model.modules() if isinstance(m, CLIPVisionModel))
 
 
@@ -103,39 +112,50 @@ def train_tower(tower: CLIPVisionModel, processor: LlavaProcessor, steps: int, b
     pixels = pixels_of([scene.image for scene in shown], processor)
     parameters = [*tower.parameters(), *heads.parameters()]
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         rows = torch.randint(len(shown), (batch_size,))
         states = tower(pixels[rows], output_hidden_states=True).hidden_states[LAYER][:, 1:].mean(1)
         labels = torch.tensor(answers)[rows].T
         return sum(F.cross_entropy(head(states), label) for head, label in zip(heads, labels, strict=True))
 
-    descend(loss, parameters, steps, 1e-3, "tower")
+    train_parameters(loss, parameters, steps, 1e-3, "tower")
 
 
 def pixels_of(images: Sequence[Path], processor: LlavaProcessor) -> Tensor:
-    """(b, 3, H, W), as the processor prepares them."""
+    """Return (b, 3, H, W), as the processor prepares the images."""
     return processor.image_processor(images=[_open(path) for path in images], return_tensors="pt")["pixel_values"]
 
 
 def fit(
-    model: nn.Module, processor: LlavaProcessor, parameters: list[nn.Parameter], rows: Sequence[Row], steps: int,
-    lr: float, name: str, batch_size: int = 8,
-) -> None:  # fmt: skip
-    """Train ``parameters``, in float32 with the rest in bfloat16, to answer."""
+    model: nn.Module,
+    processor: LlavaProcessor,
+    parameters: list[nn.Parameter],
+    rows: Sequence[Row],
+    steps: int,
+    lr: float,
+    name: str,
+    batch_size: int = 8,
+) -> None:
+    """Train ``parameters``, in float32 with the rest in bfloat16, to answer the questions."""
     for parameter in parameters:
         parameter.requires_grad_(True).data = parameter.data.float()
     drawn = _batches(rows, batch_size, random.Random(0))
 
-    def loss(step: int) -> Tensor:
+    def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = answer_logits(model, processor, next(drawn))
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
-    descend(loss, parameters, steps, lr, name)
+    train_parameters(loss, parameters, steps, lr, name)
 
 
 def answer_logits(model: nn.Module, processor: LlavaProcessor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Logits (b, n, vocabulary) for the tokens of the answers given those before, and these (b, n); -100: padding."""
+    """Return what the model says in place of the answers.
+
+    Returns:
+        Logits (b, n, vocabulary) for the tokens of the answers given those before, and these tokens (b, n), -100 for
+        padding.
+    """
     answers = [row.answer + END for row in rows]
     texts = [question(processor, row.prompt) + answer for row, answer in zip(rows, answers, strict=True)]
     inputs = processor(text=texts, images=[_open(row.image) for row in rows], padding=True, return_tensors="pt")
@@ -147,25 +167,17 @@ def answer_logits(model: nn.Module, processor: LlavaProcessor, rows: Sequence[Ro
 
 
 def question(processor: LlavaProcessor, prompt: str) -> str:
-    """What stands before the answer: the image and the prompt, in the chat template."""
+    """Return what stands before the answer: the image and the prompt, in the chat template."""
     content = [{"type": "image"}] + [{"type": "text", "text": prompt}] * bool(prompt)
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def descend(loss: Callable[[int], Tensor], parameters: list[nn.Parameter], steps: int, lr: float, name: str) -> None:
-    """AdamW, warming up over a twentieth of the steps, then down to zero."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    losses = []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(20 * (step + 1) / steps, 1) * (1 - step / steps)
-        value = loss(step)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(value.item())
-        if len(losses) % 50 == 0:
-            print(f"{name}  step {len(losses)} of {steps}  loss {sum(losses[-50:]) / 50:.3f}", flush=True)
+def train_parameters(
+    loss_of: Callable[[], Tensor], parameters: list[nn.Parameter], steps: int, lr: float, name: str
+) -> None:
+    """Train these parameters, the learning rate rising over a twentieth of the steps, then falling to zero."""
+    rates = (min(20 * (step + 1) / steps, 1) * (1 - step / steps) for step in range(steps))
+    descend(name, [{"params": parameters, "lr": lr}], loss_of, rates, weight_decay=0.0, clip=1.0)
 
 
 def _batches(rows: Sequence[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:

@@ -239,8 +239,11 @@ def measured_on(device: str) -> dict:
         *({**ratio, "step": step, "provider": "triton"} for step in ("forward", "backward", "forward + backward")),
         {**ratio, "step": "forward + backward", "provider": "usual"},
         *({**layer, "provider": name, "saved_bytes": 10**6 * k} for k, name in enumerate(("bare", "merged", "peft"))),
-        {**overhead, "way": "public"}, {**overhead, "way": "launch"}, {"kind": "gram"}, {},
-    ]  # fmt: skip
+        {**overhead, "way": "public"},
+        {**overhead, "way": "launch"},
+        {"kind": "gram"},
+        {},
+    ]
     seconds = [1e-4, 2e-4, 3e-4, 18e-4, 3.5e-4, 4e-4, 1e-3, 30e-6, 20e-6, 7e-3, 1.0]
     return {
         "some-file": [

@@ -122,8 +122,9 @@ def test_the_table_sets_each_method_beside_its_formulation():
     entries = [
         entry("dense", "knots", 100.0, peak_bytes=2 * 10**9),
         entry("nsc", "knots-ties", 0.5, against="knots", whole=9.0),
-        entry("nsc", "tsv", 0.25, against="tsv", peak_bytes=None), entry("nsc", "lego", 0.25, against=None),
-    ]  # fmt: skip
+        entry("nsc", "tsv", 0.25, against="tsv", peak_bytes=None),
+        entry("nsc", "lego", 0.25, against=None),
+    ]
     shown = table.TABLES["methods"]({"cpu": entries})
     assert "| `knots-ties` | 9.00 s | 500 ms | 3 MB | knots, 100 s | 200x | 2000 MB |" in shown
     assert "| `tsv` |  | 250 ms |  |  |  |  |" in shown and "| `lego` |  | 250 ms | 3 MB |  |  |  |" in shown

@@ -109,9 +109,19 @@ def entry(name: str, **info) -> dict:
 def step_entry(model: str, nsc: float, loop: float, floor: float, **info) -> dict:
     times = {"nsc": nsc, "loop": loop, "floor": floor, "ratio": loop / nsc, "over_floor": nsc / floor}
     usual = dict(
-        kind="step", model=model, dtype="bfloat16", seconds=times, cpu_seconds=times, mfu=0.5, split={"base": 1.0},
-        split_of=1.0, peak_beyond_weights=25 * 10**8, cut="", launch="eager", tokens=5,
-    )  # fmt: skip
+        kind="step",
+        model=model,
+        dtype="bfloat16",
+        seconds=times,
+        cpu_seconds=times,
+        mfu=0.5,
+        split={"base": 1.0},
+        split_of=1.0,
+        peak_beyond_weights=25 * 10**8,
+        cut="",
+        launch="eager",
+        tokens=5,
+    )
     return entry(model, **usual | info)
 
 
@@ -121,8 +131,11 @@ def test_only_what_was_measured_is_shown_as_measured():
     results = Results([step_entry("LLaMA-3-8B", 0.1, 0.5, 0.09), step_entry("LLaVA-1.5-7B", 0.2, 0.5, 0.19)])
     shown = [target.measured(results) for target in step_targets.step_targets()]
     assert shown[:4] == [
-        "5.00x (100 ms against 500 ms)", "2.50x (200 ms against 500 ms)", "", "1.11x (100 ms against 90.0 ms)"
-    ]  # fmt: skip
+        "5.00x (100 ms against 500 ms)",
+        "2.50x (200 ms against 500 ms)",
+        "",
+        "1.11x (100 ms against 90.0 ms)",
+    ]
     assert shown[4:] == ["", "", "2.5 GB", ""]  # steps times their number is no measured merge
     cut = Results([step_entry("LLaMA-3-8B", 0.1, 0.5, 0.09, cut="2 of 32 blocks")])
     assert step_targets.step_targets()[0].measured(cut) == ""

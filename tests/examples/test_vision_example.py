@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import compare
 import pictures
 import shares
 import train_vision
@@ -48,9 +49,9 @@ def trained(work, sources):
 
 
 @pytest.fixture(scope="module")
-def exams(trained, sources) -> vision.Exams:
+def scorer(trained, sources) -> compare.Scorer:
     result = vision.merge(*trained, sources, MERGE)
-    return vision.Exams(result, trained[1], {name: vision.test_samples(name, sources) for name in pictures.TASKS})
+    return compare.Scorer(result, result.model, vision.exams_of(trained[1], sources))
 
 
 def test_base_prepares_pixels_as_training_did_and_orders_patches_as_the_targets(trained):
@@ -77,18 +78,19 @@ def test_what_is_trained_is_kept_apart_and_not_trained_again(trained, work, sour
     assert {file: file.stat().st_mtime_ns for file in work.rglob("*.safetensors")} == before
 
 
-def test_merge_is_compared_and_its_export_scores_the_same(exams, trained, work):
-    report = exams.result.report
-    assert len(exams.result.modules) == 16 and report.steps == 2
-    assert all(name.endswith(vision.MEASURED) for name in report.targets)
-    table, merged = vision.compare(exams)
-    assert "heads alone" in table and all(name in table for name in exams.tests)
-    exams.result.save(work / "merged")
+def test_merge_is_compared_and_its_export_scores_the_same(scorer, trained, work):
+    result, exams = scorer.result, scorer.exams
+    assert len(result.modules) == 16 and result.report.steps == 2
+    assert all(name.endswith(vision.MEASURED) for name in result.report.targets)
+    table, merged = compare.compare(scorer, vision.SCALES)
+    assert "heads alone" in table and all(name in table for name in exams)
+    result.save(work / "merged")
     exported = vision.scores_of_export(trained[0], work / "merged", exams)
     assert exported == pytest.approx(merged, abs=1e-4)
-    one_hot = torch.eye(len(exams.tests))[5].expand_as(exams.result.coefficients)
+    one_hot = torch.eye(len(exams))[5].expand_as(result.coefficients)
     alone = vision.scores_of_export(trained[0], trained[1]["colour"], exams)["colour"]
-    assert exams.score(one_hot, "colour")["colour"] == pytest.approx(alone, abs=1e-4)
+    assert scorer.score(one_hot)["colour"] == pytest.approx(alone, abs=1e-4)
+    assert scorer.alone("colour") == pytest.approx(alone, abs=1e-4)
 
 
 def test_tasks_ask_what_they_say():
