@@ -103,11 +103,11 @@ def rows_of(place: str, fields: Fields, kind: Kind) -> Rows:
     taken = " nor ".join(kind.types)
     if not path.exists():
         listed = ", ".join(kind.types)
-        raise DataError(f"{place} does not exist; give {listed} or hub:NAME:CONFIG:SPLIT to read each {kind.name} from")
+        raise DataError(f"data {place} does not exist; each {kind.name} is read from {listed} or hub:NAME:CONFIG:SPLIT")
     type_ = FOLDER if path.is_dir() else path.suffix
     if type_ not in kind.types:
         raise DataError(
-            f"{place} is neither {taken}, from which each {kind.name} is read; convert it or choose another"
+            f"data {place} is neither {taken}, from which each {kind.name} is read; convert it or choose another"
         )
     yield from FILE_TYPES[type_](path, columns)
 

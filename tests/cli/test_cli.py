@@ -190,7 +190,7 @@ def test_options_reach_the_merge(arguments, tmp_path):
         (dict(adapter=["=x"]), "--adapter '=x' must read TASK=PLACE"),
         (dict(data=["plain="]), "--data 'plain=' must read TASK=PLACE"),
         (dict(adapter=["a=x", "a=y"]), "--adapter names task a twice"),
-        (dict(data=["plain=nowhere.jsonl", "rslora=x.jsonl"]), "data file nowhere.jsonl does not exist"),
+        (dict(data=["plain=nowhere.jsonl", "rslora=x.jsonl"]), "data nowhere.jsonl does not exist"),
         (dict(data=["plain=x.jsonl"]), "no data for rslora"),
         (dict(adapter=["plain=/nowhere"], data=["plain=x.jsonl"]), "adapter folder /nowhere does not exist"),
         (dict(where="/nowhere"), "base '/nowhere' cannot be loaded"),

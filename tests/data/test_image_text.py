@@ -95,7 +95,7 @@ def test_rows_that_cannot_be_read(tmp_path, questions):
         file.write_text(json.dumps(row))
         with pytest.raises(DataError, match=message):
             read_prompts(file)
-    with pytest.raises(DataError, match=r"does not exist; give .*image with text"):
+    with pytest.raises(DataError, match=r"does not exist; each image with text is read from"):
         read_prompts(tmp_path / "nothing.jsonl")
     with pytest.raises(DataError, match="not the expected text"):
         text_of({"image": 1}, None, "row")

@@ -147,7 +147,7 @@ def test_hub(monkeypatch, pictures):
 
 
 def test_missing_empty_and_foreign_sources(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere does not exist; give a folder"):
+    with pytest.raises(DataError, match=r"nowhere does not exist; .* from a folder"):
         read_images(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no image"):
         read_images(tmp_path)

@@ -162,7 +162,7 @@ def test_settings_come_back_from_plain_values():
         (dict(link="sigmoid", start=1.0), "link sigmoid cannot give a coefficient of 1.0"),
         (dict(link="exp", start=0.0), "link exp cannot give a coefficient of 0.0"),
         (dict(link="softmax", granularity="rank"), "softmax runs over tasks"),
-        (dict(quantile=1.5), "quantile must be from 0 to 1"),
+        (dict(quantile=1.5), "quantile must be a fraction"),
         (dict(quantile=0.5, objective="entropy"), "quantile applies to null-space ratios"),
         (dict(modality="image", objective="both"), "leave modality at both"),
         (dict(preferences={"a": -1}), "preference for a must be 0 or more"),

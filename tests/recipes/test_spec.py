@@ -87,5 +87,5 @@ def test_what_no_recipe_can_say_is_refused_with_its_remedy(method, settings, mes
 
 
 def test_a_config_of_another_objective_is_no_adamerging():
-    with pytest.raises(NSCError, match="adamerging learns by the objective entropy, but config says null-space"):
+    with pytest.raises(NSCError, match="adamerging needs the objective entropy, but config has null-space"):
         nsc.merge("base", {"a": "a"}, {"a": ["x"]}, nsc.MergeConfig(), method="adamerging")
