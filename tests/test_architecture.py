@@ -1,4 +1,4 @@
-"""The direction of imports, and that the kernels import where there is no triton and no GPU."""
+"""The direction of imports, that the kernels import without triton or a GPU, and the command line without torch."""
 
 import ast
 import subprocess
@@ -72,6 +72,34 @@ print(om.shape[0], bool(z.grad.any()))
 def test_kernels_do_not_pull_in_the_driver():
     heavy = run("import sys, nsc_kernels; print([m for m in ('nsc', 'transformers', 'peft') if m in sys.modules])")
     assert heavy.strip() == "[]"
+
+
+def test_kernels_load_torch_and_triton_alone():
+    """Beyond what these two load by themselves, importing the kernels loads no other package."""
+    code = """
+import contextlib, sys, torch
+with contextlib.suppress(ImportError):
+    import triton, triton.language
+before = set(sys.modules)
+import nsc_kernels
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+    assert set(run(code).split()) <= {"nsc_kernels", "torch", "triton"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["merge", "--help"]], ids=" ".join)
+def test_the_command_line_answers_without_torch(arguments):
+    """Neither importing ``nsc.cli`` nor a --help loads what takes seconds."""
+    code = f"""
+import sys
+from nsc.cli import app
+if {arguments}:
+    app({arguments}, standalone_mode=False)
+print("loaded", *{{name.partition(".")[0] for name in sys.modules}})
+"""
+    shown, _, loaded = run(code).partition("loaded ")
+    assert bool(shown) == bool(arguments) and "typer" in loaded.split()
+    assert not {"torch", "transformers", "peft", "numpy", "triton"} & set(loaded.split())
 
 
 def test_both_packages_ship_their_types():
