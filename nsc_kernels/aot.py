@@ -35,7 +35,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 POINTERS |= {torch.int64: "*i64", torch.int32: "*i32"}
 
 
-class Report(NamedTuple):
+class Resources(NamedTuple):
     """What a compiled kernel takes of one multiprocessor.
 
     Attributes:
@@ -208,7 +208,7 @@ def _source(launch: Launch) -> Any:
     return ASTSource(launch.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
 
 
-def report(kernel: Any) -> Report:
+def report(kernel: Any) -> Resources:
     """Read registers, memory and widths off a compiled kernel, the very binary that would be launched.
 
     Args:
@@ -222,7 +222,7 @@ def report(kernel: Any) -> Report:
     else:
         text = kernel.asm["amdgcn"]
         registers, spills = parse_amdgcn(text)
-    return Report(registers, kernel.metadata.shared, spills, width(text, "load"), width(text, "store"))
+    return Resources(registers, kernel.metadata.shared, spills, width(text, "load"), width(text, "store"))
 
 
 def _resource_usage(cubin: bytes) -> str:
@@ -290,7 +290,7 @@ def main(targets: Sequence[str]) -> int:
     Returns:
         How many of the kernels spill.
     """
-    print(f"{'kernel':34}{'variant':52}{'target':8}" + "".join(f"{name:>13}" for name in Report._fields))
+    print(f"{'kernel':34}{'variant':52}{'target':8}" + "".join(f"{name:>13}" for name in Resources._fields))
     spilled = 0
     for variant, launch in launches():
         for target in targets:

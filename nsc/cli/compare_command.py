@@ -69,7 +69,7 @@ def compare(compared: ComparisonFlags, scales: ScaleFlags) -> None:
         from nsc.evaluation.compare import compare as run
         from nsc.evaluation.scale_search import Grid, grid_of
 
-        config, settings = read_settings(compared.setting or ())
+        config, settings = read_assignments(compared.setting or ())
         comparison = run(
             compared.base,
             pairs(compared.adapter, "--adapter"),
@@ -88,7 +88,7 @@ def compare(compared: ComparisonFlags, scales: ScaleFlags) -> None:
         typer.echo(f"{comparison.to_markdown()}\nwritten to {compared.out}")
 
 
-def read_settings(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def read_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Read the ``--set`` options of a comparison.
 
     Args:

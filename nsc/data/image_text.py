@@ -24,8 +24,6 @@ from nsc.data.sources import Fields, Kind, read_samples, text_of
 from nsc.data.text import Pick, with_answer
 from nsc.errors import DataError
 
-MODALITIES = ("both", "text", "image")
-
 
 @dataclass(frozen=True)
 class Prompt:

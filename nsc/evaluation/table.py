@@ -113,7 +113,7 @@ class Comparison:
         partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         os.replace(partial, folder / JSON)
         (folder / TABLE).write_text(self.to_markdown(), encoding="utf-8")
-        draw(folder / PICTURE, self)
+        draw_table(folder / PICTURE, self)
 
     @classmethod
     def read(cls, file: Path) -> Comparison:
@@ -171,7 +171,7 @@ def scored(row: Row, scores: Mapping[str, float], alone: Mapping[str, float], me
     return replace(row, scores=dict(scores), shares=shares, mean=mean, notes=row.notes + notes)
 
 
-def draw(path: Path, comparison: Comparison) -> None:
+def draw_table(path: Path, comparison: Comparison) -> None:
     """Draw the mean of each method as a bar, best at the top, and each task as a dot.
 
     Args:

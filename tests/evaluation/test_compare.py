@@ -12,7 +12,7 @@ import nsc
 from nsc.adapters.lora import read_adapters
 from nsc.bases import loading
 from nsc.bases.base_model import Base
-from nsc.cli.compare_command import read_settings
+from nsc.cli.compare_command import read_assignments
 from nsc.errors import DataError, NSCError
 from nsc.evaluation.compare import compare
 from nsc.evaluation.scale_search import Grid
@@ -275,11 +275,11 @@ def test_a_task_without_a_share_is_in_nobodys_mean():
 
 
 def test_settings_of_the_command_line():
-    common, own = read_settings(["steps=5", "ties.scale=0.4", "nsc+ties.density=0.1", "nsc.lr=1e-2"])
+    common, own = read_assignments(["steps=5", "ties.scale=0.4", "nsc+ties.density=0.1", "nsc.lr=1e-2"])
     assert common == {"steps": 5}
     assert own == {"ties": {"scale": 0.4}, "nsc+ties": {"density": 0.1}, "nsc": {"lr": "1e-2"}}
     with pytest.raises(NSCError, match="unknown key stepz"):
-        read_settings(["stepz=5"])
+        read_assignments(["stepz=5"])
 
 
 def test_the_command(base, heads, rows, tmp_path):
