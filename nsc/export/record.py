@@ -23,10 +23,12 @@ from nsc.adapters.modules_to_save import parameters_of
 from nsc.bases.module_names import layout
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
+from nsc.methods import LowRank
 from nsc.recipes.spec import Recipe, read_settings, write_settings
 from nsc_kernels import __version__
 
 COEFFICIENTS, MASKS, DESCRIPTION = "coefficients.safetensors", "masks.safetensors", "merge.yaml"
+FACTORS = "factors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Record:
         method: the method, as ``nsc.merge`` takes it.
         masks: layer -> mask that the caller gave.
         searched: how the scale in the settings was found, if it was searched.
+        factors: layer -> what was found for it from rows, where adapters and coefficients alone do not give it.
     """
 
     base: str
@@ -65,6 +68,7 @@ class Record:
     method: str = "nsc"
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     searched: Mapping[str, Any] = field(default_factory=dict)
+    factors: Mapping[str, LowRank] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -115,7 +119,7 @@ class Record:
         return read_settings(self.method, self.settings)[0]
 
     def write(self, folder: Path) -> None:
-        """Write merge.yaml, and coefficients.safetensors and masks.safetensors where there are any.
+        """Write merge.yaml, and coefficients, masks and factors, each in a .safetensors file, where there are any.
 
         Args:
             folder: an existing folder.
@@ -126,6 +130,9 @@ class Record:
             save_file({"coefficients": self.coefficients.contiguous()}, folder / COEFFICIENTS, metadata=metadata)
         if self.masks:
             save_file({name: mask.contiguous() for name, mask in self.masks.items()}, folder / MASKS)
+        if self.factors:
+            parts = {f"{n}.{key}": x for n, f in self.factors.items() for key, x in f._asdict().items()}
+            save_file({name: x.float().contiguous() for name, x in parts.items()}, folder / FACTORS)
         description = {
             "method": self.method,
             "base": self.base,
@@ -138,6 +145,7 @@ class Record:
             "rank": self.rank,
             "dense": list(self.dense),
             "masks": bool(self.masks),
+            **({"factors": True} if self.factors else {}),
             **({"searched": dict(self.searched)} if self.searched else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
@@ -167,8 +175,10 @@ class Record:
             rest = {key: text[key] for key in keys}
             record = cls(coefficients=coefficients, modules=modules, adapters=adapters, rank=text.get("rank"), **rest)
             masks = load_file(folder / MASKS) if text.get("masks") else {}
+            factors = _read_factors(folder / FACTORS) if text.get("factors") else {}
             dense, method = tuple(text.get("dense", ())), text["method"]
             record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
+            record = replace(record, factors=factors)
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
@@ -177,11 +187,19 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Refuse coefficients that are not finite or do not fit the modules and, unless by rank, the tasks.
+        """Refuse coefficients and factors that are not finite or do not fit the modules and, unless by rank, the tasks.
 
         Raises:
             NSCError: with both shapes.
         """
+        for name, (B, A) in self.factors.items():
+            shape = (*B.shape[:-1], *A.shape[1:])
+            fits = B.ndim == A.ndim == 2 and B.shape[1] == A.shape[0] and shape == self.modules.get(name)
+            if not (fits and B.isfinite().all() and A.isfinite().all()):
+                raise NSCError(
+                    f"recorded factors of {name}, {tuple(B.shape)} and {tuple(A.shape)}, must be finite and of a layer"
+                    f" {self.modules.get(name)}; the record is damaged, merge again"
+                )
         if self.coefficients is None:
             return
         columns = self.coefficients.shape[-1] if self.settings.get("granularity") == "rank" else len(self.adapters)
@@ -197,6 +215,13 @@ def _rows(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
     with safe_open(folder / COEFFICIENTS, framework="pt") as file:
         rows = {key: json.loads(file.metadata()[key]) for key in ("modules", "tasks")}
         return rows, file.get_tensor("coefficients")
+
+
+def _read_factors(file: Path) -> dict[str, LowRank]:
+    """Layer -> its factors, float64."""
+    stored = load_file(file)
+    names = [key.removesuffix(".B") for key in stored if key.endswith(".B")]
+    return {name: LowRank(stored[f"{name}.B"].double(), stored[f"{name}.A"].double()) for name in names}
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from nsc.export.record import Record
 from nsc.export.report import Report
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe
-from nsc.recipes.updates import Merged, WeightedSum
+from nsc.recipes.updates import FixedFactors, Merged, WeightedSum
 from nsc.runtime.memory import free_memory
 from nsc.runtime.placement import input_device, one_device
 
@@ -42,6 +42,7 @@ class MergeResult:
         batch: rows to compare hidden states with, where there are any; without ``model``, ``save`` loads the base for
             them, if memory holds it.
         combination: what another method makes of the adapters; None for the sum by learned coefficients.
+        fixed: the merge itself, where its factors were found from rows and are not made again; None else.
         with_base: whether ``save`` loads the base even without rows, and makes some.
     """
 
@@ -53,11 +54,14 @@ class MergeResult:
     model: nn.Module | None = None
     batch: Batch | None = None
     combination: Combination | None = None
+    fixed: FixedFactors | None = None
     with_base: bool = False
 
     @property
     def merged(self) -> Merged:
         """What is added to each layer."""
+        if self.fixed is not None:
+            return self.fixed
         if self.combination is not None:
             return self.combination
         assert self.coefficients is not None  # what has none is a combination

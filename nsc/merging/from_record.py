@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.adapters.matching import match_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
@@ -17,6 +19,7 @@ from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.paths import absolute
 from nsc.recipes.combination import Combination
+from nsc.recipes.updates import FixedFactors, WeightedSum
 from nsc.runtime.placement import one_device
 
 
@@ -31,12 +34,23 @@ def replay(result: MergeResult) -> MergeResult:
     """
     record = result.record
     recipe = record.recipe
+    if record.factors:
+        return replace(result, fixed=_recorded(result))
     if recipe is None:
         return result
     device = one_device(record.settings.get("device", "auto"))
     combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
     report = replace(describe_recipe(result.report, recipe), searched=record.searched)
     return replace(result, report=report, combination=combination)
+
+
+def _recorded(result: MergeResult) -> FixedFactors:
+    """The merge by the recorded factors; layers without any are the sum by coefficients."""
+    record, stack = result.record, result.stack
+    coefficients = torch.zeros(stack.owned.shape) if record.coefficients is None else record.coefficients
+    if lost := [name for name in stack.modules if name not in record.factors]:
+        raise NSCError(f"the record holds no factors of {lost[0]}; it is damaged, merge again")
+    return FixedFactors(record.factors, WeightedSum(stack, coefficients))
 
 
 def apply(

@@ -106,6 +106,56 @@ class WeightedSum:
         return self.stack, self.coefficients
 
 
+class FixedFactors:
+    """A merge whose factors are no function of the adapters and coefficients alone; it implements ``Merged``.
+
+    Args:
+        factors: layer -> its update.
+        rest: what the layers without factors get, in the base's order with all others.
+
+    Attributes:
+        factors: as given, rounded to float32, in which they are written and recorded.
+        names: the layers that are merged, in the base's order.
+        whole: those that adapters fine-tuned whole.
+    """
+
+    def __init__(self, factors: Mapping[str, LowRank], rest: Merged) -> None:
+        self.factors = {
+            name: LowRank(*(part.detach().cpu().float().double() for part in factors[name])) for name in factors
+        }
+        self.names, self.whole, self._rest = rest.names, rest.whole, rest
+
+    def update(self, name: str) -> LowRank | Tensor:
+        """Return what is added to a layer's weight.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            Its factors, or the dense sum of a layer fine-tuned whole; float64.
+        """
+        return self.factors[name] if name in self.factors else self._rest.update(name)
+
+    def bias_update(self, name: str) -> Tensor | None:
+        """Return what is added to the bias of a layer fine-tuned whole.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            (m,) float64; None for a layer of LoRA factors or without bias.
+        """
+        return self._rest.bias_update(name)
+
+    def in_model(self) -> tuple[Stack, Tensor]:
+        """Make all updates, as one adapter.
+
+        Returns:
+            The stack of that adapter, and its coefficients (M, 1), which are 1.
+        """
+        return run_as_one(self)
+
+
 def dense(update: LowRank | Tensor) -> Tensor:
     """Return an update as a dense matrix.
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import nsc
 from nsc.errors import AdapterError, NSCError
 from nsc.export.record import Record
+from nsc.methods import LowRank
+from nsc.recipes.updates import FixedFactors, WeightedSum
 from tests.conftest import ADAPTERS
 from tests.tiny import rewrite, save_base
 
@@ -184,3 +186,35 @@ def test_a_description_that_lacks_a_task_is_refused(home):
     edit(home, lambda r: r["adapters"].pop("double"))
     with pytest.raises(NSCError, match="double"):
         nsc.apply(home / "out")
+
+
+@pytest.fixture
+def fixed(home):
+    """The same merge, its factors changed so that no coefficients give them, written to ``out-fixed``."""
+    result = nsc.apply(home / "out")
+    rest = WeightedSum(result.stack, result.coefficients)
+    factors = {name: LowRank(1.5 * rest.update(name).B, rest.update(name).A) for name in result.stack.modules}
+    record = replace(result.record, factors=factors)
+    replace(result, fixed=FixedFactors(factors, rest), record=record).save(home / "out-fixed")
+    return home
+
+
+def test_recorded_factors_are_the_merge_again(fixed):
+    nsc.apply(fixed / "out-fixed").save(fixed / "again")
+    assert weights(fixed / "again") == weights(fixed / "out-fixed") != weights(fixed / "out")
+
+
+@pytest.mark.parametrize("damage", ["nan", "missing", "shape"])
+def test_damaged_recorded_factors_are_refused(fixed, damage):
+    file = fixed / "out-fixed/factors.safetensors"
+    stored = load_file(file)
+    name = next(iter(stored))
+    if damage == "nan":
+        stored[name][0, 0] = float("nan")
+    elif damage == "shape":
+        stored[name] = stored[name][:-1].contiguous()
+    else:
+        stored = {key: x for key, x in stored.items() if key[:-2] != name[:-2]}
+    save_file(stored, file)
+    with pytest.raises(NSCError, match="damaged"):
+        nsc.apply(fixed / "out-fixed")
