@@ -5,10 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Expected(NamedTuple):
+    """What the experts say at the places of a batch that heads read: P for each of its b rows.
+
+    Attributes:
+        start: (b, P) int64, the first token that is read there.
+        stop: (b, P) int64, the token after the last one.
+        task: (b, P) int64, the task whose head reads there.
+        weight: (b, P) float: the share of each place in the mean over its task's samples; 0 where a row has fewer.
+        values: (b, P, C) in at least float32: the expert's output.
+        ids: (b, P, C) int64: which outputs of the head ``values`` are; None for all of them, in order.
+    """
+
+    start: Tensor
+    stop: Tensor
+    task: Tensor
+    weight: Tensor
+    values: Tensor
+    ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -22,12 +42,14 @@ class Batch:
             of each task in all batches of a step.
         segment: (b, L) int64: the sample that each token belongs to, -1 on padding; None where no row holds more than
             one sample.
+        expected: what the experts say, where the loss compares with it.
     """
 
     inputs: dict[str, Any]
     task: Tensor
     weight: Tensor
     segment: Tensor | None = None
+    expected: Expected | None = None
 
     @property
     def tokens(self) -> int:
@@ -111,7 +133,24 @@ class Batch:
         """
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         inputs = {name: change(value) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, **{name: change(value) for name, value in tensors.items()})
+        there = {
+            name: change(x) for name, x in (self.expected._asdict() if self.expected else {}).items() if x is not None
+        }
+        expected = self.expected and self.expected._replace(**there)
+        return replace(
+            self, inputs=inputs, expected=expected, **{name: change(value) for name, value in tensors.items()}
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """List every tensor of the batch.
+
+        Returns:
+            A name of its own -> tensor.
+        """
+        own = {"task": self.task, "weight": self.weight, "segment": self.segment}
+        own |= {f"inputs.{name}": value for name, value in self.inputs.items()}
+        own |= {f"expected.{name}": value for name, value in (self.expected._asdict() if self.expected else {}).items()}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 def attention_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:

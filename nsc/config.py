@@ -26,11 +26,12 @@ CHOICES = {
     "weights": WEIGHTS,
     "positions": ("prompt", "last", "full"),
     "modality": ("both", "text", "image"),
-    "granularity": ("layer", "task", "rank"),
+    "granularity": ("layer", "task", "rank", "factors"),
     "link": ("identity", "softplus", "sigmoid", "exp", "clip", "softmax"),
     "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("constant", "linear", "cosine"),
-    "objective": ("null-space", "entropy", "both"),
+    "objective": ("null-space", "entropy", "both", "match", "null-space+match"),
+    "stop": ("last", "match"),
     "reduction": ("mean", "sum"),
 }
 
@@ -59,6 +60,13 @@ _ADAMERGING: dict[str, Any] = {
     "batch_size": 16,
     "steps": 500,
 }
+# Settings of matching by granularity, measured (docs/results.md, "Matching the experts").
+MATCHING: dict[str, dict[str, Any]] = {
+    "task": {"lr": 3e-2, "steps": 120},
+    "layer": {"lr": 3e-2, "steps": 120},
+    "rank": {"lr": 5e-2, "steps": 160},
+    "factors": {"lr": 1e-3, "steps": 320},
+}
 LEARNED = {
     "nsc": LearnedMethod(
         "a coefficient for each layer and task that keeps activations out of each adapter's null space",
@@ -74,6 +82,18 @@ LEARNED = {
         "the same with one coefficient for each task",
         "https://arxiv.org/abs/2310.02575",
         {**_ADAMERGING, "granularity": "task"},
+    ),
+    "match": LearnedMethod(
+        "a coefficient for each rank row, or new factors, by which the merged model says what each expert says",
+        "https://arxiv.org/abs/1503.02531",
+        {
+            "objective": "match",
+            "granularity": "rank",
+            "max_drift": None,
+            "schedule": "linear",
+            "batch_size": 4,
+            "stop": "match",
+        },
     ),
 }
 # The last blocks by a word: how many of a depth.
@@ -120,12 +140,16 @@ class MergeConfig:
         positions: which tokens count: those of the "prompt", the "last" generated one, or the "full" generation.
         max_new_tokens: length of a generation, at most.
         modality: which tokens count where rows hold images and text: "both", "text" or "image".
-        granularity: one coefficient per "layer" and task, per "task", or per "rank" row of an adapter.
+        granularity: one coefficient per "layer" and task, per "task", or per "rank" row of an adapter; or "factors",
+            which fits the merged adapter's own factors.
+        factor_rank: rank of the factors that are fitted; None for the adapters' ranks added up.
         link: from the optimised parameter to the coefficient.
         preferences: task -> its weight in the loss; 1 where it is not named.
         optimizer: "adamw", "adam" or "sgd".
         schedule: how ``lr`` changes over the steps: "constant", or "linear" or "cosine" to 0.
-        objective: "null-space", "entropy", or "both" added.
+        objective: "null-space", "entropy" or both of them added ("both"); "match", the distance from the experts'
+            outputs, or "null-space+match".
+        stop: which step is kept: the "last", or the one that on held-out rows is nearest to the experts ("match").
         reduction: "mean" or "sum" over the entropies of a sample's generated tokens.
         quantile: quantile over the ratios of a sample's tokens, in place of their mean; from 0 to 1.
         unseen: tasks whose adapters are merged without any data.
@@ -158,11 +182,13 @@ class MergeConfig:
     max_new_tokens: int = 16
     modality: str = "both"
     granularity: str = "layer"
+    factor_rank: int | None = None
     link: str = "identity"
     preferences: dict[str, float] | None = None
     optimizer: str = "adamw"
     schedule: str = "constant"
     objective: str = "null-space"
+    stop: str = "last"
     reduction: str = "mean"
     quantile: float | None = None
     unseen: tuple[str, ...] = ()
@@ -201,23 +227,55 @@ class MergeConfig:
         if self.quantile is not None:
             require_fraction("quantile", self.quantile)
         _require(
-            self.quantile is None or self.objective != "entropy",
-            "quantile applies to null-space ratios, not to the entropy",
+            self.quantile is None or self.measures_ratios,
+            f"quantile applies to null-space ratios, which the objective {self.objective} has none of",
         )
         _require(
-            self.reduction == "mean" or self.objective != "null-space",
+            self.reduction == "mean" or self.needs_entropy,
             "reduction sum applies to entropies of generated tokens; leave it at mean, or choose the objective entropy",
         )
         _require(
-            self.modality == "both" or self.objective == "null-space",
-            "the entropy measures the model's output, not one modality's tokens; leave modality at both",
+            self.modality == "both" or not (self.needs_entropy or self.needs_outputs),
+            f"the objective {self.objective} measures the model's output, not one modality's tokens; leave modality at"
+            " both",
         )
         _require(
             self.modality != "image" or self.positions == "prompt",
             f"answers are text, so with positions {self.positions} no image token counts; leave modality at both",
         )
+        fitted = self.granularity == "factors"
+        _require(
+            not fitted or self.objective == "match",
+            f"granularity factors fits the experts' outputs, so the objective must be match, not {self.objective}",
+        )
+        _require(
+            not fitted or (self.link == "identity" and self.max_drift is None),
+            "factors have no link and no bound: leave link at identity and max_drift at none",
+        )
+        _require(
+            fitted or self.factor_rank is None,
+            "factor_rank is the rank of fitted factors: give granularity factors, or leave it out",
+        )
+        _require(
+            self.factor_rank is None or self.factor_rank >= 1, f"factor_rank must be 1 or more, not {self.factor_rank}"
+        )
         for task, value in (self.preferences or {}).items():
             _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
+
+    @property
+    def measures_ratios(self) -> bool:
+        """Whether null-space ratios are part of the objective."""
+        return self.objective in ("null-space", "both", "null-space+match")
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of the merged model is part of the objective."""
+        return self.objective in ("entropy", "both")
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the experts' outputs are needed, for the objective or to choose the step that is kept."""
+        return self.objective in ("match", "null-space+match") or self.stop == "match"
 
     @property
     def whole_base(self) -> bool:
@@ -265,6 +323,23 @@ class MergeConfig:
         unknown = sorted(set(values) - known)
         _require(not unknown, f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def learned_settings(name: str, given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Return what a learning method sets beside the defaults of MergeConfig.
+
+    Args:
+        name: one of LEARNED.
+        given: settings that are given, of which the granularity decides the schedule of matching.
+
+    Returns:
+        Field of MergeConfig -> value.
+    """
+    settings = dict(LEARNED[name].settings)
+    if settings.get("objective") == "match":
+        granularity = given.get("granularity", settings["granularity"])
+        settings |= MATCHING.get(granularity, {})
+    return settings
 
 
 def preset_settings(name: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
 HEAVY = {
     "nsc/bases/base_model.py",
     "nsc/bases/heads.py",
+    "nsc/bases/task_head.py",
     "nsc/bases/loading.py",
     "nsc/export/files.py",
     "nsc/export/proof.py",

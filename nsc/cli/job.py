@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
 from nsc.checks import expected, typed
-from nsc.config import LEARNED, MergeConfig, preset_settings
+from nsc.config import MergeConfig, learned_settings, preset_settings
 from nsc.errors import NSCError
 from nsc.export.record import COEFFICIENTS
 from nsc.merging.tuning import refuse_search
@@ -121,8 +121,10 @@ def gather(
     ]
     if missing:
         raise NSCError(f"a merge needs {'; '.join(missing)}")
-    config = MergeConfig(**{**(LEARNED[learned].settings if learned else {}), **settings})
+    config = MergeConfig(**{**(learned_settings(learned, settings) if learned else {}), **settings})
     refuse_search(search, method, "scale" in said, config, job["data"], job["validation"], job.get("scales"))
+    if config.granularity == "factors" and config.factor_rank is None and job.get("rank"):
+        config = replace(config, factor_rank=job.pop("rank"))  # the rank that is fitted is the rank that is written
     return Job(**job, recipe=recipe), config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc.batch import Batch
+from nsc.data.expected import Output, expected
 from nsc.data.sampling import draw
 from nsc.data.sources import FOLDER, Fields, Kind, naming_errors, optional_module, read_samples
 from nsc.errors import DataError, TargetError
@@ -81,6 +82,7 @@ class ImageBatches:
         tokens: tokens that the base makes of one image.
         batch_size: images of each task in a step, drawn as in ``TextBatches``.
         seed: seed of the permutations.
+        outputs: task and number of an image -> what its expert says about it, where the batches hold it.
     """
 
     images: Mapping[str, Sequence[Image]]
@@ -88,6 +90,8 @@ class ImageBatches:
     tokens: int
     batch_size: int
     seed: int = 0
+
+    outputs: Mapping[tuple[str, int], Output] | None = None
 
     shares_rows = False
 
@@ -100,21 +104,73 @@ class ImageBatches:
         Returns:
             The batch, on the CPU, in a list.
         """
-        drawn = [
-            (rows[i], k)
-            for k, (task, rows) in enumerate(self.images.items())
-            for i in draw(len(rows), self.batch_size, step, f"{self.seed}/{task}")
-        ]
-        return [collate_images([self.pixels(image) for image, _ in drawn], [k for _, k in drawn], self.tokens)]
+        return self.packed([(task, i) for task, row in self.drawn(step).items() for i in row])
+
+    def packed(self, picks: Sequence[tuple[str, int]]) -> list[Batch]:
+        """Return the one batch of some images.
+
+        Args:
+            picks: task and number of each image.
+
+        Returns:
+            The batch, on the CPU, in a list.
+        """
+        order = list(self.images)
+        outputs = [self.outputs[pick] for pick in picks] if self.outputs is not None else None
+        pixels = [self.pixels(self.images[task][i]) for task, i in picks]
+        return [collate_images(pixels, [order.index(task) for task, _ in picks], self.tokens, outputs)]
+
+    @property
+    def rows(self) -> Mapping[str, Sequence[Any]]:
+        """Task -> its images."""
+        return self.images
+
+    def with_outputs(self, outputs: Mapping[tuple[str, int], Output]) -> ImageBatches:
+        """Return the same batches, holding what experts say.
+
+        Args:
+            outputs: task and number of an image -> what its expert says, of every image that is drawn.
+
+        Returns:
+            The batches.
+        """
+        return replace(self, outputs=outputs)
+
+    def counted_of(self, pick: tuple[str, int]) -> slice:
+        """Return the tokens of an image that count.
+
+        Args:
+            pick: task and number.
+
+        Returns:
+            All of them.
+        """
+        return slice(0, self.tokens)
+
+    def drawn(self, step: int) -> dict[str, list[int]]:
+        """Return which images of each task a step takes.
+
+        Args:
+            step: from 0.
+
+        Returns:
+            Task -> numbers of images.
+        """
+        return {
+            task: draw(len(rows), self.batch_size, step, f"{self.seed}/{task}") for task, rows in self.images.items()
+        }
 
 
-def collate_images(pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int) -> Batch:
+def collate_images(
+    pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int, outputs: Sequence[Output] | None = None
+) -> Batch:
     """Put one image in each row; every image weighs the same within its task.
 
     Args:
         pixels: (3, H, W) of each image.
         tasks: number of each image's task.
         tokens: tokens that the base makes of one image.
+        outputs: what the experts say about each image, if the batch is to hold it.
 
     Returns:
         The batch, with weights in the dtype of the pixels, but at least float32.
@@ -129,7 +185,12 @@ def collate_images(pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int) 
     precision = torch.promote_types(pixels[0].dtype, torch.float32)
     weight = 1 / (tokens * torch.bincount(task)[task].to(precision))
     task, weight = (row[:, None].repeat(1, tokens) for row in (task, weight))
-    return Batch({"pixel_values": torch.stack(list(pixels))}, task, weight)
+    batch = Batch({"pixel_values": torch.stack(list(pixels))}, task, weight)
+    if outputs is None:
+        return batch
+    rows = [[i] for i in range(len(tasks))]
+    counts, starts = torch.tensor(list(tasks)).bincount(), dict.fromkeys(range(len(tasks)), 0)
+    return replace(batch, expected=expected(rows, starts, tasks, outputs, counts, (len(rows), 1)))
 
 
 def pixels_by(processor: Any, dtype: torch.dtype) -> Callable[[Image], Tensor]:

@@ -47,6 +47,16 @@ class Batches(Protocol):
             Batches on the CPU, whose losses add up to the step's.
         """
 
+    def drawn(self, step: int) -> dict[str, list[int]]:
+        """Return which samples of each task a step takes.
+
+        Args:
+            step: from 0.
+
+        Returns:
+            Task -> numbers of samples.
+        """
+
 
 @dataclass(frozen=True)
 class Feed:

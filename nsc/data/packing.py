@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsc.bases.structure import is_causal
-from nsc.batch import Batch
+from nsc.batch import Batch, Expected
+from nsc.data.expected import Output, expected
 from nsc.runtime.placement import input_device
 
 MOST_PADDING = 0.1  # of the tokens that are computed
@@ -36,6 +39,7 @@ def pack(
     shares_rows: bool,
     few_shapes: bool = False,
     counted: Sequence[slice] | None = None,
+    outputs: Sequence[Output] | None = None,
 ) -> list[Batch]:
     """Pack samples into batches whose losses and ratios add up to those of all samples.
 
@@ -49,6 +53,7 @@ def pack(
         shares_rows: whether several samples may share a row.
         few_shapes: whether the shapes should be those of other steps, with up to ``MOST_PADDING`` and rows of padding.
         counted: which tokens of each sample weigh anything; None for all.
+        outputs: what the experts say about each sample, if the batches are to hold it.
 
     Returns:
         Batches on the CPU.
@@ -67,7 +72,32 @@ def pack(
         groups = [(rows, _tight(lengths, rows, few_shapes)) for rows in rows_of]
     counted = counted or [slice(0, n) for n in lengths]
     weights = _sample_weights([part.stop - part.start for part in counted], tasks)
-    return [_rectangle(samples, tasks, weights, rows, shape, pad_id, causal, counted) for rows, shape in groups]
+    batches = [_rectangle(samples, tasks, weights, rows, shape, pad_id, causal, counted) for rows, shape in groups]
+    if outputs is None:
+        return batches
+    counts = torch.tensor(list(tasks)).bincount()
+    return [
+        replace(batch, expected=_expected(rows, lengths, tasks, outputs, counts, shape[0], few_shapes))
+        for batch, (rows, shape) in zip(batches, groups, strict=True)
+    ]
+
+
+def _expected(
+    rows: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    tasks: Sequence[int],
+    outputs: Sequence[Output],
+    counts: Tensor,
+    height: int,
+    few_shapes: bool,
+) -> Expected:
+    """What the experts say about the samples of one rectangle; counts: (K,) samples of each task in all of them."""
+    starts = {
+        i: start for row in rows for i, start in zip(row, accumulate([0, *(lengths[j] for j in row[:-1])]), strict=True)
+    }
+    fullest = max(sum(len(outputs[i].spans) for i in row) for row in rows)
+    places = round_up(fullest, ROUND) if few_shapes else fullest
+    return expected(rows, starts, tasks, outputs, counts, (height, places))
 
 
 def collate(samples: Sequence[Sequence[int]], tasks: Sequence[int], pad_id: int, causal: bool) -> Batch:

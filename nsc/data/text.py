@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc.batch import Batch
+from nsc.data.expected import Output
 from nsc.data.packing import pack
 from nsc.data.sampling import draw
 from nsc.data.sources import Fields, Kind, read_samples, text_of
@@ -58,6 +59,7 @@ class TextBatches:
         shares_rows: whether the body keeps several samples in one row apart.
         few_shapes: whether steps are replayed where their shapes recur.
         counted: task -> which tokens of each sample count; None for all.
+        outputs: task and number of a sample -> what its expert says about it, where the batches hold it.
     """
 
     tokens: dict[str, list[list[int]]]
@@ -68,6 +70,7 @@ class TextBatches:
     shares_rows: bool = False
     few_shapes: bool = False
     counted: dict[str, list[slice]] | None = None
+    outputs: Mapping[Pick, Output] | None = None
 
     def __call__(self, step: int) -> list[Batch]:
         """Return the batches of a step.
@@ -99,6 +102,7 @@ class TextBatches:
             shares_rows=self.shares_rows,
             few_shapes=few_shapes,
             counted=[self.counted[task][i] for task, i in picks] if self.counted else None,
+            outputs=[self.outputs[pick] for pick in picks] if self.outputs is not None else None,
         )
 
     @property
@@ -132,6 +136,29 @@ class TextBatches:
         for (task, i), answer in answers.items():
             tokens[task][i], counted[task][i] = with_answer(tokens[task][i], answer, positions)
         return replace(self, tokens=tokens, counted=counted)
+
+    def with_outputs(self, outputs: Mapping[Pick, Output]) -> TextBatches:
+        """Return the same batches, holding what experts say.
+
+        Args:
+            outputs: task and number of a sample -> what its expert says, of every sample that is drawn.
+
+        Returns:
+            The batches.
+        """
+        return replace(self, outputs=outputs)
+
+    def counted_of(self, pick: Pick) -> slice:
+        """Return the tokens of a sample that count.
+
+        Args:
+            pick: task and number.
+
+        Returns:
+            All of them, or those that computed its answer.
+        """
+        task, i = pick
+        return self.counted[task][i] if self.counted else slice(0, len(self.tokens[task][i]))
 
     def drawn(self, step: int) -> dict[str, list[int]]:
         """Return which samples of each task a step takes.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsc.bases.base_model import Base
 from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder, merged_places, read_layers
-from nsc.export.merged_factors import MergedFactors
+from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, parameter_update, whole_updates
 
 OWN_FILES = ("readme.md", ".gitattributes")  # of the base's repository, not of the model

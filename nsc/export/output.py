@@ -18,11 +18,11 @@ from nsc.bases.weights import refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
-from nsc.export.merged_factors import DENSE_REMEDY, merged_factors
 from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.export.record import Record
 from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
 from nsc.paths import CHECKPOINT, STAGING, partial_folder
+from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged
 

@@ -24,8 +24,8 @@ from nsc.bases.structure import replace_module
 from nsc.bases.weights import merged_places
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
-from nsc.export.merged_factors import MergedFactors
 from nsc.methods import LowRank
+from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
 
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry

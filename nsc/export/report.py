@@ -36,7 +36,7 @@ class Report:
         ratio_before: mean null-space ratio of each task over its targets; NaN for an unseen task.
         ratio_after: the same after learning.
         ratios_by_target: target -> ratios by task, after learning.
-        granularity: "layer", "task" or "rank".
+        granularity: "layer", "task", "rank" or "factors".
         unseen: tasks merged without any data.
         untrained: coefficients that no gradient reaches, left at ``start``.
         bounded: coefficients stopped by ``drift_bound``.
@@ -44,6 +44,9 @@ class Report:
         drift_bound: its bound; None for none.
         steps: optimizer steps.
         losses: one per step.
+        distances: step -> each task's distance from its expert on held-out rows, relative to the bare base's (1 knows
+            nothing, 0 says what the expert says); empty where it was not measured.
+        kept: the step that was kept.
         full: whether the whole model was written.
         seconds_per_step: mean.
         peak_memory_gib: peak memory while learning, in GiB.
@@ -84,6 +87,8 @@ class Report:
     drift_bound: float | None = None
     steps: int = 0
     losses: list[float] = field(default_factory=list)
+    distances: dict[str, list[float]] = field(default_factory=dict)
+    kept: int = 0
     full: bool = False
     seconds_per_step: float = 0.0
     peak_memory_gib: float = 0.0
@@ -208,20 +213,43 @@ def _facts(report: Report) -> str:
     lines += [f"- merged rank: {rank}"] if report.full or report.merged_rank is not None else []
     if report.granularity == "rank":
         lines.append("- a coefficient for each rank row of an adapter; shown are the means of an adapter's in a module")
+    if report.granularity == "factors":
+        lines.append("- the merged adapter's own factors are fitted to what the experts say: the experts are distilled")
     if report.unseen:
         lines.append(f"- unseen, merged without data of their own: {', '.join(report.unseen)}")
     if report.targets:
         lines += [
             f"- targets ({len(report.targets)}): {', '.join(report.targets)}",
             f"- {report.steps} steps, {report.seconds_per_step:.3f} s each",
-            f"- largest drift from {report.start:g}: {report.max_drift:.4f} ({at_bound})",
-            f"- coefficients without gradient, left at {report.start:g}: {len(report.untrained)}",
+            *_learned(report, at_bound),
             f"- peak memory: {report.peak_memory_gib:.2f} GiB",
         ]
     if report.truncation:
         name, error = max(report.truncation.items(), key=lambda item: item[1])
         lines.append(f"- truncation: relative error at most {error:.3g} ({name})")
     return "\n".join(lines + [f"- proof: {proof}" for proof in report.proofs])
+
+
+def _learned(report: Report, at_bound: str) -> list[str]:
+    """What is known of the coefficients, and of the held-out rows."""
+    lines = []
+    if report.coefficients:
+        lines += [
+            f"- largest drift from {report.start:g}: {report.max_drift:.4f} ({at_bound})",
+            f"- coefficients without gradient, left at {report.start:g}: {len(report.untrained)}",
+        ]
+    if report.distances:
+        first, best = (_mean(report.distances[str(step)], report) for step in (0, report.kept))
+        lines.append(
+            f"- distance from the experts on held-out rows, relative to the bare base's: {first:.3f} at the start,"
+            f" {best:.3f} at step {report.kept}, the one that was kept"
+        )
+    return lines
+
+
+def _mean(values: list[float], report: Report) -> float:
+    seen = [value for value, task in zip(values, report.tasks, strict=True) if task not in report.unseen]
+    return sum(seen) / len(seen)
 
 
 def _method(report: Report) -> list[str]:
@@ -261,12 +289,16 @@ def _rank_table(report: Report) -> str:
 def _task_table(report: Report) -> str:
     names = ["task", "rank", "scale", "worst condition of A"]
     names += ["ratio before", "ratio after"] if report.ratio_before or report.space is None else []
+    names += ["distance before", "distance after"] if report.distances else []
     head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
     rows = []
     for k, task in enumerate(report.tasks):
         known = task not in report.unseen
         ratios = [
             f"{column[k]:.4f}" if column and known else "" for column in (report.ratio_before, report.ratio_after)
+        ]
+        ratios += [
+            f"{report.distances[str(step)][k]:.3f}" if known else "" for step in (0, report.kept) if report.distances
         ]
         cells = [_cell(task), report.ranks[task], report.scales[task], report.conditions[task], *ratios]
         rows.append(f"| {' | '.join(cells[: len(names)])} |")

@@ -31,6 +31,9 @@ def save(state: State, path: Path, tokens: int | None) -> None:
         "moments": state.optimizer.state_dict()["state"],
         "losses": state.losses[: state.step].clone(),
         "tokens": tokens,
+        "curve": state.curve,
+        "best": state.best,
+        "kept": state.kept,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -89,3 +92,6 @@ def restore(state: State, stored: dict[str, Any]) -> None:
     state.step = stored["step"]
     state.done.fill_(state.step)
     state.losses[: state.step] = stored["losses"].to(state.losses)
+    state.curve, state.kept = stored.get("curve", {}), stored.get("kept", 0)
+    best = stored.get("best")
+    state.best = None if best is None else best.to(state.theta)

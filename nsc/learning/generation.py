@@ -47,14 +47,26 @@ def generator(base: Base, stack: Stack, start: float, max_new_tokens: int) -> Ge
     """
     model, head = base.model, load_generating_head(base)
     initial = torch.full(stack.owned.shape, start, device=input_device(model))
-    stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
-    ends = {stated} if isinstance(stated, int) else set(stated or ())
+    ends = end_tokens(model)
 
     def generate(prompts: Sequence[Sequence[int]], features: Features | None = None) -> list[list[int]]:
         with merged_layers(model, stack, initial):
             return continue_prompts(model, head, prompts, max_new_tokens, ends, features)
 
     return generate
+
+
+def end_tokens(model: nn.Module) -> set[int]:
+    """Return the tokens after which an answer ends.
+
+    Args:
+        model: body of a causal base.
+
+    Returns:
+        Their ids.
+    """
+    stated = getattr(getattr(model.config, "text_config", model.config), "eos_token_id", None)
+    return {stated} if isinstance(stated, int) else set(stated or ())
 
 
 @torch.no_grad()

@@ -7,39 +7,38 @@ is interrupted anywhere and resumed ends where the uninterrupted one would, bit 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from nsc.adapters.stack import Stack
-from nsc.adapters.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
+from nsc.adapters.surgery import set_coefficients
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.console import metric, printer
-from nsc.errors import NonFiniteError, TargetError
+from nsc.console import printer
+from nsc.errors import NonFiniteError
+from nsc.learning.agreement import Agreement
+from nsc.learning.assembly import prepared
 from nsc.learning.checkpoint import read, restore, save
-from nsc.learning.coefficients import Coefficients
 from nsc.learning.entropy import Entropy
-from nsc.learning.objective import NullSpaceObjective, goal_of
-from nsc.learning.passes import Passes, own_share, tokens_that_fit
+from nsc.learning.held_back import HeldBack
+from nsc.learning.objective import NullSpaceObjective
+from nsc.learning.passes import Passes, own_share
 from nsc.learning.ratios import require_finite_ratios
-from nsc.learning.state import State, begin
-from nsc.runtime.cuda_graphs import make_graphs
+from nsc.learning.state import State
+from nsc.learning.trained_factors import Factors, TrainedFactors
 from nsc.runtime.distributed import ALONE, RankError, Team
 from nsc.runtime.interrupts import deferred_interrupts
-from nsc.runtime.memory import free_memory, peak_memory
-from nsc.runtime.placement import input_device
-from nsc.runtime.sharding import shards_of
+from nsc.runtime.memory import peak_memory
 
 CHECKPOINT_SECONDS = 10.0
 REFRESH_SECONDS = 0.5
+NOTES = 10  # how often held-out rows are measured, beside the start
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,16 @@ class Learned:
     """What the optimisation found.
 
     Attributes:
-        coefficients: (M, C) on the CPU.
+        coefficients: (M, C) on the CPU; with fitted factors their long vector.
         frozen: (M, C) bool, which coefficients no gradient reaches: adapter absent, or module at or after the last
             target's input.
         bounded: (M, C) bool, which coefficients ``max_drift`` stopped.
         losses: one per step.
         seconds: per step.
         peak_memory: bytes.
+        curve: step -> each task's distance from its expert on held-out rows, relative to the bare base's, if measured.
+        kept: the step that was kept.
+        factors: layer -> A (r, d), B (m, r) on the CPU, if these were fitted.
     """
 
     coefficients: Tensor
@@ -62,6 +64,9 @@ class Learned:
     losses: list[float]
     seconds: float
     peak_memory: int
+    curve: dict[int, list[float]] = field(default_factory=dict)
+    kept: int = 0
+    factors: Factors | None = None
 
 
 def learn(
@@ -76,7 +81,9 @@ def learn(
     identity: str = "",
     progress: bool = True,
     team: Team = ALONE,
-    entropy: Entropy | None = None,
+    output: Entropy | Agreement | None = None,
+    held: HeldBack | None = None,
+    factors: Factors | None = None,
 ) -> Learned:
     """Learn coefficients by the optimizer and objective of ``config``; the model is left as it was.
 
@@ -91,10 +98,13 @@ def learn(
         identity: digest that a resumed checkpoint must have.
         progress: print lines and a bar.
         team: the processes that share each step; all find the same, and only the first prints and writes.
-        entropy: for the objectives that have one.
+        output: entropy or agreement, for the objectives that have one.
+        held: rows held out, if the step that is nearest to the experts on them is to be kept.
+        factors: layer -> A (r, d), B (m, r) at which fitted factors start, if they are what is learned.
 
     Returns:
-        (M, C) coefficients, C being K, or by rank the most rank rows of a module; and what the optimisation did.
+        (M, C) coefficients, C being K, or by rank the most rank rows of a module, or factors; and what the optimisation
+        did.
 
     Raises:
         NonFiniteError: naming the module where NaN or infinity appears.
@@ -103,11 +113,12 @@ def learn(
         KeyboardInterrupt: after SIGINT or SIGTERM to any rank, with the state on disk.
     """
     say = printer(progress and team.first)
-    with prepared(model, stack, targets, batches(0), config, identity, say, entropy) as (state, passes):
+    with prepared(model, stack, targets, batches(0), config, identity, say, output, factors) as (state, passes):
         if resume:
             stored = team.from_first(lambda: read(checkpoint, identity, config.steps))
             restore(state, stored)
             passes.tokens = config.tokens_per_pass or stored["tokens"]
+        watch = partial(_note, held, passes) if held else None
         keep = partial(_keep, state, checkpoint, passes) if checkpoint and team.first else None
         started, first = time.perf_counter(), state.step
         try:
@@ -118,116 +129,21 @@ def learn(
                 keep,
                 progress and team.first,
                 team,
+                watch,
             )
+            state.take_best()
             team.require_same(state.lam.tolist(), "coefficients")
         except NonFiniteError as error:
-            lam = state.lam
-            start = torch.full_like(lam, config.start)
-            # a NaN coefficient would spread to tasks that are sound
-            set_coefficients(passes.objective.layers, torch.where(lam.isfinite().all(), lam, start).detach())
-            raise _blame(passes.objective, batches, state, error) from error
+            raise _blame(passes, batches, state, error) from error
         seconds = (time.perf_counter() - started) / max(1, config.steps - first)
     return _learned(state, config, seconds)
 
 
-@contextmanager
-def prepared(
-    model: nn.Module,
-    stack: Stack,
-    targets: Sequence[str],
-    first_step: Sequence[Batch],
-    config: MergeConfig,
-    identity: str = "",
-    say: Callable[[str], Any] = lambda text: None,
-    entropy: Entropy | None = None,
-) -> Iterator[tuple[State, Passes]]:
-    """Put the adapters into the model, and give the state before the first step and what finds the gradient of a step.
-
-    Args:
-        model: body of the base.
-        stack: the adapters, whitened or not.
-        targets: names of the measured modules.
-        first_step: batches of the first step, whose shapes decide plans and memory.
-        config: all settings of learning.
-        identity: digest of everything that the path depends on.
-        say: prints a line.
-        entropy: for the objectives that have one.
-
-    Yields:
-        State and passes; the model is as it was afterwards.
-
-    Raises:
-        TargetError: if no coefficient changes what is measured.
-    """
-    device, shards = input_device(model), shards_of(model)
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    coefficients = Coefficients.of(stack, config).to(device)
-    theta = nn.Parameter(coefficients.first(dtype))
-    lam = coefficients(theta.detach()).requires_grad_()
-    plans = choose_plans(model, stack, config.layers, sum(batch.tokens for batch in first_step))
-    graphs = make_graphs(model, config.graphs and entropy is None, say)  # the rows of an entropy are picked by the host
-    with merged_layers(model, stack, lam.detach(), plans) as layers:
-        row = first_step[0].within(1)[0].to(device)
-        share_inputs(model, layers, targets, row)
-        goal = goal_of(stack.tasks, config, entropy)
-        objective = NullSpaceObjective(model, layers, stack, targets, config.gradient_checkpointing, goal)
-        with shards.one_pass() if shards else nullcontext():
-            reachable = _reachable(objective, row, lam)
-        frozen = ~reachable | ~stack.owned.to(device)
-        state = begin(theta, frozen, config, identity, graphs, coefficients)
-        tokens = config.tokens_per_pass or (None if shards else _measure(objective, lam, first_step[0], say))
-        try:
-            yield state, Passes(objective, theta, tokens, state.loss, graphs, coefficients)
-        finally:
-            graphs.clear()
-
-
-def initial_gradient(
-    model: nn.Module, stack: Stack, targets: Sequence[str], batch: Batch, lam: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and its gradient as the first step sees them.
-
-    Args:
-        model: body of the base.
-        stack: the adapters, whitened or not.
-        targets: names of the measured modules.
-        batch: rows of all tasks.
-        lam: (M, K) coefficients.
-
-    Returns:
-        () and (M, K).
-    """
-    with merged_layers(model, stack, lam) as layers:
-        objective = NullSpaceObjective(model, layers, stack, targets)
-        lam = lam.detach().requires_grad_()
-        set_coefficients(layers, lam)
-        loss = objective.loss(batch)
-        (gradient,) = torch.autograd.grad(loss, lam)
-    return loss.detach(), gradient
-
-
-def _reachable(objective: NullSpaceObjective, batch: Batch, lam: Tensor) -> Tensor:
-    """(M, 1) bool: modules whose coefficients the objective depends on, read off the autograd graph."""
-    rows = [row.clone().requires_grad_() for row in lam.detach().unbind(0)]
-    set_coefficients(objective.layers, rows)
-    loss = objective.loss(batch)
-    if not loss.requires_grad:
-        raise TargetError(
-            "no coefficient changes what is measured: every module with LoRA comes at or after the last target"
-            f" ({objective.targets[-1]}); choose later target_blocks"
-        )
-    gradients = torch.autograd.grad(loss, rows, allow_unused=True)
-    return torch.tensor([[gradient is not None] for gradient in gradients], device=lam.device)
-
-
-def _measure(objective: NullSpaceObjective, lam: Tensor, batch: Batch, say: Callable[[str], Any]) -> int | None:
-    """The most tokens that a pass may hold, None where the system does not tell what is free."""
-    free = free_memory(lam.device)
-    if free is None:
-        return None
-    tokens = tokens_that_fit(objective, lam, batch, free)
-    say(f"memory: {metric(free, 'B')} free, so a pass holds {metric(tokens)} tokens at most")
-    return tokens
+def _note(held: HeldBack, passes: Passes, state: State) -> None:
+    """Measure the held-out rows at the state's step."""
+    with torch.no_grad():
+        passes.place(state.theta)
+    state.note(held.distances(passes.objective.model))
 
 
 def _keep(state: State, checkpoint: Path, passes: Passes) -> None:
@@ -241,7 +157,11 @@ def _optimise(
     keep: Callable[[], None] | None,
     progress: bool,
     team: Team,
+    note: Callable[[State], None] | None = None,
 ) -> None:
+    every = max(1, steps // NOTES)
+    if note and not state.curve:
+        note(state)
     bar = tqdm(total=steps, initial=state.step, desc="learning coefficients", unit="step", disable=not progress)
     saved = shown = time.perf_counter()
     with bar, deferred_interrupts() as noted:
@@ -252,6 +172,8 @@ def _optimise(
                 if keep:
                     keep()
                 raise
+            if note and (state.step % every == 0 or state.step == steps):
+                note(state)
             if team.size > 1:  # at the same step on all ranks, whatever their clocks say
                 state.require_finite()
             bar.update()
@@ -294,17 +216,23 @@ def _status(state: State) -> str:
 
 
 def _blame(
-    objective: NullSpaceObjective, batches: Callable[[int], Sequence[Batch]], state: State, error: NonFiniteError
+    passes: Passes, batches: Callable[[int], Sequence[Batch]], state: State, error: NonFiniteError
 ) -> NonFiniteError:
     """The same error with the target and tasks at which the ratio is not finite."""
-    bad = [i for i, loss in enumerate(state.losses[: state.step]) if not torch.isfinite(loss)]
-    table = torch.zeros_like(objective.share)
-    for batch in batches(bad[0] if bad else state.step - 1):
-        table = table + objective.ratios(batch.to(state.theta.device))
-    try:
-        require_finite_ratios(objective, table)
-    except NonFiniteError as found:
-        return NonFiniteError(f"{error}: {found}")
+    objective = passes.objective
+    if isinstance(objective, NullSpaceObjective):
+        lam = state.lam
+        start = torch.full_like(lam, state.coefficients.start)  # type: ignore[arg-type]  # these have coefficients
+        # a NaN coefficient would spread to tasks that are sound
+        set_coefficients(objective.layers, torch.where(lam.isfinite().all(), lam, start).detach())
+        bad = [i for i, loss in enumerate(state.losses[: state.step]) if not torch.isfinite(loss)]
+        table = torch.zeros_like(objective.share)
+        for batch in batches(bad[0] if bad else state.step - 1):
+            table = table + objective.ratios(batch.to(state.theta.device))
+        try:
+            require_finite_ratios(objective, table)
+        except NonFiniteError as found:
+            return NonFiniteError(f"{error}: {found}")
     return NonFiniteError(f"{error}; a smaller lr or max_drift may keep it finite")
 
 
@@ -314,4 +242,8 @@ def _learned(state: State, config: MergeConfig, seconds: float) -> Learned:
     stopped = state.coefficients.stopped(state.theta, state.reach, state.lower, state.upper)
     bounded = ~state.frozen & stopped & (config.steps > 0)
     losses, memory = state.losses.tolist(), peak_memory(lam.device)
-    return Learned(lam.cpu().clone(), state.frozen.cpu(), bounded.cpu(), losses, seconds, memory)
+    found = lam.cpu().clone(), state.frozen.cpu(), bounded.cpu()
+    kept, factors = state.kept if state.curve else state.step, None
+    if isinstance(state.coefficients, TrainedFactors):
+        factors = state.coefficients.split(found[0])
+    return Learned(*found, losses, seconds, memory, dict(state.curve), kept, factors)

@@ -3,8 +3,8 @@
     Omega_k = mean over target layers of sum_rows w om_k        loss = sum_k p_k Omega_k, with p_k = 1/K
 
 Rows of all tasks go through one forward; ``task`` says whose a row is and ``weight`` sums to one over each task's rows.
-``Goal`` may say otherwise: other p_k, a quantile of a sample's rows for their mean, or an entropy, for which the
-forward goes on to its end.
+``Goal`` may say otherwise: other p_k, a quantile of a sample's rows for their mean, or a loss of the model's output,
+for which the forward goes on to its end.
 
 Source: arXiv 2603.26317, Eq. 3 and 6.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from nsc.adapters.stack import Stack
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.errors import NSCError, TargetError
+from nsc.learning.agreement import Agreement
 from nsc.learning.entropy import Entropy
 from nsc.learning.watch import Measure, Watch
 from nsc.runtime.placement import input_device
@@ -35,31 +37,32 @@ class Goal:
         tasks: p_k of each task, one in sum, 0 for one without data; None for all alike.
         unseen: tasks without data.
         quantile: quantile over each sample's rows, in place of their mean.
-        entropy: entropy added to the loss, times the number of tasks with data.
+        output: what is added to the loss of the model's output: its entropy, times the number of tasks with data, or
+            its distance from the experts'.
         ratios: whether the null-space ratios count.
     """
 
     tasks: tuple[float, ...] | None = None
     unseen: tuple[str, ...] = ()
     quantile: float | None = None
-    entropy: Entropy | None = None
+    output: Entropy | Agreement | None = None
     ratios: bool = True
 
 
-def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None = None) -> Goal:
+def goal_of(tasks: Sequence[str], config: MergeConfig, output: Entropy | Agreement | None = None) -> Goal:
     """Return the loss that these settings ask for.
 
     Args:
         tasks: names of the tasks.
         config: objective, preferences, quantile, unseen.
-        entropy: for the objectives that have one.
+        output: entropy or agreement, for the objectives that have one.
 
     Returns:
         The goal.
 
     Raises:
         NSCError: for a preference for a task that does not exist, if no task with data has one above 0, or without the
-            entropy that is asked for.
+            output that the objective measures.
     """
     preferences = config.preferences or {}
     if strange := sorted(set(preferences) - set(tasks)):
@@ -67,12 +70,75 @@ def goal_of(tasks: Sequence[str], config: MergeConfig, entropy: Entropy | None =
     weights = [0.0 if task in config.unseen else float(preferences.get(task, 1)) for task in tasks]
     if not sum(weights):
         raise NSCError("no task with data has a preference above 0, so there is nothing to learn from")
-    if (config.objective != "null-space") != (entropy is not None):
-        raise NSCError(
-            f"objective {config.objective} and the heads of an entropy belong together: give both or neither"
-        )
+    if (config.objective != "null-space") != (output is not None):
+        raise NSCError(f"objective {config.objective} and the heads of tasks belong together: give both or neither")
     shares = tuple(weight / sum(weights) for weight in weights)
-    return Goal(shares, config.unseen, config.quantile, entropy, config.objective != "entropy")
+    return Goal(shares, config.unseen, config.quantile, output, config.measures_ratios)
+
+
+class Objective(Protocol):
+    """What a step makes smaller.
+
+    Attributes:
+        model: the body.
+        layers: name -> the layer that holds what is optimised.
+    """
+
+    model: nn.Module
+    layers: dict[str, Any]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the objective of one batch.
+
+        Args:
+            batch: rows on the model's device.
+
+        Returns:
+            () in at least float32, differentiable in what is optimised.
+        """
+
+
+class OutputObjective:
+    """The loss of a model by its output alone, whatever is in its layers; it implements ``Objective``.
+
+    Args:
+        model: the body.
+        layers: name -> the layer that holds what is optimised.
+        tasks: names.
+        goal: its output and preferences.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, Any], tasks: Sequence[str], goal: Goal) -> None:
+        assert goal.output is not None
+        self.model, self.layers, self.output = model, layers, goal.output
+        weights, seen = preferences_of(tasks, goal)
+        self._preferences = (weights * seen.sum()).to(input_device(model))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the objective of one batch.
+
+        Args:
+            batch: rows on the model's device.
+
+        Returns:
+            () in at least float32, differentiable in what is optimised.
+        """
+        states = self.model(**batch.arguments(next(self.model.parameters()).dtype))[0]
+        return self.output(states, batch, self._preferences.to(batch.weight))
+
+
+def preferences_of(tasks: Sequence[str], goal: Goal) -> tuple[Tensor, Tensor]:
+    """Return what each task counts.
+
+    Args:
+        tasks: names.
+        goal: the goal.
+
+    Returns:
+        (K,) float64 p_k, and (K,) bool, whether it has data.
+    """
+    weights = torch.tensor(goal.tasks or [1 / len(tasks)] * len(tasks), dtype=torch.float64)
+    return weights, torch.tensor([task not in goal.unseen for task in tasks])
 
 
 class NullSpaceObjective:
@@ -105,11 +171,10 @@ class NullSpaceObjective:
         self.targets, self.tasks = list(targets), stack.tasks
         device = input_device(model)
         present = torch.tensor([stack.modules[name].present for name in targets])
-        seen = torch.tensor([task not in goal.unseen for task in stack.tasks])
-        weights = torch.tensor(goal.tasks or [1 / len(seen)] * len(seen), dtype=torch.float64)
+        weights, seen = preferences_of(stack.tasks, goal)
         self.share = _shares(present, stack.tasks, seen).to(device)  # (T, K)
         self._weights = self.share * weights.to(device)  # (T, K) of each task's mean ratio in the loss
-        self._preferences = (weights * seen.sum()).to(device)  # (K,) of its entropy
+        self._preferences = (weights * seen.sum()).to(device)  # (K,) of its output
         self._grams = [g.to(device) if (g := stack.modules[n].gram_inverse) is not None else None for n in targets]
         self._offsets = [layers[name].offsets.to(device) for name in targets]
         self._watch = Watch(model, layers, targets, checkpointing)
@@ -123,10 +188,10 @@ class NullSpaceObjective:
         Returns:
             () in at least float32, differentiable in the coefficients.
         """
-        if self.goal.entropy is None:
+        if self.goal.output is None:
             return torch.stack(self._watch.up_to_last(batch, self._term(batch))).sum()
         states, terms = self._watch.to_end(batch, self._term(batch) if self.goal.ratios else None)
-        return self.goal.entropy(states, batch, self._preferences.to(batch.weight)) + sum(terms)
+        return self.goal.output(states, batch, self._preferences.to(batch.weight)) + sum(terms)
 
     @torch.no_grad()
     def ratios(self, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch import Tensor
 from nsc.adapters.surgery import set_coefficients
 from nsc.batch import Batch
 from nsc.errors import NSCError
-from nsc.learning.objective import NullSpaceObjective
+from nsc.learning.objective import Objective
 from nsc.runtime.cuda_graphs import Graphs
 from nsc.runtime.distributed import Team
 from nsc.runtime.memory import kept_bytes
+from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import LostPass, Shards, shards_of, weightless
 
 SHARE = 0.4  # of free memory; the rest is for what a pass holds only for a moment, and for the graphs' own pool
@@ -75,21 +77,21 @@ class Passes:
         tokens: the most that one pass may hold; None for a whole batch. Where memory runs out it is halved for good.
         loss: () where the loss adds up; it stays where it is, since ``graphs`` write there.
         graphs: graphs that record passes; none by default.
-        coefficients: from theta to (M, C); theta itself by default.
+        place: puts theta into the layers, differentiably; as their coefficients by default.
     """
 
     def __init__(
         self,
-        objective: NullSpaceObjective,
+        objective: Objective,
         theta: Tensor,
         tokens: int | None = None,
         loss: Tensor | None = None,
         graphs: Graphs | None = None,
-        coefficients: Callable[[Tensor], Tensor] = lambda theta: theta,
+        place: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.objective = objective
         self.theta = theta
-        self.coefficients = coefficients
+        self.place = place or partial(set_coefficients, objective.layers)
         self.tokens = tokens
         self.loss = torch.zeros((), dtype=theta.dtype, device=theta.device) if loss is None else loss
         self.graphs = graphs or Graphs()
@@ -137,22 +139,21 @@ class Passes:
 
     def _pass(self, batch: Batch) -> None:
         assert self.theta.grad is not None
-        set_coefficients(self.objective.layers, self.coefficients(self.theta))
+        self.place(self.theta)
         loss = self.objective.loss(batch.to(self.theta.device))
         (gradient,) = torch.autograd.grad(loss, self.theta)
         self.theta.grad += gradient
         self.loss += loss.detach()
 
 
-def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, free: int) -> int:
+def tokens_that_fit(objective: Objective, batch: Batch, free: int) -> int:
     """Measure how many tokens one pass may hold within ``SHARE`` of the free memory.
 
     One row and two are run forward: what both keep alike, such as folded weights, belongs to a pass, the rest to its
     tokens.
 
     Args:
-        objective: the objective that is run.
-        lam: (M, C) coefficients.
+        objective: the objective that is run; its layers hold what is optimised.
         batch: a batch of the first step.
         free: bytes.
 
@@ -161,7 +162,7 @@ def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, fr
     """
     width = batch.task.shape[1]
     try:
-        kept = [_kept(objective, lam, part) for part in (batch.split(1)[0], batch.split(2)[0])]
+        kept = [_kept(objective, part) for part in (batch.split(1)[0], batch.split(2)[0])]
     except torch.OutOfMemoryError:
         return width
     rows = min(2, batch.task.shape[0])
@@ -170,7 +171,7 @@ def tokens_that_fit(objective: NullSpaceObjective, lam: Tensor, batch: Batch, fr
     return max(width, int((free * SHARE - fixed) * width / max(1, each)))
 
 
-def _kept(objective: NullSpaceObjective, lam: Tensor, batch: Batch) -> int:
+def _kept(objective: Objective, batch: Batch) -> int:
     """Bytes kept for the backward of one pass."""
-    set_coefficients(objective.layers, lam)
-    return kept_bytes(lambda: objective.loss(batch.to(lam.device)), objective.model)
+    device = input_device(objective.model)
+    return kept_bytes(lambda: objective.loss(batch.to(device)), objective.model)

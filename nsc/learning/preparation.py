@@ -17,16 +17,23 @@ from nsc.bases.base_model import Base
 from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data.modalities import Batches
+from nsc.data.modalities import Batches, feed_of
 from nsc.errors import NSCError
+from nsc.learning.agreement import Agreement
 from nsc.learning.entropy import Entropy, entropy_of
 from nsc.learning.generation import batches_of
+from nsc.learning.held_back import HeldBack, hold_back
 from nsc.learning.loop import Learned, learn
 from nsc.learning.objective import goal_of
+from nsc.learning.passes import in_passes
 from nsc.learning.ratios import NullSpaceRatio, mean_ratios
+from nsc.learning.teachers import Experts
+from nsc.learning.trained_factors import Factors
 from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device, one_device
 from nsc.runtime.sharding import shard_linears
+
+TOKENS = 4096  # of a forward of the experts, at least
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,11 @@ class Problem:
         targets: the modules whose inputs are measured.
         batches: step -> the batches whose losses add up.
         evaluation: fixed batches, for the ratios before and after.
-        entropy: entropy of the merged model's output, if it is part of the objective.
+        output: entropy of the merged model's output, or its distance from the experts', if it is part of the objective.
         config: the settings that all of this follows.
+        held: rows held out to choose the step that is kept, if it is to be chosen.
+        factors: layer -> A and B at which fitted factors start, if they are what is learned.
+        warnings: what a reader must know.
     """
 
     base: Base
@@ -48,8 +58,11 @@ class Problem:
     targets: list[str]
     batches: Batches
     evaluation: list[Batch]
-    entropy: Entropy | None
+    output: Entropy | Agreement | None
     config: MergeConfig
+    held: HeldBack | None = None
+    factors: Factors | None = None
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def lean(self) -> Stack:
@@ -69,7 +82,15 @@ class Problem:
             NSCError: a subclass, as ``nsc.learning.loop.learn`` does.
         """
         return learn(
-            self.base.model, self.lean, self.targets, self.batches, self.config, entropy=self.entropy, **running
+            self.base.model,
+            self.lean,
+            self.targets,
+            self.batches,
+            self.config,
+            output=self.output,
+            held=self.held,
+            factors=self.factors,
+            **running,
         )
 
     def ratios(self, batches: Sequence[Batch], coefficients: Tensor, team: Team = ALONE) -> Tensor:
@@ -86,7 +107,7 @@ class Problem:
         Raises:
             NonFiniteError: naming the targets where a ratio is not finite.
         """
-        goal = goal_of(self.stack.tasks, self.config, self.entropy)
+        goal = goal_of(self.stack.tasks, self.config, self.output)
         return mean_ratios(self.base.model, self.lean, self.targets, batches, coefficients, team, goal)
 
 
@@ -117,7 +138,13 @@ def stack_on(
     return base, matched
 
 
-def prepare(base: Base, matched: Matched, samples: Mapping[str, Sequence[Any]], config: MergeConfig) -> Problem:
+def prepare(
+    base: Base,
+    matched: Matched,
+    samples: Mapping[str, Sequence[Any]],
+    config: MergeConfig,
+    factors: Factors | None = None,
+) -> Problem:
     """Put together what is learned from these rows: targets, batches and loss.
 
     Args:
@@ -125,6 +152,7 @@ def prepare(base: Base, matched: Matched, samples: Mapping[str, Sequence[Any]], 
         matched: the adapters on it.
         samples: task -> what its feed read.
         config: granularity, targets, rows and objective.
+        factors: layer -> A (r, d), B (m, r) at which fitted factors start, for the granularity "factors".
 
     Returns:
         The problem, of which nothing has run but what answers prompts, where generated positions count.
@@ -134,11 +162,58 @@ def prepare(base: Base, matched: Matched, samples: Mapping[str, Sequence[Any]], 
     """
     stack = by_rank(matched.stack) if config.granularity == "rank" else matched.stack
     targets = targets_of(base, stack, config.target_modules, config.target_blocks)
+    if config.needs_outputs:
+        return replace(_with_experts(base, matched, stack, targets, samples, config), factors=factors)
     batches, evaluation = batches_of(base, stack, targets, samples, config)
-    entropy = None
-    if config.objective != "null-space":
-        entropy = entropy_of(base, matched.adapters, config.positions, config.unseen, config.reduction)
-    return Problem(base, stack, targets, batches, evaluation, entropy, config)
+    output = entropy_in(base, matched, config) if config.needs_entropy else None
+    return Problem(base, stack, targets, batches, evaluation, output, config)
+
+
+def _with_experts(
+    base: Base,
+    matched: Matched,
+    stack: Stack,
+    targets: list[str],
+    samples: Mapping[str, Sequence[Any]],
+    config: MergeConfig,
+) -> Problem:
+    """The problem where the experts' outputs are learned from, or choose the step that is kept."""
+    learned, held, warnings = hold_back(samples, config.seed)
+    plain, feed = replace(config, positions="prompt"), feed_of(base)
+    batches, evaluation = feed.batches(base, targets, learned, plain)
+    limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))
+    ways = config.positions, config.unseen, config.max_new_tokens
+    experts = Experts(base, matched.adapters, matched.stack, *ways)
+    picks = sorted(
+        {(t, i) for step in range(max(1, config.steps)) for t, row in batches.drawn(step).items() for i in row}
+    )
+    batches = experts.teach(batches, picks, limit)
+    agreement = experts.agreement(batches, picks, limit)
+    output: Entropy | Agreement | None = agreement if "match" in config.objective else None
+    output = entropy_in(base, matched, config) if config.needs_entropy else output
+    chosen = None
+    if config.stop == "match":
+        every = [(task, i) for task, rows in held.items() for i in range(len(rows))]
+        rest = experts.teach(feed.batches(base, targets, held, plain)[0], every, limit)
+        chosen = HeldBack(agreement, in_passes(rest.packed(every), limit))
+    return Problem(base, stack, targets, batches, evaluation, output, config, chosen, warnings=tuple(warnings))
+
+
+def entropy_in(base: Base, matched: Matched, config: MergeConfig) -> Entropy:
+    """Return the entropy that these settings ask for.
+
+    Args:
+        base: with weights.
+        matched: the adapters on it.
+        config: positions, reduction, unseen.
+
+    Returns:
+        The entropy by each task's head.
+
+    Raises:
+        NSCError: as ``entropy_of`` does.
+    """
+    return entropy_of(base, matched.adapters, config.positions, config.unseen, config.reduction)
 
 
 def targets_of(

@@ -101,7 +101,6 @@ class NullSpaceRatio:
         self.A = {name: modules[name].A.to(device) for name in targets}
         self.offsets = {n: torch.tensor([0, *modules[n].ranks], device=device).cumsum(0) for n in targets}
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> float:
         """Return the mean ratio in a model.
 
@@ -111,10 +110,23 @@ class NullSpaceRatio:
         Returns:
             From 0 to 1.
         """
-        return sum(self._of_batch(model, batch) for batch in self.batches)
+        return float((self.table(model).nan_to_num() * self.share.cpu()).sum())
 
-    def _of_batch(self, model: nn.Module, batch: Batch) -> float:
-        """One forward, up to the input of the last target."""
+    @torch.no_grad()
+    def table(self, model: nn.Module) -> Tensor:
+        """Return the mean ratio of each task's rows at each target, in a model.
+
+        Args:
+            model: body of the base, carrying a merge, or whatever else.
+
+        Returns:
+            (T, K) on the CPU; NaN where the adapter is absent or has no data.
+        """
+        total = sum((self._of_batch(model, batch) for batch in self.batches), torch.zeros_like(self.share))
+        return total.masked_fill(self.share == 0, float("nan")).cpu()
+
+    def _of_batch(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One forward, up to the input of the last target: (T, K)."""
         seen: dict[str, Tensor] = {}
 
         def watch(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -126,15 +138,16 @@ class NullSpaceRatio:
         try:
             model(**batch.arguments(next(model.parameters()).dtype))
         except LastTargetSeen:
-            return float(sum(seen.values()))
+            return torch.stack([seen[name] for name in self.targets]).to(self.share)
         finally:
             for hook in hooks:
                 hook.remove()
         raise TargetError(f"target {', '.join(set(self.targets) - set(seen))} never ran in this model's forward")
 
     def _ratio(self, name: str, z: Tensor, batch: Batch) -> Tensor:
-        """() this target's part of the mean."""
-        z, task = z.flatten(0, -2), batch.task.flatten()
+        """(K,) this batch's part of the mean ratios of one target."""
+        z, task, weight = z.flatten(0, -2), batch.task.flatten(), batch.weight.flatten()
         u = z @ self.A[name].to(z).T
-        weight = batch.weight.flatten() * self.share[self.targets.index(name)].to(batch.weight)[task]
-        return null_space_ratio(z, u, adapter=task, offsets=self.offsets[name], weight=weight)
+        ratios = null_space_ratio(z, u, adapter=task, offsets=self.offsets[name])
+        counted = torch.where(weight > 0, ratios * weight, 0)
+        return counted.new_zeros(self.share.shape[1]).index_add(0, task, counted)

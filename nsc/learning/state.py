@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from nsc.config import MergeConfig
 from nsc.errors import NonFiniteError
 from nsc.learning.coefficients import Coefficients
+from nsc.learning.trained_factors import TrainedFactors
 from nsc.runtime.cuda_graphs import Graphs
 
 
@@ -32,10 +34,13 @@ class State:
         done: (1,) int64, how many steps are taken, on the device.
         graphs: graphs that record the update.
         step: how many steps are taken, on the host.
+        curve: step -> distance of each task on held-out rows, if they are measured.
+        best: theta at the step where their mean was least.
+        kept: that step.
     """
 
     theta: nn.Parameter
-    coefficients: Coefficients
+    coefficients: Coefficients | TrainedFactors
     optimizer: torch.optim.Optimizer
     reach: Tensor
     lower: Tensor
@@ -48,6 +53,30 @@ class State:
     done: Tensor
     graphs: Graphs
     step: int = 0
+    curve: dict[int, list[float]] = field(default_factory=dict)
+    best: Tensor | None = None
+    kept: int = 0
+
+    def note(self, distances: list[float]) -> None:
+        """Note the distances on held-out rows at the present step, and theta if it is the best so far.
+
+        Args:
+            distances: of each task.
+
+        Raises:
+            NonFiniteError: if one is NaN or infinite.
+        """
+        if not all(map(math.isfinite, distances)):
+            raise NonFiniteError(f"the distance on held-out rows became {max(distances)} by step {self.step}")
+        if self.best is None or sum(distances) < sum(self.curve[self.kept]):
+            self.best, self.kept = self.theta.detach().clone(), self.step
+        self.curve[self.step] = distances
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Go back to the best theta that was noted, if any."""
+        if self.best is not None:
+            self.theta.copy_(self.best)
 
     @property
     def lam(self) -> Tensor:
@@ -91,7 +120,7 @@ def begin(
     config: MergeConfig,
     identity: str,
     graphs: Graphs | None = None,
-    coefficients: Coefficients | None = None,
+    coefficients: Coefficients | TrainedFactors | None = None,
 ) -> State:
     """Return the state before the first step.
 

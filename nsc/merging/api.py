@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc.bases.base_model import Base
-from nsc.config import LEARNED, MergeConfig
+from nsc.config import LEARNED, MergeConfig, learned_settings
 from nsc.console import printer
 from nsc.data.sources import Source
 from nsc.errors import NSCError
@@ -113,7 +113,7 @@ def _chosen(
         recipe, ours = read_settings(method, settings, searches)
     name = (recipe.learned or "") if recipe else str(method)
     if config is None:
-        return recipe, name, MergeConfig(**{**(LEARNED[name].settings if name else {}), **ours})
+        return recipe, name, MergeConfig(**{**(learned_settings(name, ours) if name else {}), **ours})
     meant = LEARNED[name].settings.get("objective") if name else None
     if meant and config.objective != meant:
         raise NSCError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter, base_warnings, fingerprint, read_adapters
-from nsc.adapters.surgery import choose_plans
+from nsc.adapters.surgery import choose_plans, merged_layers
 from nsc.bases.base_model import Base
 from nsc.batch import Batch
 from nsc.config import MergeConfig
@@ -27,8 +27,12 @@ from nsc.export.result import MergeResult
 from nsc.learning.loop import Learned
 from nsc.learning.passes import in_passes, own_share
 from nsc.learning.preparation import Problem, prepare, stack_on
+from nsc.learning.ratios import NullSpaceRatio
 from nsc.merging.report_builder import describe_merge
+from nsc.recipes.merged_factors import factors_to_fit
+from nsc.recipes.updates import Merged, fitted
 from nsc.runtime.distributed import Team, join
+from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import shards_of
 
 # Settings that do not change the path of the coefficients.
@@ -76,7 +80,7 @@ def merge_by_learning(
     team = join(config.device)
     say = printer(progress and team.first)
     base, matched = stack_on(base, read, config, team)
-    problem = prepare(base, matched, samples, config)
+    problem = prepare(base, matched, samples, config, factors_to_fit(matched.stack, config))
     first_step = problem.batches(0)
     _tell(problem, matched.adapters, samples, first_step, say)
     identity = _identity(base.id, matched.adapters, samples, problem.targets, config)
@@ -84,26 +88,37 @@ def merge_by_learning(
     start = torch.full(problem.stack.owned.shape, config.start)
     before = problem.ratios(evaluation, start, team)
     learned = problem.learn(checkpoint=checkpoint, resume=resume, identity=identity, progress=progress, team=team)
-    after = problem.ratios(evaluation, learned.coefficients, team)
+    fixed = fitted(problem.stack, learned.factors) if learned.factors else None
+    coefficients = None if fixed else learned.coefficients
+    after = problem.ratios(evaluation, learned.coefficients, team) if fixed is None else _ratios_of(problem, fixed)
     record = Record.of(
         base.id,
         name,
         matched,
         matched.adapters,
-        learned.coefficients,
+        coefficients,
         config,
         data={task: place_of(rows) for task, rows in data.items()},
         targets=problem.targets,
+        factors=fixed.factors if fixed else {},
     )
     return MergeResult(
-        learned.coefficients,
-        _report(problem, learned, before, after, name, read),
+        coefficients,
+        _report(problem, learned, coefficients, before, after, name, read),
         record,
         matched.adapters,
         problem.stack,
         base.model if config.whole_base else None,
         first_step[0],
+        fixed=fixed,
     )
+
+
+def _ratios_of(problem: Problem, merged: Merged) -> Tensor:
+    """(T, K) null-space ratios of any merge."""
+    ratio = NullSpaceRatio(problem.stack, problem.targets, problem.evaluation, input_device(problem.base.model))
+    with merged_layers(problem.base.model, *merged.in_model()):
+        return ratio.table(problem.base.model)
 
 
 def _tell(
@@ -142,19 +157,26 @@ def _own_evaluation(problem: Problem, first_step: list[Batch], identity: str, te
 
 
 def _report(
-    problem: Problem, learned: Learned, before: Tensor, after: Tensor, name: str, read: Mapping[str, Adapter]
+    problem: Problem,
+    learned: Learned,
+    coefficients: Tensor | None,
+    before: Tensor,
+    after: Tensor,
+    name: str,
+    read: Mapping[str, Adapter],
 ) -> Any:
     report = describe_merge(
-        problem.base.id, problem.stack, problem.targets, learned, before, after, problem.config, name
+        problem.base.id, problem.stack, problem.targets, learned, coefficients, before, after, problem.config, name
     )
-    return replace(report, warnings=report.warnings + base_warnings(problem.base.id, read))
+    return replace(report, warnings=report.warnings + list(problem.warnings) + base_warnings(problem.base.id, read))
 
 
 def _identity(
     base: str, adapters: Mapping[str, Adapter], samples: Mapping[str, Any], targets: list[str], config: MergeConfig
 ) -> str:
-    """Everything that the path of the coefficients depends on; how many steps are taken, only under a schedule."""
-    free = FREE_OF_PATH | ({"steps"} if config.schedule == "constant" else set())
+    """Everything that the path of the coefficients depends on; how many steps are taken, only where it matters."""
+    open_ended = config.schedule == "constant" and config.stop == "last"
+    free = FREE_OF_PATH | ({"steps"} if open_ended else set())
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, samples, targets, settings]
     return hashlib.sha256(json.dumps(parts, default=attrgetter("digest")).encode()).hexdigest()

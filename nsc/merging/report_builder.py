@@ -72,6 +72,7 @@ def describe_merge(
     stack: Stack,
     targets: list[str],
     learned: Learned,
+    coefficients: Tensor | None,
     before: Tensor,
     after: Tensor,
     config: MergeConfig,
@@ -83,7 +84,8 @@ def describe_merge(
         base: id of the base.
         stack: the adapters on it.
         targets: modules whose inputs were measured.
-        learned: coefficients, losses, seconds.
+        learned: losses, seconds, distances on held-out rows.
+        coefficients: what was learned, as ``Record`` has them; None for fitted factors.
         before: (T, K) null-space ratios at the start, NaN where an adapter is absent.
         after: (T, K) null-space ratios at the end.
         config: the settings of learning.
@@ -92,9 +94,15 @@ def describe_merge(
     Returns:
         The report.
     """
-    known = describe_stack(base, stack, learned.coefficients, config.start, method)
-    frozen, bounded = stack.by_task(learned.frozen, torch.all, True), stack.by_task(learned.bounded, torch.any, False)
-    drift = (learned.coefficients - config.start).abs().max().item()
+    known = describe_stack(base, stack, coefficients, config.start, method)
+    frozen = bounded = torch.zeros_like(stack.present)
+    drift = 0.0
+    if coefficients is not None:
+        frozen, bounded = (
+            stack.by_task(learned.frozen, torch.all, True),
+            stack.by_task(learned.bounded, torch.any, False),
+        )
+        drift = (coefficients - config.start).abs().max().item()
     return Report(
         **{
             **asdict(known),
@@ -112,7 +120,9 @@ def describe_merge(
             "losses": learned.losses,
             "seconds_per_step": learned.seconds,
             "peak_memory_gib": learned.peak_memory / 2**30,
-            "warnings": known.warnings + _drift_warnings(learned, drift, config.max_drift),
+            "distances": {str(step): values for step, values in sorted(learned.curve.items())},
+            "kept": learned.kept,
+            "warnings": known.warnings + _drift_warnings(learned, drift, config),
         }
     )
 
@@ -124,14 +134,14 @@ def _about(method: str) -> dict[str, Any]:
     return {"line": entry.line, "source": entry.source}
 
 
-def _drift_warnings(learned: Learned, drift: float, max_drift: float | None) -> list[str]:
+def _drift_warnings(learned: Learned, drift: float, config: MergeConfig) -> list[str]:
     warnings = []
     if learned.bounded.any():
         warnings.append(
-            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={max_drift:g}; going further"
+            f"{int(learned.bounded.sum())} coefficients were stopped by max_drift={config.max_drift:g}; going further"
             " lowers the objective, but need not make a better merge"
         )
-    if drift > PAPER_REACH + 1e-6:
+    if drift > PAPER_REACH + 1e-6 and not config.needs_outputs:
         warnings.append(
             f"a coefficient drifted {drift:.3f} from its start, past {PAPER_REACH:g}, the reach of the paper's"
             " schedules; check the merge on real tasks: the objective alone cannot tell that it broke"

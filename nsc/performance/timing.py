@@ -18,7 +18,8 @@ from nsc.adapters.stack import Stack
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
-from nsc.learning.loop import prepared, take_step
+from nsc.learning.assembly import prepared
+from nsc.learning.loop import take_step
 from nsc.learning.watch import LastTargetSeen
 from nsc.runtime.distributed import ALONE, Team
 

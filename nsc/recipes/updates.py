@@ -156,6 +156,20 @@ class FixedFactors:
         return run_as_one(self)
 
 
+def fitted(stack: Stack, factors: Mapping[str, tuple[Tensor, Tensor]]) -> FixedFactors:
+    """Return the merge by factors that were fitted.
+
+    Args:
+        stack: the adapters, none of which fine-tuned a layer whole.
+        factors: layer -> A (r, d), B (m, r).
+
+    Returns:
+        The merge.
+    """
+    parts = {name: LowRank(B, A) for name, (A, B) in factors.items()}
+    return FixedFactors(parts, WeightedSum(stack, torch.zeros(stack.owned.shape)))
+
+
 def dense(update: LowRank | Tensor) -> Tensor:
     """Return an update as a dense matrix.
 

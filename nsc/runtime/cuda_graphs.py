@@ -229,8 +229,4 @@ def ran_out(error: BaseException | None) -> bool:
 
 
 def _tensors(batch: Batch | None) -> dict[str, Tensor]:
-    if batch is None:
-        return {}
-    own = {"task": batch.task, "weight": batch.weight, "segment": batch.segment}
-    inputs = {f"inputs.{name}": value for name, value in batch.inputs.items()}
-    return inputs | {name: value for name, value in own.items() if value is not None}
+    return {} if batch is None else batch.tensors()

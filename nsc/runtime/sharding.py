@@ -187,4 +187,5 @@ def weightless(batch: Batch) -> Batch:
         A batch of one row, which adds nothing to loss or gradient.
     """
     row = batch.split(1)[0]
-    return replace(row, weight=torch.zeros_like(row.weight))
+    expected = row.expected and row.expected._replace(weight=torch.zeros_like(row.expected.weight))
+    return replace(row, weight=torch.zeros_like(row.weight), expected=expected)

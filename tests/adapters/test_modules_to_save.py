@@ -19,7 +19,8 @@ from nsc.bases.structure import linear_shapes
 from nsc.batch import Batch
 from nsc.data.packing import pack
 from nsc.errors import NameMismatch, NSCError
-from nsc.learning.loop import initial_gradient, learn
+from nsc.learning.assembly import initial_gradient
+from nsc.learning.loop import learn
 from nsc_kernels import MergedDenseLinear
 from tests.tiny import peft_adapter, random_factors, save_base, tiny_llama, write_adapter
 

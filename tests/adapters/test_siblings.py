@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsc.adapters.stack import whitened
 from nsc.adapters.surgery import choose_plans, merged_layers, set_coefficients, share_inputs
-from nsc.learning.loop import _reachable
+from nsc.learning.assembly import _reachable
 from nsc.learning.objective import NullSpaceObjective
 from nsc_kernels import MergedLoRALinear, Siblings, modules
 from tests.learning.test_objective import EXACT, make_batch, make_lam, mixed, model  # noqa: F401

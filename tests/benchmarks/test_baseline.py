@@ -16,7 +16,7 @@ from nsc.adapters.stack import stack_adapters, whitened
 from nsc.bases.roles import choose_targets
 from nsc.bases.structure import linear_shapes
 from nsc.data.packing import collate
-from nsc.learning.loop import initial_gradient
+from nsc.learning.assembly import initial_gradient
 from tests.tiny import tiny_llama
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import nsc
 from nsc.errors import NSCError
-from nsc.export.merged_factors import merged_factors
+from nsc.recipes.merged_factors import merged_factors
 from tests.conftest import ADAPTERS, KINDS
 from tests.tiny import dense_updates, peft_adapter, rewrite, save_base, tiny_llama
 

@@ -73,7 +73,7 @@ def learned_on_net(**settings) -> Learned:
     batch = Batch({"x": inputs}, task, torch.full((16 * K, 1), 1 / 16, dtype=torch.float64))
     entropy = Entropy([Head(given(f"head/task{k}")) for k in range(K)], "last")
     config = MergeConfig(**settings)
-    return learn(Net(), whitened(stack), ["fc2"], lambda step: [batch], config, progress=False, entropy=entropy)
+    return learn(Net(), whitened(stack), ["fc2"], lambda step: [batch], config, progress=False, output=entropy)
 
 
 @pytest.mark.parametrize("case", cases("adamerging"), ids=lambda case: case["id"])
@@ -170,7 +170,7 @@ def test_entropies_of_tokens_are_summed_as_a_backward_at_each_sums_them(generati
     for reduction in ("sum", "mean"):
         entropy = Entropy([Head(head)] * K, "counted", reduction)
         found[reduction] = learn(
-            model, whitened(stack), stack.names[-1:], lambda step: batches, config, progress=False, entropy=entropy
+            model, whitened(stack), stack.names[-1:], lambda step: batches, config, progress=False, output=entropy
         )
     torch.testing.assert_close(START - found["sum"].coefficients, expected, **SINGLE)
     assert found["sum"].losses == pytest.approx([loss], rel=0, abs=1e-10)

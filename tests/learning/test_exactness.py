@@ -17,7 +17,8 @@ from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.images import collate_images, tokens_seen
 from nsc.data.packing import buckets, collate, pack, shared_rows
-from nsc.learning.loop import learn, prepared
+from nsc.learning.assembly import prepared
+from nsc.learning.loop import learn
 from nsc.learning.passes import share_out
 from nsc.runtime.distributed import ALONE, Team, join
 from tests.plain import plain_objective, plain_steps
@@ -84,7 +85,7 @@ def recorded(setting: Setting) -> Found:
 
 def each_by_itself(setting: Setting) -> Found:
     """Layers that read one tensor, each with a pass over it of its own."""
-    with patch("nsc.learning.loop.share_inputs", lambda *of: None):
+    with patch("nsc.learning.assembly.share_inputs", lambda *of: None):
         return step(setting)
 
 

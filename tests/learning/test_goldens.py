@@ -26,7 +26,8 @@ from nsc.bases.structure import linear_shapes
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.images import collate_images, tokens_seen
-from nsc.learning.loop import initial_gradient, learn
+from nsc.learning.assembly import initial_gradient
+from nsc.learning.loop import learn
 from nsc.learning.objective import NullSpaceObjective
 
 GOLDEN = Path(__file__).parents[1] / "golden/nsc"

@@ -13,7 +13,7 @@ from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.data.packing import collate
 from nsc.errors import TargetError
-from nsc.learning.loop import initial_gradient
+from nsc.learning.assembly import initial_gradient
 from nsc.learning.objective import NullSpaceObjective
 from nsc_kernels.modules import layer_plan
 from tests.plain import plain_objective

@@ -12,8 +12,9 @@ from torch import Tensor
 from nsc.adapters.stack import by_rank, whitened
 from nsc.bases.heads import Head
 from nsc.config import MergeConfig
+from nsc.learning.assembly import prepared
 from nsc.learning.entropy import Entropy
-from nsc.learning.loop import learn, prepared
+from nsc.learning.loop import learn
 from nsc.learning.objective import sample_quantiles
 from nsc.learning.passes import share_out
 from tests.learning.test_exactness import AFTER, SINGLE, START, adapted, linears_by_block, llama, token_batches
@@ -126,13 +127,13 @@ def found(parts, name: str, rows: str = "alone", ranks: int = 1, **config: Any) 
     settings = {"layers": "factors", "max_drift": None, **option.settings, **config}
     run = MergeConfig(steps=STEPS, lr=LR, start=START, **settings)
     entropy = entropy_of_option(option)
-    with prepared(model, stack, targets, batches, run, entropy=entropy) as (state, passes):
+    with prepared(model, stack, targets, batches, run, output=entropy) as (state, passes):
         passes.tokens = run.tokens_per_pass
         for share in share_out(batches, ranks):
             passes.gradient(share)
         loss, gradient = state.loss.clone(), state.theta.grad.clone()
         torch.testing.assert_close(state.lam, torch.full_like(state.lam, START), **SINGLE)
-    learned = learn(model, stack, targets, lambda step: batches, run, progress=False, entropy=entropy)
+    learned = learn(model, stack, targets, lambda step: batches, run, progress=False, output=entropy)
     return loss, gradient, learned.coefficients
 
 

@@ -52,7 +52,8 @@ def test_what_a_token_keeps_is_measured_exactly(setting, layers):  # noqa: F811
     free = 2_500_000
     with merged_layers(model, stack, lam.detach(), plans) as layers:
         objective = NullSpaceObjective(model, layers, stack, TARGETS)
-        rows = tokens_that_fit(objective, lam, batch, free) // 20
+        set_coefficients(layers, lam)
+        rows = tokens_that_fit(objective, batch, free) // 20
         assert 2 < rows < 36
         for taken, fits in ((rows, True), (math.ceil(1.1 * rows), False)):
             set_coefficients(layers, lam)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import nsc
 from nsc.bases import loading
 from nsc.errors import NSCError, ProofError
-from nsc.export.merged_factors import merged_factors
 from nsc.methods import METHODS
 from nsc.recipes.combination import Combination
+from nsc.recipes.merged_factors import merged_factors
 from nsc.recipes.spec import read_recipe
 from nsc.recipes.updates import dense
 from tests.adapters.test_modules_to_save import whole  # noqa: F401 (a fixture)

@@ -17,7 +17,7 @@ from nsc.adapters.surgery import choose_plans
 from nsc.bases import loading, structure
 from nsc.bases.base_model import Base
 from nsc.errors import NSCError
-from nsc.learning.loop import initial_gradient
+from nsc.learning.assembly import initial_gradient
 from nsc.merging.from_data import _identity
 from nsc.runtime.placement import fetched_linear, input_device, is_plain, reload_in_backward, run_device
 from nsc.runtime.quantization import dequantise_where_used, dequantised

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsc.adapters.stack import Stack
+from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.methods import LowRank
 from nsc.methods.protocol import decomposed
-from nsc.recipes.updates import Merged
+from nsc.recipes.updates import Merged, WeightedSum
 
 DENSE_REMEDY = "no exact adapter holds it; give --rank to truncate it, or --full for the whole model"
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the range finder
@@ -48,6 +50,51 @@ def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedF
         raise NSCError(f"rank must be 1 or more, not {rank}")
     whole = set(merged.whole)
     return {name: _factors(name, merged.update(name), rank) for name in merged.names if name not in whole}
+
+
+def factors_to_fit(stack: Stack, config: MergeConfig) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """Make the factors at which fitting starts, from the sum of the adapters at their start coefficients.
+
+    Args:
+        stack: the adapters.
+        config: granularity, start and rank.
+
+    Returns:
+        Layer -> A (r, d), B (m, r) in float32; None where no factors are fitted.
+
+    Raises:
+        NSCError: if adapters fine-tuned a layer whole.
+    """
+    if config.granularity != "factors":
+        return None
+    return starting_factors(WeightedSum(stack, torch.full(stack.owned.shape, config.start)), config.factor_rank)
+
+
+def starting_factors(merged: Merged, rank: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Make factors from which an adapter can be fitted: the best approximation of a merge, split evenly.
+
+    Args:
+        merged: the merge.
+        rank: rank of the factors; None for what a layer's update has.
+
+    Returns:
+        Layer -> A (r, d), B (m, r) in float32.
+
+    Raises:
+        NSCError: if adapters fine-tuned a layer whole.
+    """
+    if merged.whole:
+        raise NSCError(
+            f"adapters fine-tuned {', '.join(merged.whole[:3])} whole, and factors are fitted to layers with LoRA"
+            " alone: keep those layers for their own tasks with keep_modules, or give granularity rank"
+        )
+    start = {}
+    for name in merged.names:
+        update = merged.update(name)
+        most = len(update.A) if isinstance(update, LowRank) else min(update.shape)
+        found = _factors(name, update, min(rank or most, most))
+        start[name] = found.A, found.B
+    return start
 
 
 def _factors(name: str, update: LowRank | Tensor, rank: int | None) -> MergedFactors:

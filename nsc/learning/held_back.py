@@ -1,0 +1,79 @@
+"""Rows held out of learning, by which the step that is kept is chosen, without labels."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsc.batch import Batch
+from nsc.learning.agreement import Agreement
+from nsc.runtime.placement import input_device
+from nsc.runtime.sharding import shards_of
+
+SHARE, LEAST = 0.1, 4  # of a task's rows, and rows
+FEW = 16  # rows of a task below which matching is known to overfit
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Held-out rows of all tasks.
+
+    Attributes:
+        agreement: how far the merged model is from the experts.
+        batches: the rows, with what the experts say about them.
+    """
+
+    agreement: Agreement
+    batches: Sequence[Batch]
+
+    @torch.no_grad()
+    def distances(self, model: nn.Module) -> list[float]:
+        """Measure a model, with whatever merge is in it.
+
+        Args:
+            model: the body.
+
+        Returns:
+            Each task's distance from its expert, relative to the bare base's; 0 for a task without rows.
+        """
+        device, shards = input_device(model), shards_of(model)
+        dtype = next(model.parameters()).dtype
+        total = torch.zeros(len(self.agreement.heads), dtype=torch.float64, device=device)
+        for batch in self.batches:
+            batch = batch.to(device)
+            with shards.one_pass() if shards else nullcontext():
+                total += self.agreement.by_task(model(**batch.arguments(dtype))[0], batch)
+        return total.tolist()
+
+
+def hold_back(
+    samples: Mapping[str, Sequence[Any]], seed: int
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]], list[str]]:
+    """Hold back a tenth of each task's rows, at least four, but never more than half of them.
+
+    Args:
+        samples: task -> its rows.
+        seed: seed of the choice.
+
+    Returns:
+        Task -> rows to learn from, task -> rows held back, and warnings. A single row is in both.
+    """
+    learned, held, warnings = {}, {}, []
+    for task, rows in samples.items():
+        order = list(range(len(rows)))
+        random.Random(f"{seed}/{task}/held").shuffle(order)
+        size = min(max(LEAST, int(len(rows) * SHARE)), len(rows) // 2)
+        learned[task] = [rows[i] for i in sorted(order[size:])]
+        held[task] = [rows[i] for i in sorted(order[:size])] if size else list(rows)
+        if 0 < len(rows) < FEW:
+            warnings.append(
+                f"task {task} has {len(rows)} unlabeled rows; matching overfits to fewer than {FEW}: give more rows, or"
+                " merge by nsc"
+            )
+    return learned, held, warnings

@@ -1,0 +1,231 @@
+"""What each task's expert, the base with that adapter alone, says about the rows of its task, once a row.
+
+A task's head is the one that its adapter carries. Where it carries none, a causal base's own head over its vocabulary
+is: then the expert's greedy answer stands behind each prompt, and what it says at the places that computed the answer
+counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc.adapters.lora import Adapter
+from nsc.adapters.modules_to_save import without_body
+from nsc.adapters.stack import Stack
+from nsc.adapters.surgery import merged_layers
+from nsc.bases.base_model import Base
+from nsc.bases.heads import load_generating_head
+from nsc.bases.task_head import TaskHead, load_task_head, vocabulary_head
+from nsc.batch import Batch
+from nsc.data.expected import Output
+from nsc.data.text import Pick
+from nsc.errors import DataError, NSCError
+from nsc.learning.agreement import Agreement, likeliest, of_likeliest, outputs_of
+from nsc.learning.generation import continue_prompts, end_tokens
+from nsc.learning.passes import in_passes
+from nsc.runtime.placement import input_device
+
+AnyBatches = Any  # TextBatches, ImageBatches or PromptBatches
+
+
+class Experts:
+    """The experts of all tasks, on one base.
+
+    Args:
+        base: with weights.
+        adapters: task -> adapter.
+        stack: the adapters on the base, with one coefficient for each layer and task.
+        positions: which tokens of an answer count, "full" or "last"; with "prompt" those of tasks without a head count
+            in full.
+        unseen: tasks without rows.
+        max_new_tokens: length of an answer, at most.
+
+    Attributes:
+        heads: the head of each task; None for an unseen one.
+
+    Raises:
+        NSCError: naming the task, for a head that is not followed, or where there is none.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Mapping[str, Adapter],
+        stack: Stack,
+        positions: str = "prompt",
+        unseen: Collection[str] = (),
+        max_new_tokens: int = 16,
+    ) -> None:
+        self.base, self.stack = base, stack
+        self.positions, self.most = positions, max_new_tokens
+        self.heads = _heads(base, adapters, positions, unseen)
+
+    @torch.no_grad()
+    def teach(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> AnyBatches:
+        """Run each task's expert on samples of the task.
+
+        Args:
+            batches: of texts or images.
+            picks: task and number of each sample.
+            tokens: the most of one forward.
+
+        Returns:
+            The same batches, holding what the experts say, and their answers where these are matched.
+
+        Raises:
+            DataError: naming a sample of which an expert says NaN or infinity.
+        """
+        outputs: dict[Pick, Output] = {}
+        answers: dict[Pick, Sequence[int]] = {}
+        for task, head in zip(self.stack.tasks, self.heads, strict=True):
+            mine = [pick for pick in picks if pick[0] == task]
+            if head and mine and head.pooling == "each":
+                answers |= dict(zip(mine, self._answers(task, head, batches.prompts_of(mine)), strict=True))
+        if answers:
+            batches = batches.with_answers(answers, "last" if self.positions == "last" else "full")
+        for k, task in enumerate(self.stack.tasks):
+            if mine := [pick for pick in picks if pick[0] == task]:
+                outputs |= self._outputs(k, batches, mine, tokens)
+        return batches.with_outputs(outputs)
+
+    @torch.no_grad()
+    def agreement(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> Agreement:
+        """Return the distance from the experts, relative to that of the base alone on these samples.
+
+        Args:
+            batches: what ``teach`` returned.
+            picks: task and number of each sample.
+            tokens: the most of one forward.
+
+        Returns:
+            The agreement.
+
+        Raises:
+            NSCError: naming a task whose expert says just what the base says.
+        """
+        device = input_device(self.base.model)
+        plain = Agreement(self.heads, torch.ones(len(self.heads), device=device))
+        bare = torch.zeros(len(self.heads), dtype=torch.float64, device=device)
+        for part in in_passes(batches.packed(picks), tokens):
+            bare += plain.by_task(*self._states(part))
+        for task, head, value in zip(self.stack.tasks, self.heads, bare.tolist(), strict=True):
+            if head is not None and not value > 0:
+                raise NSCError(
+                    f"adapter {task} says about its rows just what the base says without it, so there is nothing to"
+                    " match; give rows of its task, or name it as unseen"
+                )
+        scales = torch.tensor([0.0 if head is None else 1.0 for head in self.heads], device=device)
+        return Agreement(self.heads, scales / torch.where(bare > 0, bare, 1))
+
+    @contextmanager
+    def _alone(self, task: str) -> Iterator[None]:
+        """One expert in the model."""
+        k = self.stack.tasks.index(task)
+        only = torch.zeros(self.stack.owned.shape, device=input_device(self.base.model))
+        only[:, k] = 1
+        with merged_layers(self.base.model, self.stack, only):
+            yield
+
+    def _answers(self, task: str, head: TaskHead, prompts: Any) -> list[list[int]]:
+        model = self.base.model
+        assert head.generating is not None
+        with self._alone(task):
+            return continue_prompts(model, head.generating, prompts[0], self.most, end_tokens(model), prompts[1])
+
+    def _states(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """Last hidden states of a batch, and the batch on their device."""
+        model = self.base.model
+        batch = batch.to(input_device(model))
+        return model(**batch.arguments(next(model.parameters()).dtype))[0], batch
+
+    def _outputs(self, k: int, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> dict[Pick, Output]:
+        """What the expert of task k says about samples, each place found again by its number."""
+        task, head = self.stack.tasks[k], self.heads[k]
+        assert head is not None
+        spans = [spans_of(head, batches.counted_of(pick)) for pick in picks]
+        numbers = torch.arange(sum(map(len, spans)), dtype=torch.float64)[:, None].split([*map(len, spans)])
+        blank = {pick: Output(*given) for pick, *given in zip(picks, spans, numbers, strict=True)}
+        at, values, ids = [], [], []
+        with self._alone(task):
+            for part in in_passes(batches.with_outputs(blank).packed(picks), tokens):
+                states, batch = self._states(part)
+                assert part.expected is not None
+                there = (part.expected.weight > 0).flatten()
+                made = outputs_of(head, states, batch)[there.to(states.device)]
+                at.append(part.expected.values.flatten()[there].long())
+                kept = _as_target(head, made)
+                values.append(kept[0])
+                ids.append(kept[1])
+        order = torch.cat(at).argsort()
+        sizes = [len(places) for places in spans]
+        by_sample = torch.cat(values)[order].split(sizes), torch.cat(ids)[order].split(sizes)
+        outputs = {}
+        for pick, places, value, chosen in zip(picks, spans, *by_sample, strict=True):
+            if value.isnan().any() or value.isposinf().any() or (head.outputs == 1 and value.isinf().any()):
+                raise DataError(
+                    f"the expert of task {task} says NaN or infinity about row {pick[1] + 1} of its data; check the"
+                    " base's dtype (float16 overflows: use bfloat16) and the adapter"
+                )
+            outputs[pick] = Output(places, value, chosen if head.pooling == "each" else None)
+        return outputs
+
+
+def spans_of(head: TaskHead, counted: slice) -> list[tuple[int, int]]:
+    """Return the spans of a sample's tokens that its head reads.
+
+    Args:
+        head: the head of its task.
+        counted: the tokens of the sample that count: all of them, or those that computed its answer.
+
+    Returns:
+        First token and the one after the last, of each place.
+    """
+    first, last = counted.start, counted.stop
+    if head.pooling == "each":
+        return [(i, i + 1) for i in range(first, last)]
+    return [{"first": (0, 1), "last": (last - 1, last), "mean": (0, last), "all": (0, 1)}[head.pooling]]
+
+
+def _heads(
+    base: Base, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str]
+) -> list[TaskHead | None]:
+    """The head that each adapter carries, or the base's own over its vocabulary, the same for all."""
+    heads: list[TaskHead | None] = []
+    vocabulary: TaskHead | None = None
+    for task, adapter in adapters.items():
+        saved = without_body(base.model, adapter).saved if positions == "prompt" else {}
+        if task in unseen:
+            heads.append(None)
+        elif saved:
+            heads.append(load_task_head(base, saved, task))
+        else:
+            vocabulary = vocabulary or _vocabulary(base, task)
+            heads.append(vocabulary)
+    return heads
+
+
+def _vocabulary(base: Base, task: str) -> TaskHead:
+    try:
+        return vocabulary_head(load_generating_head(base))
+    except NSCError as error:
+        raise NSCError(
+            f"adapter {task} carries no head, and the base has none that generates, so there is no output to match"
+            f" ({error}); merge by nsc, or name this task as unseen"
+        ) from error
+
+
+def _as_target(head: TaskHead, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What is kept of outputs (n, C), on the CPU: numbers, or log-probabilities, and of a vocabulary their ids."""
+    if head.outputs == 1:
+        return outputs.cpu(), torch.zeros(len(outputs), 0)
+    logs = outputs.log_softmax(-1)
+    if head.pooling != "each":
+        return logs.cpu(), torch.zeros(len(outputs), 0)
+    ids = logs.topk(likeliest(head), -1).indices
+    last = torch.zeros_like(ids[:, :1])  # of no token: all the others
+    return of_likeliest(logs, ids).cpu(), torch.cat([ids, last], 1).cpu()
