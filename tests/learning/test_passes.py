@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-import nsc.learning.loop as learning
+import nsc.learning.assembly as learning
 from nsc.adapters.surgery import choose_plans, merged_layers, set_coefficients
 from nsc.data.packing import collate
 from nsc.learning import passes
