@@ -67,6 +67,15 @@ MATCHING: dict[str, dict[str, Any]] = {
     "rank": {"lr": 5e-2, "steps": 160},
     "factors": {"lr": 1e-3, "steps": 320},
 }
+DISTILLATION = "https://arxiv.org/abs/1503.02531"
+_MATCH: dict[str, Any] = {
+    "objective": "match",
+    "granularity": "rank",
+    "max_drift": None,
+    "schedule": "linear",
+    "batch_size": 4,
+    "stop": "match",
+}
 LEARNED = {
     "nsc": LearnedMethod(
         "a coefficient for each layer and task that keeps activations out of each adapter's null space",
@@ -84,16 +93,19 @@ LEARNED = {
         {**_ADAMERGING, "granularity": "task"},
     ),
     "match": LearnedMethod(
-        "a coefficient for each rank row, or new factors, by which the merged model says what each expert says",
-        "https://arxiv.org/abs/1503.02531",
-        {
-            "objective": "match",
-            "granularity": "rank",
-            "max_drift": None,
-            "schedule": "linear",
-            "batch_size": 4,
-            "stop": "match",
-        },
+        "a coefficient for each rank row of an adapter, by which the merged model says what each expert says",
+        DISTILLATION,
+        _MATCH,
+    ),
+    "match-layer": LearnedMethod(
+        "the same with one coefficient for each layer and task",
+        DISTILLATION,
+        {**_MATCH, "granularity": "layer"},
+    ),
+    "match-factors": LearnedMethod(
+        "one adapter whose own factors are fitted to what the experts say",
+        DISTILLATION,
+        {**_MATCH, "granularity": "factors"},
     ),
 }
 # The last blocks by a word: how many of a depth.

@@ -16,7 +16,6 @@ from nsc.adapters.lora import Adapter
 from nsc.adapters.stack import DenseStack
 from nsc.bases import structure
 from nsc.bases.base_model import Base
-from nsc.bases.heads import Head
 from nsc.bases.module_names import resolve_saved
 from nsc.bases.weights import read_layers
 from nsc.errors import NameMismatch, NSCError
@@ -179,25 +178,3 @@ def without_body(model: nn.Module, adapter: Adapter) -> Adapter:
     ends = tuple(f".{name}" for name in structure.linear_shapes(model))
     kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
     return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})
-
-
-def carried_head(adapter: Adapter) -> Head:
-    """Return the one linear layer in an adapter's modules_to_save.
-
-    Args:
-        adapter: what ``without_body`` returned.
-
-    Returns:
-        The head.
-
-    Raises:
-        NSCError: if anything else is in it.
-    """
-    matrices = [name for name, tensor in adapter.saved.items() if tensor.ndim == 2 and name.endswith(".weight")]
-    place = matrices[0].removesuffix(".weight") if matrices else ""
-    if len(matrices) != 1 or set(adapter.saved) - {f"{place}.weight", f"{place}.bias"}:
-        raise NSCError(
-            f"adapter {adapter.name}: its head holds {', '.join(sorted(adapter.saved))}; the entropy needs one linear"
-            " layer over the last hidden states: use the null-space objective, or name this task as unseen"
-        )
-    return Head(adapter.saved[f"{place}.weight"], adapter.saved.get(f"{place}.bias"))

@@ -47,12 +47,12 @@ class ScaleFlags:
     panel: ClassVar[str] = "Scales of the methods"
 
     search: Annotated[
-        str, typer.Option(help="How to find every scale that no setting gives: none, labels or null-space.")
+        str, typer.Option(help="How to find every scale that no setting gives: none, match, labels or null-space.")
     ] = "none"
     validation: Annotated[list[str] | None, VALIDATION] = None
     scales: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Lowest and highest scale of the search.  [default: 0.1 1.5, by labels up to 5]"),
+        typer.Option(help="Lowest and highest scale of the search.  [default: 0.1 1.5, by labels or match up to 5]"),
     ] = None
     scale_step: Annotated[
         list[float] | None,

@@ -37,7 +37,7 @@ class Job:
         preset: one of PRESETS.
         method: name of a method.
         coefficients: folder of an earlier merge, whose coefficients weight the method.
-        search: how the scale is found: "labels", "null-space" or "none".
+        search: how the scale is found: "labels", "null-space", "match" or "none".
         validation: task -> where the labelled rows of a search are.
         scales: lowest and highest scale of a search.
         recipe: the method with its settings; None for the sum by learned coefficients.
@@ -117,7 +117,7 @@ def gather(
     missing = [
         f"{key}: give {flag}, or {key}: in the file of --config"
         for key, flag in NEEDED.items()
-        if not job.get(key) and (learned or search == "null-space" or key != "data")
+        if not job.get(key) and (learned or search in ("null-space", "match") or key != "data")
     ]
     if missing:
         raise NSCError(f"a merge needs {'; '.join(missing)}")

@@ -23,13 +23,13 @@ import yaml
 
 from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.bases.base_model import Base
-from nsc.config import LEARNED, MergeConfig
+from nsc.config import LEARNED, MergeConfig, learned_settings
 from nsc.console import printer
 from nsc.data.labelled import read_all_labelled
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
 from nsc.errors import DataError, NSCError
-from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, grid_of
+from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, Value, grid_of
 from nsc.evaluation.scoring import Exam, exams_of
 from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
 from nsc.evaluation.trial import Planned, ScaleSearch, Stage, row_of
@@ -69,7 +69,8 @@ def compare(
         out: folder that does not exist yet.
         validation: task -> labelled rows for the search, none of which is in ``test``.
         search: how to find the scale of a method whose ``settings`` give none: "labels" on the validation rows,
-            "null-space" on ``config["evaluation_samples"]`` unlabeled rows per task, or "none", which takes 1.
+            "match" by what the experts say about unlabeled rows, "null-space" on ``config["evaluation_samples"]``
+            unlabeled rows per task, or "none", which takes 1.
         grid: the scales to try; by default ``grid_of(search)``.
         metrics: task -> one of METRICS; by default accuracy, pearson or loss, by the head.
         config: fields of MergeConfig, which override what each learning method has by itself.
@@ -95,8 +96,7 @@ def compare(
     done = _begin(out, identity, record["methods"], resume)
     scales = None
     if search != "none":
-        value = LabelledLoss(stage.model, held_out) if search == "labels" else stage.null_space()
-        scales = ScaleSearch(value, grid)
+        scales = ScaleSearch(_value(search, stage, held_out), grid)
     for name in (ALONE, BARE, *methods):
         if name not in done:
             row = row_of(name, stage, exams, planned.get(name), done.get(ALONE), scales)
@@ -105,6 +105,13 @@ def compare(
         comparison.write(partial_folder(out))
         say(_line(done[name]))
     return _finish(replace(comparison, rows=tuple(done[name] for name in (ALONE, BARE, *methods))), out, record)
+
+
+def _value(search: str, stage: Stage, held_out: Mapping[str, Exam]) -> Value:
+    """What a search makes as small as it can."""
+    if search == "labels":
+        return LabelledLoss(stage.model, held_out)
+    return stage.match() if search == "match" else stage.null_space()
 
 
 def _refuse(
@@ -123,7 +130,7 @@ def _refuse(
     if search == "labels" and not validation:
         raise NSCError("a search by labels needs rows that are not test rows: give --validation TASK=FILE")
     learning = [name for name, chosen in planned.items() if chosen.config]
-    if not data and (learning or search == "null-space"):
+    if not data and (learning or search in ("null-space", "match")):
         raise NSCError(f"{learning[0] if learning else 'the search'} needs unlabeled rows: give --data TASK=FILE")
     if strange := sorted(set(settings) - set(planned) - set(LEARNED)):
         raise NSCError(f"settings are given for {', '.join(strange)}, which is not among the methods")
@@ -171,10 +178,11 @@ def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[s
     learning = None
     if learner:
         mine = settings.get(learner, {}) if recipe else own
-        learning = MergeConfig.from_dict({**LEARNED[learner].settings, **config, **mine})
-        if recipe and learning.granularity == "rank":
+        learning = MergeConfig.from_dict({**learned_settings(learner, {**config, **mine}), **config, **mine})
+        if recipe and learning.granularity in ("rank", "factors"):
             raise NSCError(
-                f"{name}: the weights of a method belong to layers or tasks, not to rank rows; leave granularity unset"
+                f"{name}: the weights of a method belong to layers or tasks, which {learner} does not learn by"
+                f" {learning.granularity}; give granularity layer or task"
             )
     chosen = read_recipe(recipe, **own) if recipe else None
     return Planned(learning, chosen, chosen is not None and search != "none" and "scale" not in own)

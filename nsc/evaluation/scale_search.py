@@ -2,6 +2,7 @@
 
     labels       mean over tasks of  loss_k(scale) / loss_k(0)          loss_k(0): task k's head on the bare base
     null space   mean over tasks and targets of om_k of the merged model's inputs, task k's rows against its own A_k
+    match        mean over tasks of the merged model's distance from the expert (nsc.learning.agreement)
 
 What does not depend on the scale is done once: the merge itself, its factors in the model, rows as tokens. A loss is
 taken relative to that of the bare base, which is far from 0; relative to the adapter's own, a task that its adapter has
@@ -56,7 +57,11 @@ class Grid:
 
 
 MOST = 5.0
-MEASURES = {"labels": "mean loss relative to the bare base's", "null-space": "mean null-space ratio"}  # minimised
+MEASURES = {  # minimised
+    "labels": "mean loss relative to the bare base's",
+    "null-space": "mean null-space ratio",
+    "match": "mean distance from the experts, relative to the bare base's",
+}
 SEARCHES = ("none", *MEASURES)
 
 
@@ -87,7 +92,7 @@ def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple
     """Return the grid of a search.
 
     Args:
-        search: "labels", which continues upwards to ``MOST`` while that helps, or "null-space".
+        search: "labels" or "match", which continue upwards to ``MOST`` while that helps, or "null-space".
         scales: lowest and highest scale, and no others; None for the default range.
         steps: step of each grid, coarse to fine.
 
@@ -96,7 +101,7 @@ def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple
     """
     if scales:
         return Grid(*scales, steps)
-    return Grid(steps=steps, most=MOST if search == "labels" else None)
+    return Grid(steps=steps, most=None if search == "null-space" else MOST)
 
 
 def search(value: Callable[[float], float], grid: Grid = Grid()) -> SearchResult:

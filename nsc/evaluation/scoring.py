@@ -3,15 +3,15 @@
     higher is better   100 x metric / metric of the adapter alone        accuracy, pearson, spearman
     lower is better    100 x metric of the adapter alone / metric        rmse, mae, loss, perplexity
 
-A head reads the last token of a causal body and the first one of another. Where adapters carry none, a causal base's
-own head says the answer that a row gives: ``loss`` is the cross-entropy of its tokens, ``perplexity`` its exponential.
+A head reads the tokens that its class of transformers pools. Where adapters carry none, a causal base's own head
+says the answer that a row gives: ``loss`` is the cross-entropy of its tokens, ``perplexity`` its exponential.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc.adapters.lora import Adapter
-from nsc.adapters.modules_to_save import carried_head, without_body
+from nsc.adapters.modules_to_save import without_body
 from nsc.bases import loading, structure
 from nsc.bases.base_model import Base
-from nsc.bases.heads import Head, load_generating_head
-from nsc.data.images import pixels_by
+from nsc.bases.heads import load_generating_head
+from nsc.bases.task_head import TaskHead, load_task_head, vocabulary_head
+from nsc.batch import Batch
+from nsc.data.expected import Output, expected
+from nsc.data.images import collate_images, pixels_by
 from nsc.data.labelled import Labelled
 from nsc.data.packing import collate
 from nsc.data.text import pad_id_of, tokenize, with_answer
 from nsc.errors import DataError, NSCError
 from nsc.evaluation.metrics import METRICS, OF_NUMBERS, torchmetrics_function
+from nsc.learning.agreement import outputs_of
+from nsc.learning.teachers import spans_of
 from nsc.runtime.placement import input_device
 
 TOKENS, IMAGES = 4096, 32  # of one forward
@@ -38,15 +43,11 @@ class Part(NamedTuple):
     """One forward of labelled rows.
 
     Attributes:
-        inputs: inputs of the body, on the CPU.
-        rows: (n,) int64, in which row of the batch each hidden state is that a head reads.
-        places: (n,) int64, at which token of that row.
-        truth: (n,) the class, number or token that is true there.
+        batch: rows on the CPU, with the places that a head reads.
+        truth: (n,) the class, number or token that is true in each of them.
     """
 
-    inputs: dict[str, Tensor]
-    rows: Tensor
-    places: Tensor
+    batch: Batch
     truth: Tensor
 
 
@@ -60,7 +61,7 @@ class Exam:
         parts: one for each forward.
     """
 
-    head: Head
+    head: TaskHead
     metric: str
     parts: list[Part]
 
@@ -100,12 +101,13 @@ class Exam:
     @torch.no_grad()
     def _answers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """(n, C) logits, in float32 at least, and (n,) truth of each forward."""
-        device = input_device(model)
+        device, dtype = input_device(model), next(model.parameters()).dtype
         for part in self.parts:
-            states = model(**{name: x.to(device) for name, x in part.inputs.items()})[0]
-            read = states[part.rows.to(states.device), part.places.to(states.device)]
-            logits = self.head.logits(read.to(torch.promote_types(read.dtype, torch.float32)))
-            yield logits, part.truth.to(logits.device)
+            batch = part.batch.to(device)
+            outputs = outputs_of(self.head, model(**batch.arguments(dtype))[0], batch)
+            assert part.batch.expected is not None
+            there = (part.batch.expected.weight > 0).flatten().to(outputs.device)
+            yield outputs[there], part.truth.to(outputs.device)
 
 
 def exams_of(
@@ -130,14 +132,14 @@ def exams_of(
     Raises:
         NSCError: for a head, label or metric that do not go together, and without torchmetrics where it is needed.
     """
-    vocabulary = None
+    vocabulary: TaskHead | None = None
     exams = {}
     for task, labelled in rows.items():
         adapter = without_body(base.model, adapters[task])
         carried = bool(adapter.saved)
         if not carried and vocabulary is None:
-            vocabulary = load_generating_head(base)
-        head = carried_head(adapter) if carried else vocabulary
+            vocabulary = vocabulary_head(load_generating_head(base))
+        head = load_task_head(base, adapter.saved, task) if carried else vocabulary
         assert head is not None
         metric = metrics.get(task, _usual(head) if carried else "loss")
         _require_fit(task, metric, head, labelled.labels, carried)
@@ -145,8 +147,8 @@ def exams_of(
     return exams
 
 
-def _usual(head: Head) -> str:
-    return "pearson" if len(head.weight) == 1 else "accuracy"
+def _usual(head: TaskHead) -> str:
+    return "pearson" if head.outputs == 1 else "accuracy"
 
 
 def _losses(logits: Tensor, truth: Tensor) -> Tensor:
@@ -155,10 +157,10 @@ def _losses(logits: Tensor, truth: Tensor) -> Tensor:
     return F.cross_entropy(logits, truth.long(), reduction="none")
 
 
-def _require_fit(task: str, metric: str, head: Head, labels: Sequence[Any], carried: bool) -> None:
+def _require_fit(task: str, metric: str, head: TaskHead, labels: Sequence[Any], carried: bool) -> None:
     if metric not in METRICS:
         raise NSCError(f"unknown metric {metric} (task {task}); known metrics: {', '.join(METRICS)}")
-    outputs = len(head.weight)
+    outputs = head.outputs
     if METRICS[metric].of and not carried:
         raise NSCError(f"task {task}: {metric} needs an adapter with a head; answers are scored by loss or perplexity")
     if (metric in OF_NUMBERS and outputs != 1) or (metric == "accuracy" and outputs == 1):
@@ -174,24 +176,24 @@ def _require_fit(task: str, metric: str, head: Head, labels: Sequence[Any], carr
             raise DataError(f"task {task}, labelled row {number}: class {label!r}, but the head has {outputs} outputs")
 
 
-def _parts(base: Base, task: str, rows: Labelled, head: Head, carried: bool, max_length: int) -> list[Part]:
+def _parts(base: Base, task: str, rows: Labelled, head: TaskHead, carried: bool, max_length: int) -> list[Part]:
     if base.takes == "pixel_values":
         return _image_parts(base, rows)
     tokenizer, causal = loading.load_tokenizer(base), structure.is_causal(base.model)
     tokens = tokenize(tokenizer, {task: rows.samples}, max_length)[task]
     if carried:
-        reads = [[len(ids) - 1] if causal else [0] for ids in tokens]
+        reads = [spans_of(head, slice(0, len(ids))) for ids in tokens]
         truth: list[list[Any]] = [[label] for label in rows.labels]
     else:
         truth = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in rows.labels]
         if empty := [i for i, ids in enumerate(truth, start=1) if not ids]:
             raise DataError(f"task {task}, labelled row {empty[0]}: the answer has no token")
         pairs = [with_answer(ids, answer, "full") for ids, answer in zip(tokens, truth, strict=True)]
-        tokens, reads = [ids for ids, _ in pairs], [list(range(*at.indices(len(ids)))) for ids, at in pairs]
+        tokens, reads = [ids for ids, _ in pairs], [spans_of(head, at) for _, at in pairs]
     pad_id = pad_id_of(tokenizer)
     return [
         _part(
-            collate([tokens[i] for i in alike], [0] * len(alike), pad_id, causal).inputs,
+            collate([tokens[i] for i in alike], [0] * len(alike), pad_id, causal),
             [reads[i] for i in alike],
             [truth[i] for i in alike],
         )
@@ -204,15 +206,18 @@ def _image_parts(base: Base, rows: Labelled) -> list[Part]:
     parts = []
     for at in range(0, len(rows.samples), IMAGES):
         images, labels = rows.samples[at : at + IMAGES], rows.labels[at : at + IMAGES]
-        inputs = {"pixel_values": torch.stack([pixels(image) for image in images])}
-        parts.append(_part(inputs, [[0]] * len(images), [[label] for label in labels]))
+        batch = collate_images([pixels(image) for image in images], [0] * len(images), 1)
+        parts.append(_part(batch, [[(0, 1)]] * len(images), [[label] for label in labels]))
     return parts
 
 
-def _part(inputs: dict[str, Tensor], reads: list[list[int]], truth: list[list[Any]]) -> Part:
-    rows = torch.tensor([r for r, places in enumerate(reads) for _ in places])
-    places = torch.tensor([place for row in reads for place in row])
-    return Part(inputs, rows, places, torch.tensor([float(value) for row in truth for value in row]))
+def _part(batch: Batch, reads: list[list[tuple[int, int]]], truth: list[list[Any]]) -> Part:
+    """reads: spans of tokens of each row."""
+    outputs = [Output(spans, torch.zeros(len(spans), 1)) for spans in reads]
+    rows, starts = [[i] for i in range(len(reads))], dict.fromkeys(range(len(reads)), 0)
+    shape = len(reads), max(map(len, reads))
+    places = expected(rows, starts, [0] * len(reads), outputs, torch.tensor([len(reads)]), shape)
+    return Part(replace(batch, expected=places), torch.tensor([float(value) for row in truth for value in row]))
 
 
 def _by_length(lengths: Sequence[int]) -> list[list[int]]:

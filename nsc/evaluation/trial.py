@@ -19,10 +19,14 @@ from nsc.errors import NSCError
 from nsc.evaluation.scale_search import Grid, Value, require_finite, search_scale
 from nsc.evaluation.scoring import Exam
 from nsc.evaluation.table import ALONE, Row, scored
-from nsc.learning.preparation import Problem, evaluation_ratio, prepare
+from nsc.learning.held_back import HeldBack
+from nsc.learning.loop import Learned
+from nsc.learning.preparation import Problem, distance_from_experts, evaluation_ratio, prepare
 from nsc.learning.ratios import NullSpaceRatio
 from nsc.recipes.combination import Combination, as_one
+from nsc.recipes.merged_factors import factors_to_fit
 from nsc.recipes.spec import Recipe, with_scale
+from nsc.recipes.updates import fitted
 from nsc.runtime.memory import PeakMemory
 from nsc.runtime.placement import input_device
 
@@ -63,7 +67,7 @@ class Stage:
         samples: task -> unlabeled rows; empty where no method needs any.
         config: what the comparison says of all learning.
         say: prints a line.
-        learned: method -> coefficients, seconds and bytes, once it has learned.
+        learned: method -> what it learned, seconds and bytes, once it has.
     """
 
     base: Base
@@ -71,7 +75,7 @@ class Stage:
     samples: Mapping[str, Sequence[Any]]
     config: MergeConfig
     say: Callable[[str], Any]
-    learned: dict[str, tuple[Tensor, float, int | None]] = field(default_factory=dict)
+    learned: dict[str, tuple[Learned, float, int | None]] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -92,7 +96,7 @@ class Stage:
         Returns:
             A problem on the shared base.
         """
-        return prepare(self.base, self.matched, self.samples, config)
+        return prepare(self.base, self.matched, self.samples, config, factors_to_fit(self.stack, config))
 
     def null_space(self) -> NullSpaceRatio:
         """Return the null-space ratio of the rows that a merge is evaluated on before and after.
@@ -102,7 +106,15 @@ class Stage:
         """
         return evaluation_ratio(self.base, self.stack, self.samples, self.config)
 
-    def coefficients(self, name: str, config: MergeConfig) -> tuple[Tensor, float, int | None]:
+    def match(self) -> HeldBack:
+        """Return the distance from the experts on some of the unlabeled rows.
+
+        Returns:
+            A function of the model.
+        """
+        return distance_from_experts(self.base, self.matched.adapters, self.stack, self.samples, self.config)
+
+    def learn(self, name: str, config: MergeConfig) -> tuple[Learned, float, int | None]:
         """Learn what ``name`` learns, once.
 
         Args:
@@ -110,12 +122,12 @@ class Stage:
             config: its settings.
 
         Returns:
-            The coefficients, seconds, and the bytes by which memory grew, None where that is unknown.
+            What was learned, seconds, and the bytes by which memory grew, None where that is unknown.
         """
         if name not in self.learned:
             peak, started = PeakMemory(input_device(self.model)), time.perf_counter()
-            lam = self.problem(config).learn(progress=False).coefficients
-            self.learned[name] = lam, time.perf_counter() - started, peak.growth()
+            learned = self.problem(config).learn(progress=False)
+            self.learned[name] = learned, time.perf_counter() - started, peak.growth()
         return self.learned[name]
 
 
@@ -170,11 +182,13 @@ def _merge(name: str, stage: Stage, planned: Planned, search: ScaleSearch | None
     """The row without scores, and what to put into the model with which coefficients."""
     row, lam, memory = Row(name), None, 0
     if planned.config:
-        lam, seconds, grown = stage.coefficients(name.partition("+")[0], planned.config)
-        row, memory = replace(row, optimisation=seconds, memory=grown), grown or 0
-    if planned.recipe is None:
-        assert lam is not None and planned.config is not None
-        return row, by_rank(stage.stack) if planned.config.granularity == "rank" else stage.stack, lam
+        learned, seconds, grown = stage.learn(name.partition("+")[0], planned.config)
+        row, memory, lam = replace(row, optimisation=seconds, memory=grown), grown or 0, learned.coefficients
+        if planned.recipe is None:
+            if learned.factors:
+                return row, *fitted(stage.stack, learned.factors).in_model()
+            return row, by_rank(stage.stack) if planned.config.granularity == "rank" else stage.stack, lam
+    assert planned.recipe is not None
     peak, started = PeakMemory(input_device(stage.model)), time.perf_counter()
     one = with_scale(planned.recipe, 1.0)
     merged = as_one(Combination(stage.stack, one, lam, device=input_device(stage.model)))

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter
-from nsc.adapters.modules_to_save import carried_head, without_body
+from nsc.adapters.modules_to_save import without_body
 from nsc.bases import structure
 from nsc.bases.base_model import Base
 from nsc.bases.heads import Head, load_generating_head
+from nsc.bases.task_head import TaskHead, load_task_head
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
 
@@ -32,11 +33,12 @@ class Entropy:
 
     Attributes:
         heads: the head of each task; None for a task without rows.
-        rows: which rows of a sample a head reads: the "first" or "last" that counts, or all that count ("counted").
+        rows: which rows of a sample a head reads: the "first" or "last" that counts, each that counts ("counted"), or,
+            of an image, "all" of them together.
         reduction: "mean" or "sum" over the rows that count.
     """
 
-    heads: Sequence[Head | None]
+    heads: Sequence[Head | TaskHead | None]
     rows: str
     reduction: str = "mean"
 
@@ -60,12 +62,14 @@ class Entropy:
                 " for each; choose targets that see all tokens"
             )
         weight = row_weights(batch, self.rows, self.reduction).to(preferences.dtype)
-        task, states = batch.task.flatten(), states.flatten(0, 1)
+        task, rows = batch.task.flatten(), states.flatten(0, 1)
+        if self.rows == "all":
+            task, rows, weight = batch.task[:, 0], states, weight.view(states.shape[:2]).sum(1)
         total = weight.new_zeros(())
         for k, head in enumerate(self.heads):
             if head is not None:
                 mine = (task == k) & (weight > 0)
-                total = total + preferences[k] * (weight[mine] * entropy(head.logits(states[mine]))).sum()
+                total = total + preferences[k] * (weight[mine] * entropy(head.logits(rows[mine]))).sum()
         return total
 
 
@@ -87,18 +91,19 @@ def row_weights(batch: Batch, rows: str, reduction: str = "mean") -> Tensor:
 
     Args:
         batch: whose rows are weighted.
-        rows: "first" or "last" puts a sample's weight on one of its rows that count; else all that count share it.
+        rows: "first" or "last" puts a sample's weight on one of its rows that count; with "counted" and "all", those
+            that count share it.
         reduction: "sum" puts the whole sample's weight on each row that counts.
 
     Returns:
         (b L,).
     """
     weight = batch.weight.flatten()
-    if rows not in ("first", "last") and reduction == "mean":
+    if rows == "all" or (rows == "counted" and reduction == "mean"):
         return weight
     sample, place = batch.samples(), torch.arange(len(weight), device=weight.device)
     whole = torch.zeros_like(weight).index_add(0, sample, weight)[sample]
-    if rows not in ("first", "last"):
+    if rows == "counted":
         return torch.where(weight > 0, whole, 0)
     last = rows == "last"
     counted = torch.where(weight > 0, place, -1 if last else len(place))
@@ -115,8 +120,8 @@ def entropy_of(
 ) -> Entropy:
     """Return the entropy by the heads that adapters carry, or by the base's own where there are none to use.
 
-    Generated positions always take the base's own head, which reads all tokens of an answer. Of a prompt, a head reads
-    the last token of a causal body and the first of another.
+    Generated positions always take the base's own head, which reads all tokens of an answer. A head that an adapter
+    carries reads what its class of transformers pools.
 
     Args:
         base: with weights.
@@ -129,13 +134,13 @@ def entropy_of(
         The entropy.
 
     Raises:
-        NSCError: if there is no head, only some adapters carry one, one is more than a linear layer, or all have a
-            single output.
+        NSCError: if there is no head, only some adapters carry one, one is not followed, heads pool differently, or all
+            have a single output.
     """
     seen = {task: without_body(base.model, adapter) for task, adapter in adapters.items() if task not in unseen}
     carrying = [task for task, adapter in seen.items() if adapter.saved and positions == "prompt"]
-    rows = "counted" if positions != "prompt" else "last" if structure.is_causal(base.model) else "first"
     if not carrying:
+        rows = "counted" if positions != "prompt" else "last" if structure.is_causal(base.model) else "first"
         head = load_generating_head(base)
         return Entropy([head if task in seen else None for task in adapters], rows, reduction)
     if len(carrying) < len(seen):
@@ -144,10 +149,16 @@ def entropy_of(
             f"{', '.join(carrying)} carry a head and {', '.join(without)} do not: their entropies cannot be added;"
             " merge them by the null-space objective, or name those without a head as unseen"
         )
-    heads = [carried_head(seen[task]) if task in seen else None for task in adapters]
-    if all(head is None or len(head.weight) == 1 for head in heads):
+    heads = [load_task_head(base, seen[task].saved, task) if task in seen else None for task in adapters]
+    poolings = sorted({head.pooling for head in heads if head is not None})
+    if len(poolings) > 1 or poolings[0] in ("mean", "each"):
+        raise NSCError(
+            f"the heads of {', '.join(carrying)} read {' and '.join(poolings)} of a sample's tokens; the entropy"
+            " follows heads that all read the first or all read the last: use the objective match or null-space"
+        )
+    if all(head is None or head.outputs == 1 for head in heads):
         raise NSCError(
             f"the heads of {', '.join(carrying)} have one output each, so their entropy is always 0;"
             " use the null-space objective"
         )
-    return Entropy(heads, rows, reduction)
+    return Entropy(heads, poolings[0], reduction)

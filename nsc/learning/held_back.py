@@ -51,6 +51,33 @@ class HeldBack:
                 total += self.agreement.by_task(model(**batch.arguments(dtype))[0], batch)
         return total.tolist()
 
+    def __call__(self, model: nn.Module) -> float:
+        """Return the mean distance over tasks with rows.
+
+        Args:
+            model: the body, with whatever merge is in it.
+
+        Returns:
+            1 for a merge that knows as little as the bare base, 0 for one that says what the experts say.
+        """
+        return sum(self.distances(model)) / sum(head is not None for head in self.agreement.heads)
+
+
+def some_of(rows: Sequence[Any], most: int, key: str) -> list[Any]:
+    """Choose rows at random.
+
+    Args:
+        rows: rows of a task.
+        most: how many, at most.
+        key: seed of the choice.
+
+    Returns:
+        The chosen ones in their own order.
+    """
+    order = list(range(len(rows)))
+    random.Random(key).shuffle(order)
+    return [rows[i] for i in sorted(order[:most])]
+
 
 def hold_back(
     samples: Mapping[str, Sequence[Any]], seed: int

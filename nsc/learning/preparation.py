@@ -18,11 +18,12 @@ from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.modalities import Batches, feed_of
+from nsc.data.text import Pick
 from nsc.errors import NSCError
 from nsc.learning.agreement import Agreement
 from nsc.learning.entropy import Entropy, entropy_of
 from nsc.learning.generation import batches_of
-from nsc.learning.held_back import HeldBack, hold_back
+from nsc.learning.held_back import HeldBack, hold_back, some_of
 from nsc.learning.loop import Learned, learn
 from nsc.learning.objective import goal_of
 from nsc.learning.passes import in_passes
@@ -34,6 +35,7 @@ from nsc.runtime.placement import input_device, one_device
 from nsc.runtime.sharding import shard_linears
 
 TOKENS = 4096  # of a forward of the experts, at least
+MEASURED = 64  # rows of a task on which merges are compared: with as many, the experts chose what labels chose
 
 
 @dataclass(frozen=True)
@@ -179,24 +181,82 @@ def _with_experts(
 ) -> Problem:
     """The problem where the experts' outputs are learned from, or choose the step that is kept."""
     learned, held, warnings = hold_back(samples, config.seed)
-    plain, feed = replace(config, positions="prompt"), feed_of(base)
-    batches, evaluation = feed.batches(base, targets, learned, plain)
+    batches, evaluation = feed_of(base).batches(base, targets, learned, replace(config, positions="prompt"))
+    experts = experts_of(base, matched.adapters, matched.stack, config)
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))
-    ways = config.positions, config.unseen, config.max_new_tokens
-    experts = Experts(base, matched.adapters, matched.stack, *ways)
-    picks = sorted(
-        {(t, i) for step in range(max(1, config.steps)) for t, row in batches.drawn(step).items() for i in row}
-    )
+    drawn = [batches.drawn(step).items() for step in range(max(1, config.steps))]
+    picks = sorted({(task, i) for step in drawn for task, row in step for i in row})
     batches = experts.teach(batches, picks, limit)
     agreement = experts.agreement(batches, picks, limit)
     output: Entropy | Agreement | None = agreement if "match" in config.objective else None
     output = entropy_in(base, matched, config) if config.needs_entropy else output
     chosen = None
     if config.stop == "match":
-        every = [(task, i) for task, rows in held.items() for i in range(len(rows))]
-        rest = experts.teach(feed.batches(base, targets, held, plain)[0], every, limit)
-        chosen = HeldBack(agreement, in_passes(rest.packed(every), limit))
+        chosen = HeldBack(agreement, _told(experts, base, targets, held, config, limit)[0])
     return Problem(base, stack, targets, batches, evaluation, output, config, chosen, warnings=tuple(warnings))
+
+
+def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config: MergeConfig) -> Experts:
+    """Return the experts of a merge.
+
+    Args:
+        base: with weights.
+        adapters: task -> adapter.
+        stack: the adapters on the base, with one coefficient for each layer and task.
+        config: positions, unseen and the length of answers.
+
+    Returns:
+        The experts.
+
+    Raises:
+        NSCError: naming a task whose output is not followed.
+    """
+    return Experts(base, adapters, stack, config.positions, config.unseen, config.max_new_tokens)
+
+
+def distance_from_experts(
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    stack: Stack,
+    samples: Mapping[str, Sequence[Any]],
+    config: MergeConfig,
+) -> HeldBack:
+    """Return what measures any merge, without labels, by its distance from the experts on some rows of each task.
+
+    Args:
+        base: with weights.
+        adapters: task -> adapter.
+        stack: the adapters on the base, with one coefficient for each layer and task.
+        samples: task -> what its feed read, of which at most ``MEASURED`` rows are taken.
+        config: settings of the rows.
+
+    Returns:
+        The measure.
+
+    Raises:
+        NSCError: a subclass, for rows and heads that do not go together.
+    """
+    targets = targets_of(base, stack, config.target_modules, config.target_blocks)
+    experts = experts_of(base, adapters, stack, config)
+    some = {task: some_of(rows, MEASURED, f"{config.seed}/{task}/measured") for task, rows in samples.items()}
+    limit = config.tokens_per_pass or TOKENS
+    parts, batches, picks = _told(experts, base, targets, some, config, limit)
+    return HeldBack(experts.agreement(batches, picks, limit), parts)
+
+
+def _told(
+    experts: Experts,
+    base: Base,
+    targets: Sequence[str],
+    samples: Mapping[str, Sequence[Any]],
+    config: MergeConfig,
+    limit: int,
+) -> tuple[list[Batch], Any, list[Pick]]:
+    """All of these rows in passes, with what the experts say about them; what batches them; and their picks."""
+    batches = feed_of(base).batches(base, targets, samples, replace(config, positions="prompt"))[0]
+    picks = [(task, i) for task, rows in samples.items() for i in range(len(rows))]
+    batches = experts.teach(batches, picks, limit)
+    return in_passes(batches.packed(picks), limit), batches, picks
 
 
 def entropy_in(base: Base, matched: Matched, config: MergeConfig) -> Entropy:

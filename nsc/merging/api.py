@@ -52,8 +52,9 @@ def merge(
         config: settings of learning; fields given in ``settings`` override it.
         method: a name that ``nsc methods`` lists; "nsc+NAME" to learn coefficients first and use them as the weights of
             another method; or a recipe from ``read_recipe``.
-        search: how to find the scale of another method: "null-space" by the ratios of ``evaluation_samples`` unlabeled
-            rows per task, "labels" by the loss on ``validation``, or "none", which takes the setting ``scale``.
+        search: how to find the scale of another method: "match" by the distance from what the experts say about
+            unlabeled rows, "null-space" by the ratios of ``evaluation_samples`` unlabeled rows per task, "labels" by
+            the loss on ``validation``, or "none", which takes the setting ``scale``.
         validation: task -> labelled rows, as ``read_labelled`` takes them.
         scales: lowest and highest scale of the search; 0.1 and 1.5 by default.
         coefficients: (M, K), or the folder of an earlier merge, as weights of a method that learns nothing.

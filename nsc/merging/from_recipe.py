@@ -105,9 +105,9 @@ def require_weights_of_tasks(recipe: Recipe, granularity: str) -> None:
     Raises:
         NSCError: for granularity "rank".
     """
-    if granularity == "rank":
+    if granularity in ("rank", "factors"):
         raise NSCError(
-            f"{recipe.label} takes one weight per layer and task, but granularity rank learns one per rank row; learn"
+            f"{recipe.label} takes one weight per layer and task, which granularity {granularity} does not learn; learn"
             " by layer or task"
         )
 

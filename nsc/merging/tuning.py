@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from nsc.adapters.stack import Stack
 from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
@@ -30,7 +31,7 @@ from nsc.evaluation.scale_search import (
 )
 from nsc.evaluation.scoring import exams_of
 from nsc.export.result import MergeResult
-from nsc.learning.preparation import evaluation_ratio
+from nsc.learning.preparation import distance_from_experts, evaluation_ratio
 from nsc.merging.report_builder import describe_recipe
 from nsc.recipes.combination import as_one
 from nsc.recipes.spec import OF_SEARCH, split_learned, write_settings
@@ -40,7 +41,7 @@ class Search(NamedTuple):
     """A search of the scale of one merge.
 
     Attributes:
-        by: "labels" or "null-space".
+        by: one of MEASURES.
         sources: task -> where its rows are.
         labelled: task -> the rows that were read, for a search by labels.
         grid: the scales to try.
@@ -64,7 +65,7 @@ def refuse_search(
     """Refuse arguments that are no search, or not one for this method.
 
     Args:
-        search: "labels", "null-space" or "none".
+        search: one of SEARCHES.
         method: name of a method.
         scaled: whether a scale is given.
         config: settings of the base and of learning.
@@ -82,7 +83,7 @@ def refuse_search(
     if search == "none":
         if scales:
             raise NSCError(
-                "scales are the range of a search: give --search null-space or labels, or leave the range out"
+                "scales are the range of a search: give --search match, labels or null-space, or leave the range out"
             )
         return
     learned, recipe = split_learned(method)
@@ -95,13 +96,14 @@ def refuse_search(
         raise NSCError("a scale is given, so there is none to search: leave out the scale or the search")
     if search == "labels" and not validation:
         raise NSCError("a search by labels needs labelled rows: give --validation TASK=FILE for each task")
-    if search == "null-space" and not data:
-        raise NSCError("a search by null-space ratios needs unlabeled rows: give --data TASK=FILE for each task")
+    if search in ("null-space", "match") and not data:
+        by = "null-space ratios" if search == "null-space" else "the experts' outputs"
+        raise NSCError(f"a search by {by} needs unlabeled rows: give --data TASK=FILE for each task")
     if not config.whole_base:
         raise NSCError("a search needs the whole base on one device: leave out weights, device_map and shard")
-    if search == "labels" and config.keep_modules:
+    if search != "null-space" and config.keep_modules:
         raise NSCError(
-            "layers that each task keeps (keep_modules) are in no single model on which labelled rows could be tried"
+            "layers that each task keeps (keep_modules) are in no single model on which outputs could be tried"
             " on: search by null-space ratios, or give a scale"
         )
 
@@ -117,7 +119,7 @@ def read_search(
     """Read what a search needs; arguments are those of ``nsc.merge``, which ``refuse_search`` has checked.
 
     Args:
-        search: "labels", "null-space" or "none".
+        search: one of SEARCHES.
         base: what it takes decides how rows are read.
         adapters: names of the tasks.
         data: task -> unlabeled rows.
@@ -172,8 +174,15 @@ def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig)
         exams = exams_of(base, adapters, search.labelled, config.max_length, dict.fromkeys(adapters, "loss"))
         return result.record.targets, LabelledLoss(base.model, exams)
     samples = read_data(search.sources, adapters, feed_of(base).read, config.unseen)
+    if search.by == "match":
+        return result.record.targets, distance_from_experts(base, adapters, _by_layer(result.stack), samples, config)
     ratio = evaluation_ratio(base, result.stack, samples, config)
     return ratio.targets, ratio
+
+
+def _by_layer(stack: Stack) -> Stack:
+    """The same adapters with one coefficient for each layer and task."""
+    return replace(stack, modules={name: replace(module, by_rank=False) for name, module in stack.modules.items()})
 
 
 def _described(
@@ -184,7 +193,7 @@ def _described(
     report = replace(describe_recipe(result.report, recipe), searched=facts)
     report = replace(report, warnings=report.warnings + best.warnings)
     record = replace(result.record, settings=write_settings(recipe, config), targets=targets, searched=facts)
-    if search.by == "null-space":
+    if search.by != "labels":
         record = replace(record, data=facts["rows"])
     base = Base(result.record.base, result.model)
     batch = result.batch or feed_of(base).example(base)

@@ -124,7 +124,7 @@ def test_coefficients_are_matched_by_fingerprint_then_name_or_refused(base, adap
     nsc.merge(base, two, data, steps=0, granularity="rank", progress=False).save(tmp_path / "rank")
     with pytest.raises(NSCError, match="belong to rank rows"):
         merge(base, two, "core-ties", coefficients=tmp_path / "rank")
-    with pytest.raises(NSCError, match="one weight per layer and task, but granularity rank"):
+    with pytest.raises(NSCError, match="one weight per layer and task, which granularity rank does not learn"):
         nsc.merge(base, two, data, method="nsc+core-ties", granularity="rank", progress=False)
 
 

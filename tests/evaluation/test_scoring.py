@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_answers_are_scored_by_the_loss_of_their_own_tokens(base, model, adapter
     )
 
 
-def test_images_are_scored_at_the_first_token(tmp_path, adapter):
+def test_images_are_scored_as_their_class_pools_them(tmp_path, adapter):
     pillow, parquet = pytest.importorskip("PIL.Image"), pytest.importorskip("pyarrow.parquet")
     import io
 
@@ -116,13 +117,14 @@ def test_images_are_scored_at_the_first_token(tmp_path, adapter):
     labelled = read_labelled(Base(str(base)), tmp_path / "test.parquet")
     assert labelled.labels == [0, 1, 0, 1]
     body, head = loading.load_body(Base(str(base)), "float32", "cpu"), adapter(2)
+    head = replace(head, saved={"classifier.weight": head.saved["score.weight"], "classifier.bias": torch.zeros(2)})
     found = exams_of(Base(str(base), body), {"task": head}, {"task": labelled}, 64)["task"]
     processor = transformers.AutoImageProcessor.from_pretrained(base)
     with torch.no_grad():
         states = torch.cat(
             [body(processor(images=[p], return_tensors="pt")["pixel_values"])[0][:, 0] for p in pictures]
         )
-    logits = states @ head.saved["score.weight"].T
+    logits = states @ head.saved["classifier.weight"].T
     labels = torch.tensor(labelled.labels)
     assert found.score(body) == (logits.argmax(1) == labels).double().mean().item()
     assert found.loss(body) == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import nsc
-from nsc.adapters.modules_to_save import carried_head
 from nsc.adapters.surgery import merged_layers
 from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.bases.heads import Head
 from nsc.bases.roles import choose_targets
+from nsc.bases.task_head import load_task_head
 from nsc.config import LAST_BLOCKS, MergeConfig
 from nsc.data.images import collate_images, pixels_by, read_images
 from nsc.data.packing import pack
@@ -247,17 +247,17 @@ def test_the_entropy_of_a_classifier_is_that_of_its_class_token(vision):
     with merged_layers(model, result.stack, start), torch.no_grad():
         for task, rows in images.items():
             inputs = torch.stack([pixels(image) for image in read_images(rows)])
-            head = carried_head(result.adapters[task])
-            said = torch.nn.functional.linear(model(pixel_values=inputs)[0][:, 0], head.weight, head.bias)
+            head = [result.adapters[task].saved[f"classifier.{kind}"] for kind in ("weight", "bias")]
+            said = torch.nn.functional.linear(model(pixel_values=inputs)[0][:, 0], *head)
             total += torch.distributions.Categorical(logits=said).entropy().mean().item()
     assert result.report.losses[0] == pytest.approx(total, rel=1e-5)
 
 
 def test_heads_that_an_entropy_cannot_use_are_refused(vision, adapters, base, texts):
     read = nsc.read_adapter(vision[1]["digits"], "digits")
-    deep = replace(read, saved={**read.saved, "classifier.dense.weight": torch.zeros(3, 3)})
-    with pytest.raises(NSCError, match=r"adapter digits: its head holds classifier.bias.*one linear layer"):
-        carried_head(deep)
+    deep = {**read.saved, "classifier.dense.weight": torch.zeros(3, 3)}
+    with pytest.raises(NSCError, match=r"adapter digits carries classifier.dense.weight, which is no part of ViT"):
+        load_task_head(loading.load(Base(str(vision[0]))), deep, "digits")
     with pytest.raises(NSCError, match="double carry a head and pattern, plain, rslora do not"):
         nsc.merge(base, adapters, texts, **FAST, objective="entropy")
     batch = collate_images([torch.zeros(3, 8, 8)] * 2, [0, 0], 5)

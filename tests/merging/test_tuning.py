@@ -203,7 +203,7 @@ def test_by_flags_and_by_a_file(base, two, rows, tmp_path):
 
 
 REFUSED = {
-    "no such search": ({"search": "guess"}, "search must be one of none, labels, null-space, not guess"),
+    "no such search": ({"search": "guess"}, "search must be one of none, labels, null-space, match, not guess"),
     "a method without scale": ({"method": "nsc"}, "method nsc has no scale to search.*nsc\\+ties"),
     "another": ({"method": "adamerging"}, "method adamerging has no scale to search.*adamerging\\+ties"),
     "a scale too": ({"scale": 0.4}, "a scale is given, so there is none to search: leave out"),
