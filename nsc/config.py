@@ -67,6 +67,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "rank": {"lr": 5e-2, "steps": 160},
     "factors": {"lr": 1e-3, "steps": 320},
 }
+AUTO = "auto"
 DISTILLATION = "https://arxiv.org/abs/1503.02531"
 _MATCH: dict[str, Any] = {
     "objective": "match",
@@ -106,6 +107,11 @@ LEARNED = {
         "one adapter whose own factors are fitted to what the experts say",
         DISTILLATION,
         {**_MATCH, "granularity": "factors"},
+    ),
+    AUTO: LearnedMethod(
+        "match and the best of other methods, each at its best scale; written is the one nearest to the experts",
+        DISTILLATION,
+        _MATCH,
     ),
 }
 # The last blocks by a word: how many of a depth.

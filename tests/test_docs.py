@@ -46,6 +46,18 @@ def test_options_page(base, adapters, texts):
     exec("\n".join(blocks), names)
 
 
+def test_matching_page(base, adapters, texts):
+    """Matching two tiny adapters whose tasks are their answers, with all that the page shows."""
+    of = {"mnli": "plain", "qnli": "pattern"}
+    names = {"nsc": nsc, "functools": functools, "base": base}
+    names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
+    names |= {"data": {task: texts[name] for task, name in of.items()}}
+    blocks = snippets("docs/matching.md")
+    assert len(blocks) == 5
+    exec("\n".join(blocks), names)
+    assert set(names["result"].report.tried) == {"match", "task-arithmetic", "tsv", "core-ties"}
+
+
 def test_methods_page(base, adapters, texts, tmp_path, monkeypatch):
     """Other methods on the same two tiny adapters, and a merge saved."""
     monkeypatch.chdir(tmp_path)

@@ -23,7 +23,7 @@ import yaml
 
 from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.bases.base_model import Base
-from nsc.config import LEARNED, MergeConfig, learned_settings
+from nsc.config import AUTO, LEARNED, MergeConfig, learned_settings
 from nsc.console import printer
 from nsc.data.labelled import read_all_labelled
 from nsc.data.modalities import feed_of
@@ -174,6 +174,8 @@ def _held_out(
 
 def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], search: str) -> Planned:
     learner, recipe = split_learned(name)
+    if learner == AUTO:
+        raise NSCError("auto chooses among methods for nsc merge; a comparison names each of them")
     own = dict(settings.get(name, {}))
     learning = None
     if learner:

@@ -59,6 +59,7 @@ class Report:
         space: space in which another method runs; None for the weighted sum.
         settings: settings of the method.
         ranks_by_module: module -> rank in the written adapter.
+        tried: method -> its best scale and its distance from the experts on held-out rows, if several were tried.
         searched: how the scale was found, if it was searched: search, measure, range, every scale tried and its value
             (curve), the best, and seconds.
     """
@@ -102,6 +103,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     ranks_by_module: dict[str, int] = field(default_factory=dict)
     searched: Mapping[str, Any] = field(default_factory=dict)
+    tried: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON.
@@ -117,7 +119,8 @@ class Report:
         Returns:
             Markdown.
         """
-        tables = [_search_table(self.searched)] if self.searched else []
+        tables = [_tried_table(self.tried)] if self.tried else []
+        tables += [_search_table(self.searched)] if self.searched else []
         tables += [_coefficient_table(self)] if self.coefficients else []
         tables += [_rank_table(self)] if self.space and self.ranks_by_module else []
         return "\n\n".join([_facts(self), _task_table(self), *_warnings(self), *tables])
@@ -276,6 +279,14 @@ def _search_table(searched: Mapping[str, Any]) -> str:
     best = searched["best"]
     lines = [f"| scale | {searched['measure']} |", "|---|---|"]
     return "\n".join(lines + [f"| {s:g}{' (best)' * (s == best)} | {x:.6g} |" for s, x in searched["curve"].items()])
+
+
+def _tried_table(tried: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| method tried | scale | distance from the experts on held-out rows |", "|---|---|---|"]
+    for name, entry in tried.items():
+        scale = f"{entry['scale']:g}" if "scale" in entry else ""
+        lines.append(f"| {name} | {scale} | {entry.get('refused') or format(entry['distance'], '.4f')} |")
+    return "\n".join(lines)
 
 
 def _rank_table(report: Report) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,12 @@ class MergeResult:
             return self.combination
         assert self.coefficients is not None  # what has none is a combination
         return WeightedSum(self.stack, self.coefficients)
+
+    @property
+    def by_layer(self) -> Stack:
+        """The adapters with one coefficient for each layer and task, whatever was learned."""
+        modules = {name: replace(module, by_rank=False) for name, module in self.stack.modules.items()}
+        return replace(self.stack, modules=modules)
 
     @property
     def recipe(self) -> Recipe | None:

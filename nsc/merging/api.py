@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nsc.bases.base_model import Base
-from nsc.config import LEARNED, MergeConfig, learned_settings
+from nsc.config import AUTO, LEARNED, MergeConfig, learned_settings
 from nsc.console import printer
 from nsc.data.sources import Source
 from nsc.errors import NSCError
 from nsc.export.result import MergeResult
+from nsc.merging.automatic import merge_automatically
 from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import Masks, Weights, combine, combine_learned, require_weights_of_tasks
 from nsc.merging.tuning import find_scale, read_search, refuse_search
@@ -92,7 +93,12 @@ def merge(
     if recipe:
         require_weights_of_tasks(recipe, config.granularity)
     place = Path(checkpoint) if checkpoint else None
-    result = merge_by_learning(home, adapters, data, config, name, place, resume, progress)
+    if name == AUTO:
+        result = merge_automatically(
+            home, adapters, data, config, say, checkpoint=place, resume=resume, progress=progress
+        )
+    else:
+        result = merge_by_learning(home, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result
     result = find_scale(result, chosen, config, say) if chosen else result
     say(result.report.summary())

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from nsc.adapters.stack import Stack
 from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
@@ -175,14 +174,9 @@ def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig)
         return result.record.targets, LabelledLoss(base.model, exams)
     samples = read_data(search.sources, adapters, feed_of(base).read, config.unseen)
     if search.by == "match":
-        return result.record.targets, distance_from_experts(base, adapters, _by_layer(result.stack), samples, config)
+        return result.record.targets, distance_from_experts(base, adapters, result.by_layer, samples, config)
     ratio = evaluation_ratio(base, result.stack, samples, config)
     return ratio.targets, ratio
-
-
-def _by_layer(stack: Stack) -> Stack:
-    """The same adapters with one coefficient for each layer and task."""
-    return replace(stack, modules={name: replace(module, by_rank=False) for name, module in stack.modules.items()})
 
 
 def _described(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from nsc.checks import expected, typed
-from nsc.config import LEARNED, MergeConfig
+from nsc.config import AUTO, LEARNED, MergeConfig
 from nsc.errors import NSCError
 from nsc.methods import METHODS, Method
 from nsc.recipes.spaces import SPACES
@@ -144,10 +144,10 @@ def split_learned(method: str) -> tuple[str | None, str | None]:
             number.
     """
     learned, plus, recipe = method.partition("+")
-    if plus and (learned not in LEARNED or recipe in ("", *LEARNED) or "+" in recipe):
+    if plus and (learned not in LEARNED or learned == AUTO or recipe in ("", *LEARNED) or "+" in recipe):
         raise NSCError(
             f"{method} must name a method that learns coefficients and one that takes them, such as nsc+ties;"
-            f" coefficients are learned by {', '.join(LEARNED)}"
+            f" coefficients are learned by {', '.join(name for name in LEARNED if name != AUTO)}"
         )
     if plus:
         _split(recipe)
