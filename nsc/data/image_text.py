@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nsc.bases.llava import places
 from nsc.batch import Batch
+from nsc.data.expected import Output
 from nsc.data.images import IMAGE_FIELDS, Image, as_image
 from nsc.data.packing import pack
 from nsc.data.sampling import draw
@@ -95,18 +96,21 @@ class Prompts:
     modality: str
     how: Mapping[str, Any]
 
-    def batches(self, samples: Sequence[Sample], tasks: Sequence[int]) -> list[Batch]:
+    def batches(
+        self, samples: Sequence[Sample], tasks: Sequence[int], outputs: Sequence[Output] | None = None
+    ) -> list[Batch]:
         """Pack samples as texts are packed, with each image beside the row that it is in.
 
         Args:
             samples: what the rows hold.
             tasks: number of each sample's task.
+            outputs: what the experts say about each sample, if the batches are to hold it.
 
         Returns:
             Batches on the CPU, in which the samples of a task weigh the same.
         """
         counted = [sample.counted for sample in samples]
-        packed = pack([sample.ids for sample in samples], tasks, self.pad_id, **self.how, counted=counted)
+        packed = pack([sample.ids for sample in samples], tasks, self.pad_id, **self.how, counted=counted, outputs=outputs)
         owners = pack([[i] * len(sample.ids) for i, sample in enumerate(samples)], tasks, -1, **self.how)
         holders = pack([self._holds(sample) for sample in samples], tasks, 0, **self.how)
         weights = [1 / (self.count(s) * list(tasks).count(task)) for s, task in zip(samples, tasks, strict=True)]
@@ -153,7 +157,7 @@ class Prompts:
         counts = (batch.weight > 0) & {"both": owner >= 0, "text": ~holds, "image": holds}[self.modality]
         weight = torch.where(counts, torch.tensor(weights, dtype=batch.weight.dtype)[owner], 0)
         inputs = {**batch.inputs, "features": features, "place": places(holds)}
-        return Batch(inputs, batch.task, weight, batch.segment)
+        return Batch(inputs, batch.task, weight, batch.segment, batch.expected)
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ class PromptBatches:
         prompts: what turns samples into batches.
         batch_size: samples of each task in a step.
         seed: seed of the permutations.
+        outputs: task and number of a sample -> what its expert says about it, where the batches hold it.
 
     Raises:
         DataError: naming an image of which no token counts.
@@ -174,6 +179,7 @@ class PromptBatches:
     prompts: Prompts
     batch_size: int
     seed: int = 0
+    outputs: Mapping[Pick, Output] | None = None
 
     def __post_init__(self) -> None:
         for rows in self.samples.values():
@@ -206,7 +212,9 @@ class PromptBatches:
             Batches on the CPU, whose losses add up to that of all samples.
         """
         order = list(self.samples)
-        return self.prompts.batches([self.samples[t][i] for t, i in picks], [order.index(t) for t, _ in picks])
+        outputs = [self.outputs[pick] for pick in picks] if self.outputs is not None else None
+        samples = [self.samples[task][i] for task, i in picks]
+        return self.prompts.batches(samples, [order.index(task) for task, _ in picks], outputs)
 
     @property
     def rows(self) -> Mapping[str, Sequence[Any]]:
@@ -240,6 +248,28 @@ class PromptBatches:
             ids, counted = with_answer(samples[task][i].ids, answer, positions)
             samples[task][i] = samples[task][i]._replace(ids=ids, counted=counted)
         return replace(self, samples=samples)
+
+    def with_outputs(self, outputs: Mapping[Pick, Output]) -> PromptBatches:
+        """Return the same batches, holding what experts say.
+
+        Args:
+            outputs: task and number of a sample -> what its expert says, of every sample that is drawn.
+
+        Returns:
+            The batches.
+        """
+        return replace(self, outputs=outputs)
+
+    def counted_of(self, pick: Pick) -> slice:
+        """Return the tokens of a sample that count.
+
+        Args:
+            pick: task and number.
+
+        Returns:
+            All of them, or those that computed its answer.
+        """
+        return self.samples[pick[0]][pick[1]].counted
 
     def drawn(self, step: int) -> dict[str, list[int]]:
         """Return which samples of each task a step takes.
