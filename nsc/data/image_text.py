@@ -109,8 +109,8 @@ class Prompts:
         Returns:
             Batches on the CPU, in which the samples of a task weigh the same.
         """
-        counted = [sample.counted for sample in samples]
-        packed = pack([sample.ids for sample in samples], tasks, self.pad_id, **self.how, counted=counted, outputs=outputs)
+        ids, counted = [sample.ids for sample in samples], [sample.counted for sample in samples]
+        packed = pack(ids, tasks, self.pad_id, **self.how, counted=counted, outputs=outputs)
         owners = pack([[i] * len(sample.ids) for i, sample in enumerate(samples)], tasks, -1, **self.how)
         holders = pack([self._holds(sample) for sample in samples], tasks, 0, **self.how)
         weights = [1 / (self.count(s) * list(tasks).count(task)) for s, task in zip(samples, tasks, strict=True)]
