@@ -45,6 +45,7 @@ class SizeFlags:
     target_module: Annotated[list[str] | None, TARGET_MODULE] = None
     target_block: Annotated[list[int] | None, TARGET_BLOCK] = None
     layers: Annotated[str, LAYERS] = "auto"
+    objective: Annotated[str, typer.Option(help="null-space, or match, whose forward runs to its end.")] = "null-space"
 
 
 @dataclass
@@ -83,6 +84,7 @@ def plan(
             target_modules=tuple(sizes.target_module) if sizes.target_module else None,
             target_blocks=tuple(sizes.target_block) if sizes.target_block else None,
             layers=sizes.layers,
+            objective=sizes.objective,
         )
         hardware = get_hardware(devices.hardware, devices.flops, devices.bandwidth, devices.memory)
         cluster = Cluster(hardware, devices.gpus, devices.nodes)

@@ -162,6 +162,7 @@ class Step:
         samples: samples of a step, all tasks together.
         tokens: tokens of each sample.
         itemsize: bytes per weight.
+        whole: whether the forward runs to its end, as for outputs, and no ratio is measured.
     """
 
     model: nn.Module
@@ -172,6 +173,7 @@ class Step:
     samples: int
     tokens: int
     itemsize: int
+    whole: bool = False
 
     @property
     def rows(self) -> int:
@@ -184,6 +186,11 @@ class Step:
         return [linear for linear in self.linears if linear.name in self.targets][-1]
 
     @property
+    def end(self) -> tuple[float, ...]:
+        """The place up to which the forward runs."""
+        return (math.inf,) if self.whole else self.last.place
+
+    @property
     def first(self) -> Linear:
         """The first module that carries LoRA: no gradient is needed of its input."""
         return next(linear for linear in self.linears if linear.name in self.ranks)
@@ -191,12 +198,12 @@ class Step:
     @property
     def forward(self) -> Sequence[Linear]:
         """The linears of the base that run."""
-        return self.linears[: self.linears.index(self.last)]
+        return self.linears if self.whole else self.linears[: self.linears.index(self.last)]
 
     @property
     def backward(self) -> Sequence[Linear]:
         """Those of them that a gradient passes through."""
-        return [x for x in self.forward if self.first.place < x.place < self.last.place]
+        return [x for x in self.forward if self.first.place < x.place < self.end]
 
     def work(self, plan: str = "auto") -> list[Work]:
         """Return the work of a step: forward and backward of the base, attention, adapters and ratios.
@@ -211,7 +218,7 @@ class Step:
         ahead, patches = self._ahead()
         before = 2 * (n * ahead + self.samples * (self.tokens - 1) * patches)
         weights = [sum(x.parameters for x in part) for part in (self.forward, self.backward)]
-        targets = [x for x in self.linears if x.name in self.targets]
+        targets = [x for x in self.linears if x.name in self.targets and not self.whole]
         return [
             Work("base, forward", before + 2 * n * weights[0], e * (ahead + patches + weights[0])),
             Work("base, backward", 2 * n * weights[1], e * weights[1]),
@@ -274,7 +281,7 @@ class Step:
     def _attention(self) -> float:
         """Two products forward, four backward, with every pair of tokens, or every pair in order."""
         pairs = self.rows * ((self.tokens + 1) / 2 if is_causal(self.model) else self.tokens)
-        outputs = [x for x in self.linears if x.place[1] == 1 and x.place <= self.last.place]
+        outputs = [x for x in self.linears if x.place[1] == 1 and x.place <= self.end]
         return sum(4 * pairs * x.d * (3 if self.first.place < x.place else 1) for x in outputs)
 
     def _adapters(self, plan: str) -> Iterator[Work]:
@@ -301,15 +308,15 @@ class Step:
         e = self.itemsize
         layer_norm = any(isinstance(x, nn.LayerNorm) for x in self.model.modules())
         for block, members in groupby(self.linears, lambda x: x.place[0]):
-            if not self.first.place[0] <= block <= self.last.place[0]:
+            if not self.first.place[0] <= block <= self.end[0]:
                 continue
             linears = list(members)
             norm = linears[0].d * (e if layer_norm else 4)  # RMS norms are computed in float32
-            run = [x for x in linears if x.place < self.last.place]
+            run = [x for x in linears if x.place < self.end]
             middle = [x for x in self.forward if x.place == (block, 2)]
             gated = len(middle) > 1 or any("gate_up" in x.name for x in middle)
             attention = 4 * sum(x.d for x in run if x.place[1] == 1)
             mlp = sum(x.m for x in middle) * (1.5 if gated else 1)
             carried = sum(self.ranks.get(x.name, 0) for x in linears if x in run or x.name in self.targets)
-            seen = sum(x.d for x in linears if x.name in self.targets)
+            seen = sum(x.d for x in linears if x.name in self.targets and not self.whole)
             yield norm * (2 if any(x.place[1] == 1 for x in run) else 1) + e * (attention + mlp + carried + seen)

@@ -108,6 +108,7 @@ class Workload:
         target_modules: measured modules, as in MergeConfig.
         target_blocks: measured blocks, as in MergeConfig.
         layers: "auto", "factors" or "weights", as in MergeConfig.
+        objective: "null-space", or "match", whose forward runs to its end.
     """
 
     rank: int = 16
@@ -120,11 +121,13 @@ class Workload:
     target_modules: Sequence[str] | None = None
     target_blocks: Sequence[int] | None = None
     layers: str = "auto"
+    objective: str = "null-space"
 
     def __post_init__(self) -> None:
         sizes = ("rank", "tasks", "batch_size", "max_length", "steps")
         require_positive({name: getattr(self, name) for name in sizes})
         require_choice("layers", self.layers, ("auto", *PLANS))
+        require_choice("objective", self.objective, ("null-space", "match"))
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,12 @@ class Cluster:
 
     def __post_init__(self) -> None:
         require_positive({"gpus": self.gpus, "nodes": self.nodes})
+
+
+MATCHING = (
+    "match: the heads are not counted, and before the first step each drawn row takes two forwards of the base, one of"
+    " its expert and one of the base alone"
+)
 
 
 def plan_merge(
@@ -173,7 +182,9 @@ def plan_merge(
     ranks = _read_ranks(adapters, linears) if adapters else _same_rank(linears, w.lora_modules, w.rank * tasks)
     targets = choose_targets(model, list(ranks), w.target_modules, w.target_blocks)
     tokens = _tokens(config, w.max_length)
-    step = Step(model, linears, ranks, targets, tasks, tasks * w.batch_size, tokens, BYTES[dtype])
+    matches = w.objective == "match"
+    notes += [MATCHING] if matches else []
+    step = Step(model, linears, ranks, targets, tasks, tasks * w.batch_size, tokens, BYTES[dtype], matches)
     work, memory = step.work(w.layers), step.memory()
     launch = choose_launch(memory, device.memory * USABLE, cluster.gpus, cluster.nodes, BYTES[dtype])
     share = math.ceil(step.samples / launch.devices) / step.samples

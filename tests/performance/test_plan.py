@@ -14,7 +14,7 @@ from nsc.adapters.stack import stack_adapters, whitened
 from nsc.adapters.surgery import merged_layers, set_coefficients
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
-from nsc.learning.objective import NullSpaceObjective
+from nsc.learning.objective import Goal, NullSpaceObjective, OutputObjective
 from nsc.performance.costs import Memory
 from nsc.performance.hardware import get_hardware
 from nsc.performance.launch import choose_launch
@@ -45,7 +45,7 @@ def llama(**sizes) -> transformers.LlamaConfig:
 class Counted:
     """One step of nsc's own objective with random adapters: FLOPs of every torch product, bytes saved by autograd."""
 
-    def __init__(self, model, kinds, targets, inputs, tokens, folder):
+    def __init__(self, model, kinds, targets, inputs, tokens, folder, whole=False):
         model = model.requires_grad_(False).eval()
         names = [name for name in linears(model) if name.endswith(tuple(kinds))]
         stack = self._stack(linears(model), names, folder)
@@ -58,6 +58,9 @@ class Counted:
             self._known = {x.untyped_storage().data_ptr() for x in frozen}
             self._saved = {}
             objective = NullSpaceObjective(model, layers, stack, targets)
+            if whole:
+                output = Goal(output=lambda states, batch, preferences: states.square().mean())
+                objective = OutputObjective(model, layers, TASKS, output)
             set_coefficients(layers, lam)
             with FlopCounterMode(display=False) as forward:
                 loss = objective.loss(batch)
@@ -104,6 +107,7 @@ CASES = {  # make the model, its tokens, where LoRA is, what is measured
     "llama, last at up": (tiny_llama, 24, ("k_proj", "up_proj"), ("up_proj",)),
     "vit, q and v": (tiny_vit, 5, QV, None),
     "vit, first at fc1": (tiny_vit, 5, ("fc1", "intermediate.dense"), None),
+    "llama, to its end": (tiny_llama, 24, QV, None, "match"),
 }
 
 
@@ -112,7 +116,7 @@ def case(request, tmp_path):
     """Counts a real step with a kind of attention: (what was counted, the plan of the same step)."""
 
     def count(attention: str):
-        make, tokens, kinds, targets = CASES[request.param]
+        make, tokens, kinds, targets, *objective = CASES[request.param]
         model = make(**SIZES, attn_implementation=attention)
         torch.manual_seed(0)
         rows = len(TASKS) * SAMPLES
@@ -120,9 +124,10 @@ def case(request, tmp_path):
         if make is tiny_vit:
             inputs = {"pixel_values": torch.randn(rows, 3, VISION["image_size"], VISION["image_size"])}
         chosen = dict(tasks=len(TASKS), rank=RANK, lora_modules=kinds, batch_size=SAMPLES, max_length=tokens)
+        chosen |= {"objective": objective[0]} if objective else {}
         plan = plan_of(model.config, **chosen, target_modules=targets, dtype="float32")
         assert plan.tokens == tokens
-        return Counted(model, kinds, plan.targets, inputs, tokens, tmp_path), plan
+        return Counted(model, kinds, plan.targets, inputs, tokens, tmp_path, bool(objective)), plan
 
     return count
 
