@@ -55,13 +55,13 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "sick": Task("sick", 3, 6),
-    "relatedness": Task("sick", 1, 6, label="score"),
-    "trec": Task("trec", 6, 6),
+    "sick": Task("sick", 3, 4),
+    "relatedness": Task("sick", 1, 4, label="score"),
+    "trec": Task("trec", 6, 3),
     "sst5": Task("sst5", 1, 3),
-    "emotion": Task("tweet_emotion", 4, 6),
+    "emotion": Task("tweet_emotion", 4, 5),
     "snli": Task("snli", 3, 4),
-    "scitail": Task("scitail", 2, 6),
+    "scitail": Task("scitail", 2, 5),
     "qnli": Task("qnli", 2, 4),
 }
 
