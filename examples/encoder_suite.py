@@ -96,9 +96,9 @@ def prepare_base(out: Path) -> Path:
 
 def split(data: Path, task: Task) -> Split:
     """Halve a task's training rows at random, the same way for all tasks of a dataset, without any text of the test."""
-    test = _shuffled(data / f"{task.dataset}_test.jsonl", task)
+    test = shuffled(data / f"{task.dataset}_test.jsonl", task)
     asked = {row.text for row in test}
-    rows = _shuffled(data / f"{task.dataset}_train.jsonl", task)
+    rows = shuffled(data / f"{task.dataset}_train.jsonl", task)
     once = list({row.text: row for row in rows if row.text not in asked}.values())
     train, held = once[: len(once) // 2], once[len(once) // 2 :]
     parts = Split(train, held[VALIDATION:], held[:VALIDATION], test[:TEST])
@@ -109,10 +109,16 @@ def split(data: Path, task: Task) -> Split:
     return Split(*([Row(text, (label - mean) / deviation) for text, label in part] for part in parts))
 
 
-def _shuffled(file: Path, task: Task) -> list[Row]:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+def shuffled(file: Path, task: Task) -> list[Row]:
+    """Return the rows of a data set, in an order that its tasks share."""
+    rows = read_rows(file)
     random.Random(0).shuffle(rows)
     return [Row(text_of(row), row[task.label]) for row in rows]
+
+
+def read_rows(file: Path) -> list[dict]:
+    """Read a JSONL file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_rows(out: Path, name: str, parts: Split) -> None:
@@ -144,7 +150,7 @@ def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows
         {"params": [p for name, p in trained if "lora" not in name], "lr": HEAD_LEARNING_RATE},
     ]
     batches = [batch for _ in range(task.epochs) for batch in epoch(rows, rng)]
-    drawn = iter(batches)
+    steps, drawn = len(batches), iter(batches)
 
     def loss() -> Tensor:
         batch = next(drawn)
@@ -152,7 +158,7 @@ def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows
         return loss_of(task, logits, torch.tensor([row.label for row in batch]))
 
     model.train()
-    return descend(task.dataset, groups, loss, (warmed_up(i / len(batches)) for i in range(len(batches))), clip=1.0)
+    return descend(task.dataset, groups, loss, (warmed_up(i / steps) for i in range(steps)), clip=1.0)
 
 
 def epoch(rows: list[Row], rng: random.Random) -> Iterator[list[Row]]:
@@ -221,11 +227,11 @@ class Exam(NamedTuple):
         return F.cosine_similarity(*centred, dim=-1)
 
 
-def exam_of(out: Path, name: str, adapter: Path) -> Exam:
+def exam_of(out: Path, name: str) -> Exam:
     """Read the test of a task, and let its expert sit it."""
-    rows = [json.loads(line) for line in (out / f"test/{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    base, adapter, rows = out / "base", out / f"adapters/{name}", read_rows(out / f"test/{name}.jsonl")
     texts, head = [row["text"] for row in rows], head_of(adapter)
-    expert = outputs_of(classifier(out / "base", head, adapter), AutoTokenizer.from_pretrained(out / "base"), texts)
+    expert = outputs_of(classifier(base, head, adapter), AutoTokenizer.from_pretrained(base), texts)
     return Exam(TASKS[name], texts, torch.tensor([row["label"] for row in rows]), head, expert)
 
 
@@ -274,7 +280,7 @@ def interval(values: Tensor) -> Share:
 
 def table(out: Path, names: Sequence[str], merges: Sequence[Path]) -> str:
     """Return a markdown table: what each expert reaches, and what each merge does, as a share with its interval."""
-    exams = {name: exam_of(out, name, out / f"adapters/{name}") for name in names}
+    exams = {name: exam_of(out, name) for name in names}
     lines = [
         ["task", "metric", "fine-tuned", *(str(merged) for merged in merges)],
         ["---"] * 2 + ["---:"] * (1 + len(merges)),
@@ -308,7 +314,7 @@ def train_suite(data: Path, out: Path, names: Sequence[str]) -> None:
         adapter = out / "adapters" / name
         model.save_pretrained(adapter, save_embedding_layers=False)  # "auto" would ask the hub for the base
         (adapter / "README.md").unlink(missing_ok=True)
-        exam = exam_of(out, name, adapter)
+        exam = exam_of(out, name)
         bare = outputs_of(classifier(base, exam.head), tokenizer, exam.texts)
         scores[name] = {
             "metric": exam.task.metric,
