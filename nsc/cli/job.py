@@ -40,6 +40,7 @@ class Job:
         search: how the scale is found: "labels", "null-space", "match" or "none".
         validation: task -> where the labelled rows of a search are.
         scales: lowest and highest scale of a search.
+        over: a setting of the method and the values that a search tries, as "KEY=V1,V2".
         recipe: the method with its settings; None for the sum by learned coefficients.
     """
 
@@ -55,12 +56,21 @@ class Job:
     search: str = "none"
     validation: dict[str, str] = field(default_factory=dict)
     scales: tuple[float, float] | None = None
+    over: str | None = None
     recipe: Recipe | None = None
 
     @property
     def learns(self) -> bool:
         """Whether coefficients are learned, so that data are needed."""
         return self.recipe is None or self.recipe.learned is not None
+
+    @property
+    def values(self) -> dict[str, list[Any]] | None:
+        """The setting that a search tries, and its values. Raises NSCError where they are none of the method's."""
+        if self.over is None:
+            return None
+        key, _, values = self.over.partition("=")
+        return {key: [read_assignment(f"{key}={value}", self.method)[1] for value in values.split(",")]}
 
 
 JOB = {key: kind for key, kind in get_type_hints(Job).items() if key != "recipe"}

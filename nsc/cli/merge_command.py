@@ -47,6 +47,7 @@ def merge(
             search=job.search,
             validation=job.validation,
             scales=job.scales,
+            over=job.values,
             coefficients=job.coefficients,
             checkpoint=checkpoint,
             resume=output.resume,

@@ -111,6 +111,10 @@ class MethodFlags:
     scales: Annotated[
         tuple[float, float] | None, typer.Option(help="Lowest and highest scale of the search.  [default: 0.1 1.5]")
     ] = None
+    over: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=V1,V2...", help="A setting and the values that the search tries, each at its scale."),
+    ] = None
     validation: Annotated[list[str] | None, VALIDATION] = None
     density: Annotated[float | None, typer.Option(help="TIES: the fraction of entries that is kept.")] = None
     drop: Annotated[float | None, typer.Option(help="DARE: the fraction of entries that is dropped.")] = None

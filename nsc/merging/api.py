@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def merge(
     search: str = "none",
     validation: Mapping[str, Source] | None = None,
     scales: tuple[float, float] | None = None,
+    over: Mapping[str, Sequence[Any]] | None = None,
     coefficients: Weights = None,
     masks: Masks = None,
     checkpoint: str | Path | None = None,
@@ -58,6 +59,7 @@ def merge(
             the loss on ``validation``, or "none", which takes the setting ``scale``.
         validation: task -> labelled rows, as ``read_labelled`` takes them.
         scales: lowest and highest scale of the search; 0.1 and 1.5 by default.
+        over: one setting of the method -> values that the search tries, each at its best scale.
         coefficients: (M, K), or the folder of an earlier merge, as weights of a method that learns nothing.
         masks: layer -> (K, m, d) bool: which entries a method that drops entries at random keeps.
         checkpoint: file that keeps the state while learning.
@@ -76,7 +78,7 @@ def merge(
     scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
     refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
     home = Base(absolute(base))
-    chosen = read_search(search, home, adapters, data, validation, scales)
+    chosen = read_search(search, home, adapters, data, validation, scales, over)
     say = printer(progress and join(config.device).first)
     if recipe and not recipe.learned:
         if resume:

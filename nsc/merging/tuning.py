@@ -6,7 +6,7 @@ number in each layer and one forward of the rows. What is found is the recipe's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ from nsc.evaluation.scoring import exams_of
 from nsc.export.result import MergeResult
 from nsc.learning.preparation import distance_from_experts, evaluation_ratio
 from nsc.merging.report_builder import describe_recipe
-from nsc.recipes.combination import as_one
-from nsc.recipes.spec import OF_SEARCH, split_learned, write_settings
+from nsc.recipes.combination import Combination, as_one
+from nsc.recipes.spec import OF_SEARCH, read_recipe, split_learned, write_settings
 
 
 class Search(NamedTuple):
@@ -44,12 +44,14 @@ class Search(NamedTuple):
         sources: task -> where its rows are.
         labelled: task -> the rows that were read, for a search by labels.
         grid: the scales to try.
+        over: one setting of the method, and the values of it to try, each at its best scale; None for none.
     """
 
     by: str
     sources: Mapping[str, Source]
     labelled: dict[str, Labelled]
     grid: Grid
+    over: tuple[str, Sequence[Any]] | None = None
 
 
 def refuse_search(
@@ -114,6 +116,7 @@ def read_search(
     data: Mapping[str, Source],
     validation: Mapping[str, Source],
     scales: tuple[float, float] | None,
+    over: Mapping[str, Sequence[Any]] | None = None,
 ) -> Search | None:
     """Read what a search needs; arguments are those of ``nsc.merge``, which ``refuse_search`` has checked.
 
@@ -124,17 +127,27 @@ def read_search(
         data: task -> unlabeled rows.
         validation: task -> labelled rows.
         scales: lowest and highest scale, if given.
+        over: a setting of the method -> values to try, if given.
 
     Returns:
         The search; None for "none".
 
     Raises:
+        NSCError: for more than one setting, or one without values.
         DataError: for labelled rows that cannot be read, or of other tasks.
     """
+    if over and (search == "none" or len(over) > 1 or not next(iter(over.values()))):
+        raise NSCError("over takes one setting and its values, such as density=0.1,0.2, beside a search of the scale")
     if search == "none":
         return None
     labelled = read_all_labelled(base, validation, adapters) if search == "labels" else {}
-    return Search(search, validation if labelled else data, labelled, grid_of(search, scales))
+    return Search(
+        search,
+        validation if labelled else data,
+        labelled,
+        grid_of(search, scales),
+        next(iter(over.items())) if over else None,
+    )
 
 
 def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:
@@ -157,13 +170,35 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
     base = Base(result.record.base, result.model)
     base = base if result.model else loading.load(base, config.dtype, config.device)
     targets, value = _value(result, base, search, config)
-    combination = result.combination.at_scale(1.0)
-    merged = as_one(combination)
-    require_finite(merged)
-    say(f"searching the scale from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
-    best = search_scale(base.model, merged, value, search.grid)
+    found = []
+    for combination in _candidates(result.combination, search):
+        merged = as_one(combination)
+        require_finite(merged)
+        said = f" of {search.over[0]} {getattr(combination.recipe.settings, search.over[0])}" if search.over else ""
+        say(f"searching the scale{said} from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
+        found.append((combination, search_scale(base.model, merged, value, search.grid)))
+    combination, best = min(found, key=lambda pair: pair[1].curve[pair[1].scale])
+    tried = {_setting(c, search): s.curve[s.scale] for c, s in found} if search.over else {}
     combination = combination.at_scale(best.scale)
-    return _described(replace(result, model=base.model, combination=combination), best, search, targets, config)
+    return _described(replace(result, model=base.model, combination=combination), best, search, targets, config, tried)
+
+
+def _candidates(combination: Combination, search: Search) -> Iterator[Combination]:
+    """The merge at scale 1, with each value of the setting that is searched; what was learned is the same for all."""
+    if search.over is None:
+        yield combination.at_scale(1.0)
+        return
+    key, values = search.over
+    for value in values:
+        recipe = combination.recipe
+        told = {k: v for k, v in recipe.to_dict().items() if k != "method"} | {key: value, "scale": 1.0}
+        other = replace(read_recipe(recipe.full_name, **told), learned=recipe.learned)
+        yield combination.with_recipe(other)
+
+
+def _setting(combination: Combination, search: Search) -> str:
+    """The value of the setting that is searched, as text."""
+    return str(getattr(combination.recipe.settings, search.over[0])) if search.over else ""
 
 
 def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig) -> tuple[list[str], Value]:
@@ -180,10 +215,15 @@ def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig)
 
 
 def _described(
-    result: MergeResult, best: SearchResult, search: Search, targets: list[str], config: MergeConfig
+    result: MergeResult,
+    best: SearchResult,
+    search: Search,
+    targets: list[str],
+    config: MergeConfig,
+    tried: Mapping[str, float],
 ) -> MergeResult:
     assert result.combination is not None and result.model is not None
-    recipe, facts = result.combination.recipe, _search_facts(best, search, config)
+    recipe, facts = result.combination.recipe, _search_facts(best, search, config, tried)
     report = replace(describe_recipe(result.report, recipe), searched=facts)
     report = replace(report, warnings=report.warnings + best.warnings)
     record = replace(result.record, settings=write_settings(recipe, config), targets=targets, searched=facts)
@@ -194,7 +234,9 @@ def _described(
     return replace(result, report=report, record=record, batch=batch)
 
 
-def _search_facts(best: SearchResult, search: Search, config: MergeConfig) -> dict[str, Any]:
+def _search_facts(
+    best: SearchResult, search: Search, config: MergeConfig, tried: Mapping[str, float]
+) -> dict[str, Any]:
     """How the scale was found, in plain values."""
     settings = config.to_dict()
     return {
@@ -207,4 +249,5 @@ def _search_facts(best: SearchResult, search: Search, config: MergeConfig) -> di
         "best": best.scale,
         "seconds": best.seconds,
         "curve": best.curve,
+        **({"over": search.over[0], "tried": dict(tried)} if search.over else {}),
     }

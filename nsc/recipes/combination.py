@@ -103,6 +103,24 @@ class Combination:
         other.recipe = with_scale(self.recipe, scale)
         return other
 
+    def with_recipe(self, recipe: Recipe) -> Combination:
+        """Merge the same adapters by other settings.
+
+        Args:
+            recipe: the same method with other settings.
+
+        Returns:
+            Another combination of the same stack.
+
+        Raises:
+            NSCError: as the constructor does.
+        """
+        other = copy(self)
+        other.__dict__.pop("settings", None)
+        other.recipe = recipe
+        other._require_fit()
+        return other
+
     def in_model(self) -> tuple[Stack, Tensor]:
         """Make all merged updates, to run them in a model by ``merged_layers``.
 

@@ -267,3 +267,23 @@ def test_rows_that_do_not_go_with_the_adapters(base, two, rows):
         searched(base, two, rows, "labels", validation=one)
     with pytest.raises(DataError, match="no data for rslora"):
         searched(base, two, rows, "null-space", data=one)
+
+
+def test_a_setting_is_searched_with_the_scale(base, adapters, texts):
+    """Each value is tried at its best scale, as if it had been searched alone."""
+    of = {"a": adapters["plain"], "b": adapters["pattern"]}
+    rows = {"a": texts["plain"], "b": texts["pattern"]}
+    search = dict(method="core-ties", search="match", progress=False)
+    both = nsc.merge(base, of, rows, over={"density": [0.1, 0.5]}, **search)
+    alone = {value: nsc.merge(base, of, rows, density=value, **search) for value in (0.1, 0.5)}
+    values = {str(v): m.report.searched["curve"][m.recipe.scale] for v, m in alone.items()}
+    assert both.report.searched["tried"] == values
+    best = alone[both.recipe.settings.density]
+    assert both.recipe == best.recipe and min(values, key=values.get) == str(both.recipe.settings.density)
+
+
+@pytest.mark.parametrize("over", [{"density": []}, {"density": [0.1], "elect": ["sign"]}])
+def test_more_than_one_setting_or_none_is_no_search(base, adapters, texts, over):
+    of, rows = {"a": adapters["plain"]}, {"a": texts["plain"]}
+    with pytest.raises(NSCError, match="over takes one setting and its values"):
+        nsc.merge(base, of, rows, method="core-ties", search="match", over=over, progress=False)

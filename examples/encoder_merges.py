@@ -1,0 +1,128 @@
+"""Merges of the encoder suite by every kind of method: the table of docs/results.md, "Matching the experts".
+
+    python examples/encoder_suite.py train --data DIR --out out/encoder
+    python examples/encoder_merges.py --out out/encoder [NAME ...]
+
+Each row is one ``nsc.merge``, written to OUT/merged/NAME and proven, and then scored by transformers and PEFT alone
+(``encoder_suite.py score``). A row that is there already is only scored. The unlabeled rows are those that no expert
+was trained on; labels are read by the rows whose scale is searched by them, 64 a task.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from encoder_suite import MAX_LENGTH, TASKS, exam_of, score
+
+import nsc
+
+RECORD = "seconds.json"
+
+
+class Merge(NamedTuple):
+    """One row: the arguments of ``nsc.merge``, unlabeled rows a task, and whether the whole model is written."""
+
+    arguments: dict[str, Any]
+    rows: int = 256
+    full: bool = False
+
+
+LABELS = {"search": "labels"}
+MERGES = {
+    "sum-labels": Merge({"method": "task-arithmetic", **LABELS}),
+    "tsv-labels": Merge({"method": "tsv", **LABELS}),
+    "ties-labels": Merge({"method": "ties", **LABELS}, full=True),
+    "core-ties-labels": Merge({"method": "core-ties", **LABELS}),
+    "adamerging": Merge({"method": "adamerging"}),
+    "nsc": Merge({"method": "nsc"}),
+    "sum-match": Merge({"method": "task-arithmetic", "search": "match"}, 64),
+    "tsv-match": Merge({"method": "tsv", "search": "match"}, 64),
+    "ties-match": Merge({"method": "ties", "search": "match"}, 64, full=True),
+    "match-layer": Merge({"method": "match-layer"}),
+    "match": Merge({"method": "match"}),
+    "match-64": Merge({"method": "match"}, 64),
+    "match-16": Merge({"method": "match"}, 16),
+    "match-4": Merge({"method": "match"}, 4),
+    "match-layer-16": Merge({"method": "match-layer"}, 16),
+    "factors-32": Merge({"method": "match-factors", "factor_rank": 32}),
+    "factors-32-16": Merge({"method": "match-factors", "factor_rank": 32}, 16),
+    "factors-16-1024": Merge({"method": "match-factors", "factor_rank": 16, "steps": 480}, 1024),
+    "auto": Merge({"method": "auto"}),
+}
+
+
+def merge(name: str, out: Path, tasks: list[str]) -> float:
+    """Merge and save one row, and return the seconds that the merge took, without saving and proof."""
+    row = MERGES[name]
+    adapters = {task: out / "adapters" / task for task in tasks}
+    labelled = {task: out / f"validation/{task}.jsonl" for task in tasks}
+    validation = {"validation": labelled} if row.arguments.get("search") == "labels" else {}
+    rows = None if validation else {task: unlabeled(out, task, row.rows) for task in tasks}
+    started = time.perf_counter()
+    result = nsc.merge(
+        out / "base", adapters, rows, max_length=MAX_LENGTH, progress=False, **validation, **row.arguments
+    )
+    seconds = time.perf_counter() - started
+    result.save(out / "merged" / name, full=row.full)
+    return seconds
+
+
+def unlabeled(out: Path, task: str, count: int) -> list[str]:
+    """Return the first ``count`` texts of a task that no expert was trained on."""
+    lines = (out / f"unlabeled/{task}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def table(out: Path, tasks: list[str], seconds: Mapping[str, float]) -> str:
+    """Return a markdown table of the merges that are there: share of fine-tuned, interval, worst task, seconds."""
+    exams = {task: exam_of(out, task) for task in tasks}
+    heads = ("merge", "unlabeled rows a task", "mean of fine-tuned", "95 % interval", "worst task", "s")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in {"heads alone": Merge({}, 0), **MERGES}.items():
+        folder = out / "base" if name == "heads alone" else out / "merged" / name
+        if not folder.exists():
+            continue
+        shares = score(folder, out / "base", exams)[1]
+        mean = shares.pop("mean")
+        worst = min(shares, key=lambda task: shares[task].value)
+        cells = [
+            name,
+            f"{row.rows}" if row.arguments.get("search") != "labels" else "0, and 64 labels",
+            f"**{mean.value:.1%}**",
+            f"{mean.low:.1%} to {mean.high:.1%}",
+            f"{worst} {shares[worst].value:.1%}",
+            f"{seconds[name]:.0f}" if name in seconds else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the rows named on the command line, or all, and print the table of all that are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/encoder"))
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MERGES)}")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    file = args.out / "merged" / RECORD
+    file.parent.mkdir(parents=True, exist_ok=True)
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    for name in args.names or MERGES:
+        if not (args.out / "merged" / name).exists():
+            seconds[name] = merge(name, args.out, args.task)
+            file.write_text(json.dumps(seconds, indent=1) + "\n")
+            print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    print(table(args.out, args.task, seconds))
+
+
+if __name__ == "__main__":
+    main()
