@@ -107,6 +107,7 @@ class ProfileFlags:
     target_block: Annotated[list[int] | None, TARGET_BLOCK] = None
     dtype: Annotated[str, DTYPE] = "auto"
     device: Annotated[str, DEVICE] = "auto"
+    objective: Annotated[str, typer.Option(help="null-space, or match by rank rows.")] = "null-space"
 
 
 @grouped
@@ -121,6 +122,7 @@ def profile(
 ) -> None:
     """Run a few real steps, and show where their time goes and how close they come to the frozen base alone."""
     with plain_errors():
+        from nsc.config import PAPER_REACH
         from nsc.performance.profile import format_profile, profile_merge
 
         measured = profile_merge(
@@ -137,5 +139,8 @@ def profile(
             target_blocks=tuple(merge.target_block) if merge.target_block else None,
             dtype=merge.dtype,
             device=merge.device,
+            objective=merge.objective,
+            granularity="rank" if merge.objective == "match" else "layer",
+            max_drift=None if merge.objective == "match" else PAPER_REACH,
         )
         typer.echo(json.dumps(measured.to_dict(), indent=1) if as_json else format_profile(measured))

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,8 @@ from nsc.console import metric
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, read_data
 from nsc.errors import NSCError
+from nsc.learning.agreement import Agreement
+from nsc.learning.entropy import Entropy
 from nsc.learning.passes import in_passes
 from nsc.learning.preparation import prepare, stack_on
 from nsc.paths import absolute
@@ -156,9 +159,11 @@ def profile_merge(
     samples = read_data(data, read, feed_of(home).read, config.unseen)
     home, matched = stack_on(home, read, config)
     datasheet = find_hardware(input_device(home.model), hardware, flops)
+    if config.granularity == "factors" or config.needs_entropy:
+        raise NSCError("a profile is of learned coefficients by null-space ratios or by match; choose one of these")
     problem = prepare(home, matched, samples, config)
     batches = [batch.to(input_device(home.model)) for batch in problem.batches(0)]
-    return measure(home, problem.lean, problem.targets, batches, config, steps, datasheet)
+    return measure(home, problem.lean, problem.targets, batches, config, steps, datasheet, problem.output)
 
 
 def measure(
@@ -169,6 +174,7 @@ def measure(
     config: MergeConfig,
     steps: int,
     datasheet: Hardware | str,
+    output: Entropy | Agreement | None = None,
 ) -> Profile:
     """Profile a step on given batches.
 
@@ -180,6 +186,7 @@ def measure(
         config: settings of learning.
         steps: number of timed steps.
         datasheet: the device's datasheet, or why there is none.
+        output: the distance from the experts, where the objective has it; the floor then runs to the end, with heads.
 
     Returns:
         The profile.
@@ -188,10 +195,10 @@ def measure(
     weight = next(model.parameters())
     device = input_device(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    floor = Floor(sharing_weights(model), stack.names[0], targets[-1])
+    floor = _floor_under(model, stack, targets[-1], output)
     parts = in_passes(batches, config.tokens_per_pass)
     on_gpu = device.type == "cuda"
-    with nsc_step(model, stack, targets, batches, config) as step:
+    with nsc_step(model, stack, targets, batches, config, output=output) as step:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(WARMUP):
@@ -199,13 +206,14 @@ def measure(
         peak = peak_memory(device)
         both = {"step": step, "floor": lambda: [floor(part) for part in parts]}
         took = time_by_turns(both, steps, 1, device)
-    with nsc_step(model, stack, targets, batches, replace(config, graphs=False)) as step:  # a graph is one launch
+    eager = replace(config, graphs=False)  # a graph is one launch
+    with nsc_step(model, stack, targets, batches, eager, output=output) as step:
         step()
         busy, profiled = profile_step(step, device, PROFILED)
         counted, kept = count_flops(step), kept_bytes(step, model)
     seconds = {name: median(wall for wall, _ in pairs) for name, pairs in took.items()}
     split_of = max(seconds["step"] if on_gpu else profiled, sum(busy.values()))
-    work, kept_predicted, notes = _predicted(model, stack, targets, batches, weight.element_size())
+    work, kept_predicted, notes = _predicted(model, stack, targets, batches, output is not None)
     predicted = sum(part.flops for of_batch in work for part in of_batch) if work else None
     rate = _rate(datasheet, weight.element_size())
     return Profile(
@@ -231,6 +239,15 @@ def measure(
         beyond=peak - weights if on_gpu else None,
         notes=(*notes, *([datasheet] if isinstance(datasheet, str) else [])),
     )
+
+
+def _floor_under(model: nn.Module, stack: Stack, last: str, output: Entropy | Agreement | None) -> Floor:
+    """The frozen base alone as far as a step runs it: to the last target, or to the heads and their loss."""
+    body = sharing_weights(model)
+    if output is None:
+        return Floor(body, stack.names[0], last)
+    everyone = torch.ones(len(stack.tasks), device=input_device(model))
+    return Floor(body, stack.names[0], None, partial(output, preferences=everyone))
 
 
 def find_hardware(device: torch.device, name: str | None = None, flops: float | None = None) -> Hardware | str:
@@ -284,7 +301,7 @@ def _floor(work: Sequence[Sequence[Work]], datasheet: Hardware | str, rate: floa
 
 
 def _predicted(
-    model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], itemsize: int
+    model: nn.Module, stack: Stack, targets: Sequence[str], batches: Sequence[Batch], whole: bool
 ) -> tuple[list[list[Work]], float | None, list[str]]:
     """Of every batch its work as ``nsc plan`` counts it, the bytes kept for a backward, and why there are none."""
     if isinstance(model, ImageTextBody):
@@ -294,8 +311,9 @@ def _predicted(
     except NSCError as error:
         return [], None, [str(error)]
     ranks = {name: sum(module.ranks) for name, module in stack.modules.items()}
-    shapes = [batch.task.shape for batch in batches]
-    steps = [Step(model, linears, ranks, targets, len(stack.tasks), n, length, itemsize) for n, length in shapes]
+    itemsize = next(model.parameters()).element_size()
+    of, shapes = (model, linears, ranks, targets, len(stack.tasks)), [tuple(batch.task.shape) for batch in batches]
+    steps = [Step(*of, n, length, itemsize, whole) for n, length in shapes]
     return [step.work() for step in steps], max(step.memory().activations for step in steps), []
 
 

@@ -18,8 +18,11 @@ from nsc.adapters.stack import Stack
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
+from nsc.learning.agreement import Agreement
 from nsc.learning.assembly import prepared
+from nsc.learning.entropy import Entropy
 from nsc.learning.loop import take_step
+from nsc.learning.trained_factors import Factors
 from nsc.learning.watch import LastTargetSeen
 from nsc.runtime.distributed import ALONE, Team
 
@@ -34,6 +37,8 @@ def nsc_step(
     batches: Sequence[Batch],
     config: MergeConfig,
     team: Team = ALONE,
+    output: Entropy | Agreement | None = None,
+    factors: Factors | None = None,
 ) -> Iterator[Callable[[], Tensor]]:
     """Give the very step of ``nsc.learning.loop``, to run again and again on the same batches.
 
@@ -44,11 +49,14 @@ def nsc_step(
         batches: this rank's share of a step.
         config: settings of learning.
         team: the processes that share the step.
+        output: entropy or agreement, for the objectives that have one.
+        factors: layer -> A, B at which fitted factors start, if they are what is learned.
 
     Yields:
         A function that takes one step and returns its loss ().
     """
-    with prepared(model, stack, targets, batches, replace(config, steps=MOST_STEPS)) as (state, passes):
+    run = replace(config, steps=MOST_STEPS)
+    with prepared(model, stack, targets, batches, run, output=output, factors=factors) as (state, passes):
 
         def step() -> Tensor:
             take_step(state, lambda _: passes.gradient(batches), team, [])
@@ -63,37 +71,50 @@ class Floor:
     Args:
         body: without adapters.
         first: name of the first module with LoRA.
-        last: name of the last target.
+        last: name of the last target; None to run to the end.
+        output: for a run to the end, states and batch -> what a step makes of them (): the heads and the loss.
     """
 
-    def __init__(self, body: nn.Module, first: str, last: str) -> None:
-        self.body = body
+    def __init__(
+        self,
+        body: nn.Module,
+        first: str,
+        last: str | None,
+        output: Callable[[Tensor, Batch], Tensor] = lambda states, batch: states.sum(),
+    ) -> None:
+        self.body, self.last, self.output = body, last, output
         self._leaf = self._reached = torch.empty(0)
         body.get_submodule(first).register_forward_hook(self._begin)
-        body.get_submodule(last).register_forward_pre_hook(self._end)
+        if last is not None:
+            body.get_submodule(last).register_forward_pre_hook(self._end)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Run forward to the last target's input and backward to the first module's output.
+        """Run forward to the last target's input, or to the end, and backward to the first module's output.
 
         Args:
             batch: rows on the body's device.
 
         Returns:
-            The gradient of the sum of the last target's input to the first module's output, or that input.
+            The gradient of the sum of the last target's input, or of the output, to the first module's output; or that
+            input, if it needs none.
 
         Raises:
             NSCError: if the last target never runs.
         """
         try:
-            self.body(**batch.arguments(next(self.body.parameters()).dtype))
+            states = self.body(**batch.arguments(next(self.body.parameters()).dtype))[0]
         except LastTargetSeen:
-            z, leaf = self._reached, self._leaf
-            self._leaf = self._reached = torch.empty(0)
-            if not z.requires_grad:
-                return z
-            z.backward(torch.ones_like(z))
-            return leaf.grad  # type: ignore[return-value]
-        raise NSCError("the last target never ran in this model's forward")
+            reached = self._reached.sum()
+        else:
+            if self.last is not None:
+                raise NSCError("the last target never ran in this model's forward")
+            reached = self.output(states, batch)
+        z, leaf = self._reached, self._leaf
+        self._leaf = self._reached = torch.empty(0)
+        if not reached.requires_grad:
+            return z
+        reached.backward()
+        return leaf.grad  # type: ignore[return-value]
 
     def _begin(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         self._leaf = output.detach().requires_grad_()

@@ -296,3 +296,16 @@ def test_the_command(base, adapters, texts, tmp_path):
     )
     assert "steps must be 1 or more" in refused(run(*given, "--steps-timed", 0))
     assert "hardware must be one of A100-80" in refused(run(*given, "--hardware", "TPU"))
+
+
+def test_a_step_of_matching_is_profiled_over_a_floor_that_runs_to_the_end(base, adapters, texts):
+    """The floor has the heads and their loss; FLOPs and what is kept are those of ``nsc plan`` for that objective."""
+    of = {"a": adapters["plain"], "b": adapters["pattern"]}
+    rows = {"a": texts["plain"], "b": texts["pattern"]}
+    settings = dict(granularity="rank", max_drift=None, max_new_tokens=2, hardware="cpu", flops=1e9)
+    matched = profile_merge(base, of, rows, steps=1, objective="match", **settings)
+    usual = profile_merge(base, of, rows, steps=1, hardware="cpu", flops=1e9)
+    assert matched.flops > usual.flops and matched.flops_predicted > 0.8 * matched.flops
+    assert matched.floor > 0 and matched.kept > usual.kept
+    with pytest.raises(NSCError, match="a profile is of learned coefficients"):
+        profile_merge(base, of, rows, objective="entropy")
