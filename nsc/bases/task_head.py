@@ -232,7 +232,8 @@ def _pooling(head: _Head, base: Base, task: str) -> str:
     logits = head(states)
     if logits.ndim == 3:
         return "each"
-    read = torch.autograd.grad(logits.sum(), states)[0][0].abs().sum(-1) > 0
+    mixed = logits @ torch.randn(logits.shape[-1], generator=seed).to(logits)  # a plain sum may cancel
+    read = torch.autograd.grad(mixed.sum(), states)[0][0].abs().sum(-1) > 0
     rows = read.nonzero().flatten().tolist()
     pooling = {(0,): "first", (PROBE - 1,): "last", tuple(range(PROBE)): "mean"}.get(tuple(rows), "")
     pooled = {"first": states[:, 0], "last": states[:, -1], "mean": states.mean(1)}.get(pooling)
