@@ -232,6 +232,8 @@ def _pooling(head: _Head, base: Base, task: str) -> str:
     logits = head(states)
     if logits.ndim == 3:
         return "each"
+    if not logits.isfinite().all():
+        raise NSCError(f"adapter {task}: its head says NaN or infinity about states of size 1; check its weights")
     mixed = logits @ torch.randn(logits.shape[-1], generator=seed).to(logits)  # a plain sum may cancel
     read = torch.autograd.grad(mixed.sum(), states)[0][0].abs().sum(-1) > 0
     rows = read.nonzero().flatten().tolist()
