@@ -165,6 +165,10 @@ CHANGES = {
         lambda s: s | {"classifier.extra.weight": torch.zeros(3, 3)},
         "carries classifier.extra.weight, which is no part of RobertaForSequenceClassification",
     ),
+    "weights that overflow": (
+        lambda s: {n: x.fill_(3e38) for n, x in s.items()},
+        "its head says NaN or infinity about states of size 1",
+    ),
     "another width": (lambda s: s | {"classifier.dense.weight": torch.zeros(16, 16)}, "its head does not fit"),
 }
 
