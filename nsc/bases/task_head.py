@@ -141,12 +141,18 @@ class _Head(nn.Module):
         """(n, d) -> (n, C); (n, L, d) -> (n, C), or (n, L, C) where each token has its own output."""
         parameter = next(self.whole.parameters())
         self.handed.states = (states[:, None] if states.ndim == 2 else states).to(parameter.dtype)
-        n, width = self.handed.states.shape[:2]
-        if self.images:
-            return self.whole(pixel_values=states.new_zeros(n, 3, 1, 1)).logits
-        ids = torch.ones(n, width, dtype=torch.int64, device=states.device)
-        logits = self.whole(input_ids=ids, attention_mask=ids).logits
+        try:
+            logits = self._logits(*self.handed.states.shape[:2], states.device)
+        finally:
+            self.handed.states = torch.empty(0)  # which would keep the graph of a whole forward
         return logits[:, 0] if states.ndim == 2 and logits.ndim == 3 else logits
+
+    def _logits(self, n: int, width: int, device: torch.device) -> Tensor:
+        """What the class says of the states that are handed to it."""
+        if self.images:
+            return self.whole(pixel_values=torch.zeros(n, 3, 1, 1, device=device)).logits
+        ids = torch.ones(n, width, dtype=torch.int64, device=device)
+        return self.whole(input_ids=ids, attention_mask=ids).logits
 
 
 def _without_body(base: Base, saved: Mapping[str, Tensor], task: str, images: bool) -> tuple[nn.Module, int]:

@@ -1,5 +1,7 @@
 """Heads of tasks say what transformers' own classes say, pool as they pool, and are refused where they do not fit."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,18 @@ def test_a_head_whose_outputs_cancel_is_followed(tmp_path):
     whole, base = text_class(tmp_path, "LLaMA", 2)
     saved = {"score.weight": torch.stack([whole.score.weight.data[0], -whole.score.weight.data[0]])}
     assert load_task_head(base, saved, "task").pooling == "last"
+
+
+def test_a_head_keeps_nothing_of_what_it_read(tmp_path):
+    """Neither states nor the graph of the forward behind them."""
+    whole, base = text_class(tmp_path, "BERT")
+    head, weight = load_task_head(base, outside(whole), "task"), torch.ones(32, requires_grad=True)
+    states = torch.randn(2, 32) * weight
+    said, known = head(states), weakref.ref(states)
+    torch.autograd.grad(said.sum(), weight)
+    del states, said
+    gc.collect()
+    assert known() is None
 
 
 def second_token(self, states):
