@@ -144,12 +144,18 @@ class _Head(nn.Module):
         """(n, d) -> (n, C); (n, L, d) -> (n, C), or (n, L, C) where each token has its own output."""
         parameter = next(self.whole.parameters())
         self.handed.states = (states[:, None] if states.ndim == 2 else states).to(parameter.dtype)
-        n, width = self.handed.states.shape[:2]
-        if self.images:
-            return self.whole(pixel_values=states.new_zeros(n, 3, 1, 1)).logits
-        ids = torch.ones(n, width, dtype=torch.int64, device=states.device)
-        logits = self.whole(input_ids=ids, attention_mask=ids).logits
+        try:
+            logits = self._logits(*self.handed.states.shape[:2], states.device)
+        finally:
+            self.handed.states = torch.empty(0)  # which would keep the graph of a whole forward
         return logits[:, 0] if states.ndim == 2 and logits.ndim == 3 else logits
+
+    def _logits(self, n: int, width: int, device: torch.device) -> Tensor:
+        """What the class says of the states that are handed to it."""
+        if self.images:
+            return self.whole(pixel_values=torch.zeros(n, 3, 1, 1, device=device)).logits
+        ids = torch.ones(n, width, dtype=torch.int64, device=device)
+        return self.whole(input_ids=ids, attention_mask=ids).logits
 
 
 def _without_body(base: Base, saved: Mapping[str, Tensor], task: str, images: bool) -> tuple[nn.Module, int]:
@@ -210,6 +216,8 @@ def _fill(whole: nn.Module, base: Base, saved: Mapping[str, Tensor], task: str) 
         )
     if strange := sorted(set(saved) - set(names)):
         raise NSCError(f"adapter {task} carries {strange[0]}, which is no part of {type(whole).__name__}")
+    if broken := [name for name, x in weights.items() if not x.isfinite().all()]:
+        raise NSCError(f"adapter {task}: {broken[0]} of its head holds NaN or infinity; retrain it, or fetch it again")
     try:
         whole.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
@@ -235,7 +243,8 @@ def _pooling(head: _Head, base: Base, task: str) -> str:
     logits = functional_call(head, weights, states)
     if logits.ndim == 3:
         return "each"
-    read = torch.autograd.grad(logits.sum(), states)[0][0].abs().sum(-1) > 0
+    mixed = logits @ torch.randn(logits.shape[-1], generator=seed).to(logits)  # a plain sum may cancel
+    read = torch.autograd.grad(mixed.sum(), states)[0][0].abs().sum(-1) > 0
     rows = tuple(read.nonzero().flatten().tolist())
     pooling = {(0,): "first", (PROBE - 1,): "last", tuple(range(PROBE)): "mean"}.get(rows, "")
     pooled = {"first": states[:, 0], "last": states[:, -1], "mean": states.mean(1)}.get(pooling)

@@ -126,7 +126,8 @@ class Experts:
     def _alone(self, task: str) -> Iterator[None]:
         """One expert in the model."""
         k = self.stack.tasks.index(task)
-        only = torch.zeros(self.stack.owned.shape, device=input_device(self.base.model))
+        dtype = torch.promote_types(next(self.base.model.parameters()).dtype, torch.float32)
+        only = torch.zeros(self.stack.owned.shape, dtype=dtype, device=input_device(self.base.model))
         only[:, k] = 1
         with merged_layers(self.base.model, self.stack, only):
             yield

@@ -175,7 +175,7 @@ def _identity(
     base: str, adapters: Mapping[str, Adapter], samples: Mapping[str, Any], targets: list[str], config: MergeConfig
 ) -> str:
     """Everything that the path of the coefficients depends on; how many steps are taken, only where it matters."""
-    open_ended = config.schedule == "constant" and config.stop == "last"
+    open_ended = config.schedule == "constant" and not config.needs_outputs  # which are scaled by all rows drawn
     free = FREE_OF_PATH | ({"steps"} if open_ended else set())
     settings = {k: v for k, v in config.to_dict().items() if k not in free}
     parts = [base, {t: fingerprint(a) for t, a in adapters.items()}, samples, targets, settings]
