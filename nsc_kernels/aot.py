@@ -22,8 +22,8 @@ from nsc_kernels._skinny import plan_expand, plan_shrink
 from nsc_kernels._tl import HAS_TRITON, triton
 
 # the modules, which the package's functions of the same names hide
-null_space_ratio, ratio_from_energy = (
-    importlib.import_module(f"nsc_kernels.{name}") for name in ("null_space_ratio", "ratio_from_energy")
+lora_moments, null_space_ratio, ratio_from_energy = (
+    importlib.import_module(f"nsc_kernels.{name}") for name in ("lora_moments", "null_space_ratio", "ratio_from_energy")
 )
 TARGETS: dict[str, tuple[str, int | str, int]] = {  # backend, architecture, lanes of a warp
     "sm_80": ("cuda", 80, 32),
@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {  # backend, architecture, lan
     "gfx942": ("hip", "gfx942", 64),  # below Triton 3.3 it takes a ROCm linker
 }
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-POINTERS |= {torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS |= {torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 class Resources(NamedTuple):
@@ -117,6 +117,24 @@ def lora_launches(n: int, d: int, m: int, r: int, dtype: torch.dtype) -> dict[st
     }
 
 
+def moment_launches(n: int, r: int, dtype: torch.dtype, *, routed: bool) -> list[Launch]:
+    """Return the launches of the second and the cross moments of u.
+
+    Args:
+        n: rows.
+        r: columns of u.
+        dtype: of u, and of that of the other run.
+        routed: whether there are several tasks, and weights.
+
+    Returns:
+        Four launches on meta tensors.
+    """
+    u, given = meta(n, r, dtype=dtype), (None, None, 1)
+    if routed:
+        given = (meta(n, dtype=torch.int64), meta(n), 6)
+    return [launch for left in (None, u) for launch in lora_moments.plan_moments(left, u, *given)[0]]
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
     """List every kernel in the variants that differ in code: form, routing, dtype, rank, many, few and wide rows.
 
@@ -145,6 +163,12 @@ def _all_launches() -> Iterator[tuple[str, Launch]]:
         for step, planned in lora_launches(n, d, d, r, dtype).items():
             for launch in planned:
                 yield f"{step} {_name(n, d, r, dtype)}", launch
+    for n, r, dtype in [(65536, 96, bf16), (65536, 512, bf16), (65536, 96, fp32), (6304, 20, bf16), (6304, 200, fp32)]:
+        for routed in (False, True):
+            for launch in moment_launches(n, r, dtype, routed=routed):
+                yield f"moments{' routed' if routed else ''} {str(dtype).removeprefix('torch.')} n={n} R={r}", launch
+    for launch in moment_launches(8, 96, torch.float16, routed=True):
+        yield "moments routed float16 n=8 R=96", launch
 
 
 def _name(n: int, d: int, r: int, dtype: torch.dtype) -> str:
