@@ -155,13 +155,12 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     left, right = row_tile * BLOCK_R + tl.arange(0, BLOCK_R), column_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     b_total = tl.zeros((BLOCK_R, BLOCK_R), tl.float64)
     start = part.to(tl.int64) * SPAN
-    for first in range(0, SPAN, CHUNK):
-        rows = start + first + tl.arange(0, CHUNK)
-        _weight, any_counts = row_share(task_ptr, weight_ptr, rows, N, task, K)
-        if tl.max(any_counts.to(tl.int32), 0) > 0:
+    for first in range(start, tl.minimum(start + SPAN, N), CHUNK):
+        _weight, in_chunk = row_share(task_ptr, weight_ptr, first + tl.arange(0, CHUNK), N, task, K)
+        if tl.max(in_chunk.to(tl.int32), 0) > 0:
             b_sum = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-            for inner in range(0, CHUNK, BLOCK_N):
-                rows = start + first + inner + tl.arange(0, BLOCK_N)
+            for inner in range(first, tl.minimum(first + CHUNK, N), BLOCK_N):
+                rows = inner + tl.arange(0, BLOCK_N)
                 b_weight, counts = row_share(task_ptr, weight_ptr, rows, N, task, K)
                 b_left = tl.load(
                     left_ptr + left[:, None] + (rows * left_stride)[None, :],
@@ -198,7 +197,7 @@ def sum_moments_kernel(  # type: ignore[no-untyped-def]
         R, K, PARTS, BLOCK_P, BLOCK_E: sizes.
         SYMMETRIC: whether only entries on and below the diagonal were written.
     """
-    entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    entries = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     row, column = entries // R, entries % R
     if SYMMETRIC:
         row, column = tl.maximum(row, column), tl.minimum(row, column)
@@ -210,7 +209,7 @@ def sum_moments_kernel(  # type: ignore[no-untyped-def]
         places = ((parts * K + task) * R)[:, None] * R + (row * R + column)[None, :]
         mask = (parts < PARTS)[:, None] & exists[None, :]
         b_sum += tl.sum(tl.load(parts_ptr + places, mask=mask, other=0.0), 0)
-    tl.store(out_ptr + task * R * R + entries, b_sum, mask=exists)
+    tl.store(out_ptr + task * (R * R) + entries, b_sum, mask=exists)
 
 
 def plan_moments(
