@@ -197,8 +197,9 @@ def moment_blocks(n: int, r: int, tasks: int, itemsize: int) -> tuple[MomentBloc
     Returns:
         The blocks, the number of parts into which the rows are split, at least one, and the rows of each part.
     """
-    block_r = min(max(next_power_of_2(r), 16), 64)
-    blocks = MomentBlocks(128, 32 if itemsize == 2 else 16, block_r, 4, 2)
+    block_n, most, stages = 32 if itemsize == 2 else 16, 32 if r % 16 else 64, 1
+    block_r = min(max(next_power_of_2(r), 16), most)
+    blocks = MomentBlocks(128, block_n, block_r, 8 if block_r > 16 else 4, stages)
     tiles = -(-r // block_r)
     programs = max(tiles * (tiles + 1) // 2 * tasks, 1)
     parts = max(min(2 * FILL // programs, n // blocks.CHUNK), 1)

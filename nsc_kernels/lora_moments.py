@@ -88,7 +88,7 @@ def _weighted_products(left: Tensor, right: Tensor, share: Tensor) -> Tensor:
 
 @triton.jit
 def row_share(task_ptr, weight_ptr, rows, N, task, K):  # type: ignore[no-untyped-def]
-    """Return the weight of some rows in a task, NaN where their own task does not exist, and which of them count.
+    """Return the weight of some rows in a task: 0 for rows of another, NaN for those whose task does not exist.
 
     Args:
         task_ptr, weight_ptr: (N,) int and (N,) float32, or None.
@@ -96,21 +96,20 @@ def row_share(task_ptr, weight_ptr, rows, N, task, K):  # type: ignore[no-untype
         N, task, K: rows in all, the task, and how many there are.
 
     Returns:
-        (BLOCK,) float32 and (BLOCK,) bool.
+        (BLOCK,) float32, 0 for a row that does not count.
     """
     counts = rows < N
-    b_weight = tl.full(rows.shape, 1.0, tl.float32)
+    b_share = tl.where(counts, 1.0, 0.0)
     if weight_ptr is not None:
-        b_weight = tl.load(weight_ptr + rows, mask=counts, other=0.0)
-        counts = counts & (b_weight != 0)
-    if task_ptr is None:
-        counts = counts & (task == 0)
+        b_share = tl.load(weight_ptr + rows, mask=counts, other=0.0)
+        counts = counts & (b_share != 0)
+    if task_ptr is not None:
+        b_task = tl.load(task_ptr + rows, mask=counts, other=task)
+        b_share = tl.where(b_task == task, b_share, 0.0)
+        b_share = tl.where((b_task < 0) | (b_task >= K), float("nan"), b_share)
     else:
-        b_task = tl.load(task_ptr + rows, mask=counts, other=0)
-        unknown = (b_task < 0) | (b_task >= K)
-        b_weight = tl.where(unknown, float("nan"), b_weight)
-        counts = counts & (unknown | (b_task == task))
-    return b_weight, counts
+        b_share = tl.where(task == 0, b_share, 0.0)
+    return b_share
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -154,25 +153,26 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     task, part = tl.program_id(1), tl.program_id(2)
     left, right = row_tile * BLOCK_R + tl.arange(0, BLOCK_R), column_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     b_total = tl.zeros((BLOCK_R, BLOCK_R), tl.float64)
+    rows = tl.arange(0, BLOCK_N)
     start = part.to(tl.int64) * SPAN
     for first in range(start, tl.minimum(start + SPAN, N), CHUNK):
-        _weight, in_chunk = row_share(task_ptr, weight_ptr, first + tl.arange(0, CHUNK), N, task, K)
-        if tl.max(in_chunk.to(tl.int32), 0) > 0:
+        b_chunk = row_share(task_ptr, weight_ptr, first + tl.arange(0, CHUNK), N, task, K)
+        if tl.max((b_chunk != 0).to(tl.int32), 0) > 0:
             b_sum = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
             for inner in range(first, tl.minimum(first + CHUNK, N), BLOCK_N):
-                rows = inner + tl.arange(0, BLOCK_N)
-                b_weight, counts = row_share(task_ptr, weight_ptr, rows, N, task, K)
+                b_share = row_share(task_ptr, weight_ptr, inner + rows, N, task, K)
+                counts = b_share != 0
                 b_left = tl.load(
-                    left_ptr + left[:, None] + (rows * left_stride)[None, :],
-                    mask=(left < R)[:, None] & counts[None, :],
+                    left_ptr + inner * left_stride + (rows * left_stride)[None, :] + left[:, None],
+                    mask=counts[None, :] & (left < R)[:, None],
                     other=0.0,
                 )
                 b_right = tl.load(
-                    right_ptr + (rows * right_stride)[:, None] + right[None, :],
+                    right_ptr + inner * right_stride + (rows * right_stride)[:, None] + right[None, :],
                     mask=counts[:, None] & (right < R)[None, :],
                     other=0.0,
                 )
-                b_rest = tl.where(counts[:, None], b_right.to(tl.float32) * b_weight[:, None], 0.0)
+                b_rest = b_right.to(tl.float32) * b_share[:, None]
                 if PIECES == 0:
                     b_sum = tile_dot(b_left.to(tl.float32), b_rest, b_sum)
                 for _ in tl.static_range(PIECES):
