@@ -199,7 +199,7 @@ def moment_blocks(n: int, r: int, tasks: int, itemsize: int) -> tuple[MomentBloc
     """
     block_n, most, stages = 32 if itemsize == 2 else 16, 32 if r % 16 else 64, 1
     block_r = min(max(next_power_of_2(r), 16), most)
-    blocks = MomentBlocks(128, block_n, block_r, 8 if block_r > 16 else 4, stages)
+    blocks = MomentBlocks(128, block_n, block_r, 8 if block_r > 16 else 1, stages)
     tiles = -(-r // block_r)
     programs = max(tiles * (tiles + 1) // 2 * tasks, 1)
     parts = max(min(2 * FILL // programs, n // blocks.CHUNK), 1)

@@ -1,6 +1,6 @@
 """Second moments of the down-projected rows of each task: what a merge by regression needs of the data.
 
-    u = z A^T       s = z.z       M_k = sum over rows i of task k of  w_i u_i u_i^T       C_k = the same of  w_i v_i u_i^T
+    u = z A^T    s = z.z    M_k = sum over rows i of task k of  w_i u_i u_i^T    C_k = the same of  w_i v_i u_i^T
 
 v is u of the same rows in another run. u and s come from the one pass over z that ``lora_down`` makes; the moments from
 u, which is narrow. It is a statistic: there is no gradient.
