@@ -129,9 +129,8 @@ def moment_launches(n: int, r: int, dtype: torch.dtype, *, routed: bool) -> list
     Returns:
         Four launches on meta tensors.
     """
-    u, given = meta(n, r, dtype=dtype), (None, None, 1)
-    if routed:
-        given = (meta(n, dtype=torch.int64), meta(n), 6)
+    u = meta(n, r, dtype=dtype)
+    given = (meta(n, dtype=torch.int64), meta(n), 6) if routed else (None, None, 1)
     return [launch for left in (None, u) for launch in lora_moments.plan_moments(left, u, *given)[0]]
 
 

@@ -21,7 +21,7 @@ from nsc_kernels._skinny import plan_shrink, run_all
 from nsc_kernels._tl import narrow, tile_dot, tl, triton
 from nsc_kernels.lora_down import lora_down_reference
 
-SUM_BLOCKS = {"BLOCK_P": 16, "BLOCK_E": 128, "num_warps": 4}
+SUM_BLOCKS = {"BLOCK_P": 8, "BLOCK_E": 256, "num_warps": 4}
 
 
 class Moments(NamedTuple):
@@ -323,8 +323,7 @@ def lora_moments(
 
     Source: https://arxiv.org/abs/2606.10617.
     """
-    z, lora_A, task, weight, other = (None if x is None else x.detach() for x in (z, lora_A, task, weight, other))
-    z, lora_A = row_operands(z, lora_A)
+    z, lora_A = row_operands(z.detach(), lora_A.detach())
     rows, r = z.shape[:-1], lora_A.shape[0]
     if tasks < 1:
         raise ValueError(f"tasks must be at least 1, got {tasks}; give the number of tasks that rows may belong to")
@@ -332,10 +331,10 @@ def lora_moments(
         expect("task", task, rows, "one task for each row of z", z, integer=True)
     if weight is not None:
         expect("weight", weight, rows, "one weight for each row of z", z)
-        weight = weight.to(accumulator_dtype(z)).reshape(-1)
+        weight = weight.detach().to(accumulator_dtype(z)).reshape(-1)
     if other is not None:
         expect("other", other, (*rows, r), "u of the same rows, one column for each row of lora_A", z)
-        other = other.reshape(math.prod(rows), r)
+        other = other.detach().reshape(math.prod(rows), r)
     flat = (shaped(z, (math.prod(rows), z.shape[-1])), lora_A, None if task is None else task.reshape(-1))
     u, energy, second, cross = _forward_op(*flat, weight, other, tasks)
     return Moments(shaped(u, (*rows, r)), shaped(energy, rows), second, None if other is None else cross)
