@@ -6,6 +6,7 @@ prints what the compilers report of each kernel: registers, shared memory, spill
 """
 
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -117,21 +118,21 @@ def lora_launches(n: int, d: int, m: int, r: int, dtype: torch.dtype) -> dict[st
     }
 
 
-def moment_launches(n: int, r: int, dtype: torch.dtype, *, routed: bool) -> list[Launch]:
+def moment_launches(n: int, r: int, dtype: torch.dtype, *, routed: bool) -> dict[str, list[Launch]]:
     """Return the launches of the second and the cross moments of u.
 
     Args:
         n: rows.
         r: columns of u.
-        dtype: of u, and of that of the other run.
+        dtype: of u, in both runs.
         routed: whether there are several tasks, and weights.
 
     Returns:
-        Four launches on meta tensors.
+        Kind of moments -> its launches, on meta tensors.
     """
     u = meta(n, r, dtype=dtype)
     given = (meta(n, dtype=torch.int64), meta(n), 6) if routed else (None, None, 1)
-    return [launch for left in (None, u) for launch in lora_moments.plan_moments(left, u, *given)[0]]
+    return {name: lora_moments.plan_moments(left, u, *given)[0] for name, left in (("second", None), ("cross", u))}
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
@@ -156,22 +157,21 @@ def _all_launches() -> Iterator[tuple[str, Launch]]:
             if gram == routed or (d, dtype) == (4096, bf16):
                 form = f"{'gram' if gram else 'whitened'}{' routed' if routed else ''}"
                 for launch in ratio_launches(n, d, r, dtype, gram=gram, routed=routed):
-                    yield f"{form} {_name(n, d, r, dtype)}", launch
+                    yield f"{form} {_name(dtype, n=n, d=d, R=r)}", launch
     shapes += [(8, 4096, 96, bf16), (48, 768, 320, bf16), (6304, 768, 200, bf16), (8, 4096, 96, fp32)]
     for n, d, r, dtype in [*shapes, (100, 4096, 48, fp32), (128, 16384, 512, fp32)]:
         for step, planned in lora_launches(n, d, d, r, dtype).items():
             for launch in planned:
-                yield f"{step} {_name(n, d, r, dtype)}", launch
-    for n, r, dtype in [(65536, 96, bf16), (65536, 512, bf16), (65536, 96, fp32), (6304, 20, bf16), (6304, 200, fp32)]:
-        for routed in (False, True):
-            for launch in moment_launches(n, r, dtype, routed=routed):
-                yield f"moments{' routed' if routed else ''} {str(dtype).removeprefix('torch.')} n={n} R={r}", launch
-    for launch in moment_launches(8, 96, torch.float16, routed=True):
-        yield "moments routed float16 n=8 R=96", launch
+                yield f"{step} {_name(dtype, n=n, d=d, R=r)}", launch
+    moments = [(65536, 96, bf16), (65536, 512, bf16), (65536, 96, fp32), (6304, 20, bf16), (6304, 200, fp32)]
+    for (n, r, dtype), routed in itertools.product([*moments, (8, 96, torch.float16)], (False, True)):
+        for kind, planned in moment_launches(n, r, dtype, routed=routed).items():
+            for launch in planned:
+                yield f"{kind} moments{' routed' if routed else ''} {_name(dtype, n=n, R=r)}", launch
 
 
-def _name(n: int, d: int, r: int, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} n={n} d={d} R={r}"
+def _name(dtype: torch.dtype, **sizes: int) -> str:
+    return " ".join([str(dtype).removeprefix("torch."), *(f"{name}={size}" for name, size in sizes.items())])
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:

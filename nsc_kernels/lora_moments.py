@@ -21,7 +21,7 @@ from nsc_kernels._skinny import plan_shrink, run_all
 from nsc_kernels._tl import narrow, tile_dot, tl, triton
 from nsc_kernels.lora_down import lora_down_reference
 
-SUM_BLOCKS = {"BLOCK_P": 8, "BLOCK_E": 256, "num_warps": 4}
+SUM_BLOCKS = {"BLOCK_P": 8, "BLOCK_E": 128, "num_warps": 4}
 
 
 class Moments(NamedTuple):
