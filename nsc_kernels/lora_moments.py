@@ -310,7 +310,7 @@ def lora_moments(
         ``Moments``: u (..., R) in z's dtype, rounded from float32; the energy (...,) in float32 (float64 for float64);
         second (K, R, R) and cross (K, R, R) or None, of u as it is returned, both float64: sums in float32 over at
         most 128 rows, added up in float64 in an order that depends on the shapes alone, so that runs do not differ.
-        Float64 arguments are summed in float64 throughout, as everything is without Triton.
+        Without Triton, and where an argument is float64, the moments are summed in float64 throughout.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together, or ``tasks`` is below 1.
