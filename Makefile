@@ -25,7 +25,8 @@ docs: $(VENV)/docs           ## the site of docs/ and of the public names, into 
 
 interpret: $(VENV)/test      ## the op tests on the Triton kernels themselves, interpreted on the CPU
 	TRITON_INTERPRET=1 $(RUN) -m pytest \
-		tests/kernels/test_null_space_ratio.py tests/kernels/test_null_space_laws.py tests/kernels/test_lora_ops.py tests/kernels/test_modules.py
+		tests/kernels/test_null_space_ratio.py tests/kernels/test_null_space_laws.py tests/kernels/test_lora_ops.py \
+		tests/kernels/test_lora_moments.py tests/kernels/test_modules.py
 
 aot: $(VENV)/test            ## compile every kernel for every target; registers, shared memory, spills
 	$(RUN) -m nsc_kernels.aot

@@ -129,6 +129,11 @@ def _down_backward(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
     return _z(s, dtype, device), du, de, _z(s, dtype, device), _a(s, dtype, device)
 
 
+def _moments(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    _, task, _, weight = _routing(s, device)
+    return _z(s, dtype, device), _a(s, dtype, device), task, weight, None, len(s.ranks)
+
+
 def _up(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
     rows = (_wide(s.n, width, dtype, device) for width in (s.m, s.r))
     return *rows, _c(s, device), _b(s, dtype, device)
@@ -142,7 +147,7 @@ def _and_gradient(inputs: Callable[..., Inputs]) -> Callable[..., Inputs]:
     return lambda *args: (*inputs(*args), True)
 
 
-# Bytes: 8 an index, 4 a float32 (weight, energy, q/s, 1/|z|, c)
+# Bytes: 8 an index or a float64 (moments), 4 a float32 (weight, energy, q/s, 1/|z|, c)
 
 
 def _ratio_bytes(s: Shape, e: int) -> int:
@@ -173,6 +178,10 @@ def _down_backward_bytes(s: Shape, e: int) -> int:
     return 3 * s.n * s.d * e + s.n * s.r * e + 4 * s.n + s.r * s.d * e
 
 
+def _moments_bytes(s: Shape, e: int) -> int:
+    return _down_bytes(s, e) + s.n * (8 + 4) + 8 * len(s.ranks) * s.r**2
+
+
 def _up_bytes(s: Shape, e: int) -> int:
     return 2 * s.n * s.m * e + s.n * s.r * e + s.m * s.r * e + 4 * s.r
 
@@ -201,7 +210,12 @@ def _down_flops(s: Shape) -> int:
     return 2 * s.n * s.d * (s.r + 1)
 
 
+def _moments_flops(s: Shape) -> int:
+    return _down_flops(s) + s.n * s.r * (s.r + 1)
+
+
 RATIO, ENERGY, DOWN, UP, FOLD = "null_space_ratio", "ratio_from_energy", "lora_down", "lora_up", "lora_fold"
+MOMENTS = "lora_moments"
 PASSES = [
     Pass(RATIO, FORWARD, _ratio, _ratio_bytes, _ratio_flops),
     Pass(RATIO, BACKWARD, _ratio_backward, _ratio_backward_bytes, _ratio_flops),
@@ -212,6 +226,7 @@ PASSES = [
     Pass(ENERGY, BACKWARD, _energy_backward, _energy_backward_bytes, lambda s: 2 * s.n * s.own),
     Pass(DOWN, FORWARD, _down, _down_bytes, _down_flops),
     Pass(DOWN, BACKWARD, _down_backward, _down_backward_bytes, _down_flops),
+    Pass(MOMENTS, FORWARD, _moments, _moments_bytes, _moments_flops),
     Pass(UP, FORWARD, _up, _up_bytes, lambda s: 2 * s.n * s.m * s.r),
     Pass(UP, BACKWARD, _and_gradient(_up), _up_backward_bytes, lambda s: 2 * s.n * s.r * (s.m + 1)),
     Pass(FOLD, FORWARD, _fold, _fold_bytes, lambda s: 2 * s.m * s.d * s.r),
@@ -231,6 +246,8 @@ def providers(work: Pass, shape: Shape) -> dict[str, Callable]:
         found["usual"] = usual_with_gradient
     if (work.op, work.step) == ("lora_down", FORWARD):
         found |= {"linear": linear_alone, "linear + norm": linear_and_norm}
+    if work.op == MOMENTS:
+        found["usual"] = usual_moments
     if CUDA:
         found["triton"] = _triton(work)
     return found
@@ -288,6 +305,16 @@ def usual_ratio(z: Tensor, u: Tensor, _gram: None, adapter: Tensor, offsets: Ten
 
 
 usual_with_gradient = _with_gradient(usual_ratio)
+
+
+def usual_moments(
+    z: Tensor, lora_A: Tensor, task: Tensor, weight: Tensor, _other: None, tasks: int
+) -> tuple[Tensor, ...]:
+    """Return what ``lora_moments`` does in the fewest lines of torch: the rows of a task are taken out of u."""
+    u, energy = F.linear(z, lora_A), z.float().square().sum(-1)
+    rows = [task == k for k in range(tasks)]
+    second = torch.stack([u[own].float().T @ (u[own].float() * weight[own, None]) for own in rows])
+    return u, energy, second, second.new_empty(0)
 
 
 def linear_alone(z: Tensor, lora_A: Tensor, _energy: bool) -> tuple[Tensor]:

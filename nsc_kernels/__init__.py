@@ -11,6 +11,7 @@ from nsc_kernels.dense import MergedDenseLinear
 from nsc_kernels.gram import GramCache, GramFactor, gram_inverse
 from nsc_kernels.lora_down import lora_down, lora_fork
 from nsc_kernels.lora_fold import lora_fold
+from nsc_kernels.lora_moments import Moments, lora_moments
 from nsc_kernels.lora_up import lora_up
 from nsc_kernels.modules import MergedLoRALinear, Siblings
 from nsc_kernels.null_space_ratio import null_space_ratio
@@ -22,11 +23,13 @@ __all__ = [
     "GramFactor",
     "MergedDenseLinear",
     "MergedLoRALinear",
+    "Moments",
     "Siblings",
     "gram_inverse",
     "lora_down",
     "lora_fold",
     "lora_fork",
+    "lora_moments",
     "lora_up",
     "null_space_ratio",
     "ratio_from_energy",

@@ -161,3 +161,47 @@ def expand_blocks(n: int, m: int, r: int, itemsize: int) -> ExpandBlocks:
         block_m = min(block_m, 64)
     block_r, num_warps = (32, 4) if itemsize == 2 else (16, 8)
     return ExpandBlocks(block_n, block_m, min(max(next_power_of_2(r), 16), block_r), num_warps, 2)
+
+
+class MomentBlocks(NamedTuple):
+    """How ``V' diag(w) U`` is cut into programs.
+
+    Attributes:
+        CHUNK: rows that are summed in float32, and passed over together where none counts.
+        BLOCK_N: rows that are multiplied at a time.
+        BLOCK_R: columns of V, and of U.
+        num_warps: warps of a program.
+        num_stages: stages of Triton's software pipeline.
+    """
+
+    CHUNK: int
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+@lru_cache(maxsize=1024)
+def moment_blocks(n: int, r: int, tasks: int, itemsize: int) -> tuple[MomentBlocks, int, int]:
+    """Cut ``V' diag(w) U`` of each task into programs, so that no target spills (``make aot``).
+
+    The rows are split until there are about ``2 * FILL`` programs, since each part of them is a whole set of moments
+    that has to be added up.
+
+    Args:
+        n: rows of U.
+        r: columns of U.
+        tasks: sets of moments.
+        itemsize: bytes of the factors in a product, 2 or 4.
+
+    Returns:
+        The blocks, the number of parts into which the rows are split, at least one, and the rows of each part.
+    """
+    block_n, most, stages = 32 if itemsize == 2 else 16, 32 if r % 16 else 64, 1
+    block_r = min(max(next_power_of_2(r), 16), most)
+    blocks = MomentBlocks(128, block_n, block_r, 8 if block_r > 16 else 1, stages)
+    tiles = -(-r // block_r)
+    programs = max(tiles * (tiles + 1) // 2 * tasks, 1)
+    parts = max(min(2 * FILL // programs, n // blocks.CHUNK), 1)
+    span = max(-(-n // (parts * blocks.CHUNK)), 1) * blocks.CHUNK
+    return blocks, max(-(-n // span), 1), span

@@ -83,3 +83,26 @@ def expect(name: str, x: Tensor, shape: Sequence[int], meaning: str, like: Tenso
         raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, {meaning}, got {tuple(x.shape)}")
+
+
+def row_operands(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuse rows and a down-projection that do not fit together, and cast both as ``F.linear`` would.
+
+    Args:
+        z: (..., d) with d >= 1.
+        lora_A: (R, d).
+
+    Returns:
+        z and lora_A, in autocast's dtype where it is enabled.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit together.
+    """
+    if z.dim() == 0 or z.shape[-1] == 0:
+        raise ValueError(f"z must be (..., d) with d >= 1, got shape {tuple(z.shape)}")
+    expect("z", z, z.shape, "rows of width d", z)
+    expect("lora_A", lora_A, (lora_A.shape[:1] or (0,)) + z.shape[-1:], "one row for each column of u", z)
+    z, lora_A = autocast_to(z, lora_A)
+    if z.dtype != lora_A.dtype:
+        raise ValueError(f"z is {z.dtype} but lora_A is {lora_A.dtype}; convert one with .to(), or use autocast")
+    return z, lora_A

@@ -6,6 +6,7 @@ prints what the compilers report of each kernel: registers, shared memory, spill
 """
 
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from nsc_kernels._skinny import plan_expand, plan_shrink
 from nsc_kernels._tl import HAS_TRITON, triton
 
 # the modules, which the package's functions of the same names hide
-null_space_ratio, ratio_from_energy = (
-    importlib.import_module(f"nsc_kernels.{name}") for name in ("null_space_ratio", "ratio_from_energy")
+lora_moments, null_space_ratio, ratio_from_energy = (
+    importlib.import_module(f"nsc_kernels.{name}") for name in ("lora_moments", "null_space_ratio", "ratio_from_energy")
 )
 TARGETS: dict[str, tuple[str, int | str, int]] = {  # backend, architecture, lanes of a warp
     "sm_80": ("cuda", 80, 32),
@@ -32,7 +33,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {  # backend, architecture, lan
     "gfx942": ("hip", "gfx942", 64),  # below Triton 3.3 it takes a ROCm linker
 }
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-POINTERS |= {torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS |= {torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 class Resources(NamedTuple):
@@ -117,6 +118,23 @@ def lora_launches(n: int, d: int, m: int, r: int, dtype: torch.dtype) -> dict[st
     }
 
 
+def moment_launches(n: int, r: int, dtype: torch.dtype, *, routed: bool) -> dict[str, list[Launch]]:
+    """Return the launches of the second and the cross moments of u.
+
+    Args:
+        n: rows.
+        r: columns of u.
+        dtype: of u, in both runs.
+        routed: whether there are several tasks, and weights.
+
+    Returns:
+        Kind of moments -> its launches, on meta tensors.
+    """
+    u = meta(n, r, dtype=dtype)
+    given = (meta(n, dtype=torch.int64), meta(n), 6) if routed else (None, None, 1)
+    return {name: lora_moments.plan_moments(left, u, *given)[0] for name, left in (("second", None), ("cross", u))}
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
     """List every kernel in the variants that differ in code: form, routing, dtype, rank, many, few and wide rows.
 
@@ -139,16 +157,21 @@ def _all_launches() -> Iterator[tuple[str, Launch]]:
             if gram == routed or (d, dtype) == (4096, bf16):
                 form = f"{'gram' if gram else 'whitened'}{' routed' if routed else ''}"
                 for launch in ratio_launches(n, d, r, dtype, gram=gram, routed=routed):
-                    yield f"{form} {_name(n, d, r, dtype)}", launch
+                    yield f"{form} {_name(dtype, n=n, d=d, R=r)}", launch
     shapes += [(8, 4096, 96, bf16), (48, 768, 320, bf16), (6304, 768, 200, bf16), (8, 4096, 96, fp32)]
     for n, d, r, dtype in [*shapes, (100, 4096, 48, fp32), (128, 16384, 512, fp32)]:
         for step, planned in lora_launches(n, d, d, r, dtype).items():
             for launch in planned:
-                yield f"{step} {_name(n, d, r, dtype)}", launch
+                yield f"{step} {_name(dtype, n=n, d=d, R=r)}", launch
+    moments = [(65536, 96, bf16), (65536, 512, bf16), (65536, 96, fp32), (6304, 20, bf16), (6304, 200, fp32)]
+    for (n, r, dtype), routed in itertools.product([*moments, (8, 96, torch.float16)], (False, True)):
+        for kind, planned in moment_launches(n, r, dtype, routed=routed).items():
+            for launch in planned:
+                yield f"{kind} moments{' routed' if routed else ''} {_name(dtype, n=n, R=r)}", launch
 
 
-def _name(n: int, d: int, r: int, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} n={n} d={d} R={r}"
+def _name(dtype: torch.dtype, **sizes: int) -> str:
+    return " ".join([str(dtype).removeprefix("torch."), *(f"{name}={size}" for name, size in sizes.items())])
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:

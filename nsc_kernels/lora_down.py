@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsc_kernels._op import Op, is_traced
-from nsc_kernels._rows import accumulator_dtype, autocast_to, expect, shaped
+from nsc_kernels._rows import accumulator_dtype, row_operands, shaped
 from nsc_kernels._skinny import expand, plan_shrink, run_all
 
 
@@ -147,7 +147,7 @@ def lora_down(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 3.
     """
-    z, lora_A = _checked(z, lora_A)
+    z, lora_A = row_operands(z, lora_A)
     n, r = math.prod(z.shape[:-1]), lora_A.shape[0]
     u, energy = _forward_op(shaped(z, (n, z.shape[-1])), lora_A, True)
     return shaped(u, (*z.shape[:-1], r)), shaped(energy, z.shape[:-1])
@@ -177,7 +177,7 @@ def lora_fork(z: Tensor, lora_A: Tensor, *, energy: bool = True) -> tuple[Tensor
 
     Source: https://arxiv.org/abs/2603.26317, Eq. 3.
     """
-    z, lora_A = _checked(z, lora_A)
+    z, lora_A = row_operands(z, lora_A)
     rows, shape = shaped(z, (math.prod(z.shape[:-1]), z.shape[-1])), z.shape
     if is_traced((z, lora_A)) or not (torch.is_grad_enabled() and z.requires_grad):
         u, row_energy = _forward_op(rows, lora_A, energy)
@@ -185,14 +185,3 @@ def lora_fork(z: Tensor, lora_A: Tensor, *, energy: bool = True) -> tuple[Tensor
         rows, u, row_energy = _Fork.apply(rows, lora_A, energy)
         z = shaped(rows, shape)
     return z, shaped(u, (*shape[:-1], lora_A.shape[0])), shaped(row_energy, shape[:-1]) if energy else None
-
-
-def _checked(z: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
-    if z.dim() == 0 or z.shape[-1] == 0:
-        raise ValueError(f"z must be (..., d) with d >= 1, got shape {tuple(z.shape)}")
-    expect("z", z, z.shape, "rows of width d", z)
-    expect("lora_A", lora_A, (lora_A.shape[:1] or (0,)) + z.shape[-1:], "one row for each column of u", z)
-    z, lora_A = autocast_to(z, lora_A)
-    if z.dtype != lora_A.dtype:
-        raise ValueError(f"z is {z.dtype} but lora_A is {lora_A.dtype}; convert one with .to(), or use autocast")
-    return z, lora_A

@@ -24,7 +24,7 @@ def snippets(name: str) -> list[str]:
 def test_kernels_page():
     torch.manual_seed(0)
     blocks = snippets("docs/kernels.md")
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     exec("\n".join(blocks), {})
 
 

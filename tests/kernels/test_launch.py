@@ -12,6 +12,7 @@ from nsc_kernels._launch import (
     MAX_BLOCK_R,
     TILE,
     expand_blocks,
+    moment_blocks,
     next_power_of_2,
     row_blocks,
     row_programs,
@@ -74,6 +75,26 @@ def test_expand_blocks(n, m, r, itemsize):
     blocks = expand_blocks(n, m, r, itemsize)
     assert all(size == next_power_of_2(size) for size in blocks[:4]) and min(blocks[:3]) >= 16
     assert blocks.BLOCK_N * blocks.BLOCK_M <= 8192
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("tasks", [1, 8, 300])
+@pytest.mark.parametrize(("n", "r"), sorted({(n, r) for n, _, r in SIZES}))
+def test_moment_blocks(n, r, tasks, itemsize):
+    """Tiles that a matrix unit takes, every row in one part exactly, and parts that end between two chunks."""
+    blocks, parts, span = moment_blocks(n, r, tasks, itemsize)
+    assert all(size == next_power_of_2(size) for size in blocks) and min(blocks[:3]) >= 16
+    assert blocks.CHUNK % blocks.BLOCK_N == 0 == span % blocks.CHUNK
+    assert parts * span >= n > (parts - 1) * span or parts == 1 > n
+    assert max(r, 16) > blocks.BLOCK_R // 2
+
+
+def test_moment_blocks_fill_the_device():
+    """Rows are split where tiles and tasks are few, and parts, each a set of moments, never take much memory."""
+    assert moment_blocks(65536, 96, 1, 2)[1] == 86
+    assert moment_blocks(1_000_000, 512, 20, 2)[1] == 1
+    assert moment_blocks(8, 96, 6, 2)[1:] == (1, 128)
+    assert max(moment_blocks(n, r, 1, 2)[1] * r * r for n, _, r in SIZES) * 8 <= 16 << 20
 
 
 def test_without_triton():
