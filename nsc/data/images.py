@@ -100,12 +100,26 @@ class ImageBatches:
         Returns:
             The batch, on the CPU, in a list.
         """
-        drawn = [
-            (rows[i], k)
-            for k, (task, rows) in enumerate(self.images.items())
-            for i in draw(len(rows), self.batch_size, step, f"{self.seed}/{task}")
-        ]
-        return [collate_images([self.pixels(image) for image, _ in drawn], [k for _, k in drawn], self.tokens)]
+        return self.packed(
+            [
+                (task, i)
+                for task, rows in self.images.items()
+                for i in draw(len(rows), self.batch_size, step, f"{self.seed}/{task}")
+            ]
+        )
+
+    def packed(self, picks: Sequence[tuple[str, int]]) -> list[Batch]:
+        """Return the one batch of some images.
+
+        Args:
+            picks: task and number of each image.
+
+        Returns:
+            The batch, on the CPU, in a list.
+        """
+        places = list(self.images)
+        pixels = [self.pixels(self.images[task][i]) for task, i in picks]
+        return [collate_images(pixels, [places.index(task) for task, _ in picks], self.tokens)]
 
 
 def collate_images(pixels: Sequence[Tensor], tasks: Sequence[int], tokens: int) -> Batch:

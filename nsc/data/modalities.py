@@ -47,6 +47,16 @@ class Batches(Protocol):
             Batches on the CPU, whose losses add up to the step's.
         """
 
+    def packed(self, picks: Sequence[Pick]) -> list[Batch]:
+        """Return the batches of some samples.
+
+        Args:
+            picks: task and number of each sample.
+
+        Returns:
+            Batches on the CPU, whose losses add up to that of all samples.
+        """
+
 
 @dataclass(frozen=True)
 class Feed:
