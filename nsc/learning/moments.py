@@ -1,9 +1,9 @@
 """The second moments of layers' inputs on unlabeled rows of each task: what a regression is made from.
 
-The inputs of task k come from its expert, the base with adapter k alone, in one fixed pass over all of its rows. A token
-weighs what its batch says, and what weighs nothing is left out before anything is computed of it. Layers that read one
-tensor share one sum. Layers go in groups, as many as memory holds the sums of, with a sweep over the rows for each
-group; a layer is solved, and its sums are gone, before the next group begins.
+The inputs of task k come from its expert, the base with adapter k alone, in one fixed pass over all of its rows. A
+token weighs what its batch says, and what weighs nothing is left out before anything is computed of it. Layers that
+read one tensor share one sum. Layers go in portions, as many as memory holds the sums of, with a sweep over the rows
+for each portion; it is solved, and its sums are gone, before the next one begins.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from nsc.adapters.surgery import merged_layers, readers, set_coefficients
 from nsc.bases.structure import block_of
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
-from nsc.learning.sums import InputSums, Sums, sums_of
+from nsc.learning.sums import Sums, sums_of
 from nsc.learning.watch import LastTargetSeen
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
 from nsc.runtime.memory import free_memory
-from nsc.runtime.placement import input_device
+from nsc.runtime.placement import input_device, is_plain
 
 SHARE = 0.4  # of free memory, for the sums of a group
 Rows = Mapping[str, Callable[[], Iterable[Batch]]]  # task -> its batches anew, whose weights add up to one
@@ -45,6 +45,7 @@ class Readings:
         inputs: what is collected.
         groups: layers that share one sum, the first of which is listened to, in the order in which they run.
         runs: layer -> how often it runs in a forward.
+        weights: layer -> the base's weight, where the unit of a task depends on it.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Readings:
     inputs: Inputs
     groups: list[list[str]]
     runs: Mapping[str, int]
+    weights: Mapping[str, Tensor]
 
     def sums(self, names: Sequence[str]) -> Sums:
         """Return empty sums of layers that read one tensor.
@@ -63,8 +65,7 @@ class Readings:
             The sums.
         """
         of = {name: self.stack.modules[name] for name in names}
-        weights = {name: self.model.get_submodule(name).weight for name in names if self.inputs.unit == "output"}
-        return sums_of(self.inputs, of, weights)
+        return sums_of(self.inputs, of, self.weights)
 
     def block(self, names: Sequence[str]) -> Any:
         """Return what tells apart groups that may not be collected together.
@@ -124,28 +125,32 @@ def fit(
 
 def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs) -> Readings:
     batch = next(iter(next(iter(rows.values()))())).split(1)[0].to(input_device(model))
-    groups, runs = readers(model, {name: model.get_submodule(name) for name in stack.modules}, batch)
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in stack.modules}
+    groups, runs = readers(model, layers, batch)
     if missing := [name for name in stack.modules if not runs.get(name)]:
         raise TargetError(
             f"{', '.join(missing[:3])} never ran in this model's forward, so nothing is known of its inputs"
         )
-    if inputs.unit == "output":  # a unit of its own for each layer
-        groups = [[name] for group in groups for name in group]
-    return Readings(model, stack, inputs, groups, runs)
+    if inputs.unit != "output":
+        return Readings(model, stack, inputs, groups, runs, {})
+    if folded := [name for name, layer in layers.items() if not is_plain(layer)]:
+        raise NSCError(
+            f"{folded[0]} is quantised or offloaded, but this method needs the norms of the experts' weights"
+        )
+    alone = [[name] for group in groups for name in group]  # each layer has its own unit
+    return Readings(model, stack, inputs, alone, runs, {name: layer.weight for name, layer in layers.items()})
 
 
 def _portions(seen: Readings, budget: int) -> list[list[list[str]]]:
     """Groups of layers that are collected in one sweep."""
     portions: list[list[list[str]]] = []
-    held = 0
+    left = 0
     for names in seen.groups:
-        size = seen.sums(names).size
-        apart = not portions or seen.block(portions[-1][0]) != seen.block(names)
-        if apart or held + size > budget:
+        left -= seen.sums(names).size
+        if not portions or left < 0 or seen.block(portions[-1][0]) != seen.block(names):
             portions.append([])
-            held = 0
+            left = budget - seen.sums(names).size
         portions[-1].append(names)
-        held += size
     return portions
 
 
@@ -226,6 +231,4 @@ def _one_expert(stack: Stack, k: int, below: Mapping[str, LowRank], merge: Mappi
         other = merge.get(name, LowRank(B[:, :0], A[:0]))
         sides = (torch.cat([A, other.A.to(A)]), torch.cat([B, other.B.to(B)], 1), (len(A), len(other.A)))
         modules[name] = ModuleStack(*sides, (scale, 1.0), (None, None), None)
-    if not modules:
-        raise NSCError("no layer carries LoRA")
     return Stack(("expert", "merge"), modules)

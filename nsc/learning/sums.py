@@ -87,7 +87,7 @@ def sums_of(inputs: Inputs, modules: Mapping[str, ModuleStack], weights: Mapping
     Args:
         inputs: what is collected.
         modules: layers that read one tensor.
-        weights: layer -> the base's weight, for the unit "output", which takes one layer.
+        weights: layer -> the base's weight, for the unit "output", with which there is only one layer.
 
     Returns:
         The sums.
@@ -159,7 +159,8 @@ class InputSums:
     """
 
     def __init__(self, modules: Mapping[str, ModuleStack], inputs: Inputs, weights: Mapping[str, Tensor]) -> None:
-        self.modules, self.inputs, self.weights = modules, inputs, weights
+        self.modules, self.inputs = modules, inputs
+        self.weights = {name: weights[name] for name in modules if name in weights}
         self.width = next(iter(modules.values())).A.shape[1]
         self.done: list[dict[str, Tensor]] = []
         self.total, self.task = torch.zeros(()), dict[str, Tensor]()

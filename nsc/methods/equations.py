@@ -1,4 +1,4 @@
-"""The linear equations of a regression, and their one solver: Cholesky in float64, with a ridge where it is asked for."""
+"""The linear equations of a regression, and their one solver: Cholesky in float64, with a reported condition number."""
 
 from __future__ import annotations
 

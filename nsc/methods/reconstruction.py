@@ -1,4 +1,4 @@
-"""How near a regression comes to the experts' own updates, from the moments that it was made from, without a forward."""
+"""How near a regression comes to the experts' own updates: from the moments that it was made from, no forward."""
 
 from __future__ import annotations
 
