@@ -17,11 +17,11 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"bases", "runtime"},
     "data": {"bases", "runtime"},
     "recipes": {"methods", "adapters"},
-    "learning": {"adapters", "data", "bases", "runtime"},
+    "learning": {"methods", "adapters", "data", "bases", "runtime"},
     "export": {"recipes", "methods", "adapters", "data", "bases", "runtime"},
-    "evaluation": {"learning", "recipes", "adapters", "data", "bases", "runtime"},
+    "evaluation": {"learning", "methods", "recipes", "adapters", "data", "bases", "runtime"},
     "performance": {"learning", "adapters", "data", "bases", "runtime"},
-    "merging": {"export", "evaluation", "learning", "recipes", "adapters", "data", "bases", "runtime"},
+    "merging": {"export", "evaluation", "methods", "learning", "recipes", "adapters", "data", "bases", "runtime"},
 }
 ALLOWED["cli"] = {*ALLOWED, "cli"}
 OPEN = {"", "__main__", "tracking"}  # files at the root that stand above the wings

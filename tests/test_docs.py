@@ -57,7 +57,7 @@ def test_matching_page(base, adapters, texts):
     exec("\n".join(blocks), names)
     tried = names["best"].report.searched["tried"]
     assert str(names["best"].recipe.settings.density) == min(tried, key=tried.get) and len(tried) == 2
-    assert set(names["result"].report.tried) == {"match", "task-arithmetic", "tsv", "core-ties"}
+    assert set(names["result"].report.tried) == {"match", "task-arithmetic", "tsv", "ssr", "core-ties"}
 
 
 def test_methods_page(base, adapters, texts, tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_methods_page(base, adapters, texts, tmp_path, monkeypatch):
     names = {"nsc": nsc, "functools": functools, "torch": torch, "base": base, "texts": texts, "of": of}
     names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
     blocks = snippets("docs/methods.md")
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     exec("\n".join(blocks), names)
     assert (tmp_path / "ties/adapter_model.safetensors").exists()
 

@@ -83,10 +83,51 @@ def share_inputs(
         batch: rows for the forward; one row is enough.
     """
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, MergedLoRALinear)}
-    for names in _readers(model, layers, batch):
-        members = [layers[name] for name in names if layers[name].plan == "factors" or name in targets]
-        if len(members) > 1:
-            Siblings(members)
+    for names in readers(model, layers, batch)[0]:
+        alike: dict[Any, list[MergedLoRALinear]] = {}
+        for name in names:
+            layer = layers[name]
+            if layer.plan == "factors" or name in targets:
+                alike.setdefault((layer.lora_A.dtype, layer.lora_A.device), []).append(layer)
+        for members in alike.values():
+            if len(members) > 1:
+                Siblings(members)
+
+
+@torch.no_grad()
+def readers(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
+) -> tuple[list[list[str]], Mapping[str, int]]:
+    """Find which layers read the very same tensor, in one forward.
+
+    Args:
+        model: the body.
+        layers: name -> layer of the body.
+        batch: rows for the forward; one row is enough.
+
+    Returns:
+        The layers by the tensor that they read, in the order in which they run, one that runs twice by itself; and how
+        often each runs.
+    """
+    groups: list[list[str]] = []
+    seen = WeakTensorKeyDictionary()  # a tensor that is gone must not be mistaken for a new one in its place
+    runs: Counter[str] = Counter()
+
+    def note(name: str, layer: nn.Module, args: tuple[Tensor]) -> None:
+        runs[name] += 1
+        if args[0] not in seen:
+            groups.append(seen.setdefault(args[0], []))
+        seen[args[0]].append(name)
+
+    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    try:
+        model(**batch.arguments(next(model.parameters()).dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    alone = [[name] for name, times in runs.items() if times > 1]
+    once = [[name for name in group if runs[name] == 1] for group in groups]
+    return [group for group in [*once, *alone] if group], runs
 
 
 def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict[str, str]:
@@ -108,30 +149,6 @@ def choose_plans(model: nn.Module, stack: Stack, plan: str, tokens: int) -> dict
         best = layer_plan(tokens, d, m, R) if plan == "auto" else plan
         plans[name] = best if is_plain(linear) else "factors"
     return plans
-
-
-@torch.no_grad()
-def _readers(model: nn.Module, layers: Mapping[str, MergedLoRALinear], batch: Batch) -> list[list[str]]:
-    """The layers by the tensor that they read, in the order in which they run; without those that run twice."""
-    groups: list[list[str]] = []
-    seen = WeakTensorKeyDictionary()  # a tensor that is gone must not be mistaken for a new one in its place
-    runs: Counter[str] = Counter()
-
-    def note(name: str, layer: MergedLoRALinear, args: tuple[Tensor]) -> None:
-        runs[name] += 1
-        alike = seen.setdefault(args[0], {})
-        kind = (layer.lora_A.dtype, layer.lora_A.device)
-        if kind not in alike:
-            groups.append(alike.setdefault(kind, []))
-        alike[kind].append(name)
-
-    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
-    try:
-        model(**batch.arguments(next(model.parameters()).dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [[name for name in group if runs[name] == 1] for group in groups]
 
 
 def _merged_layer(

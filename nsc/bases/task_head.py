@@ -145,7 +145,8 @@ class _Head(nn.Module):
         parameter = next(self.whole.parameters())
         self.handed.states = (states[:, None] if states.ndim == 2 else states).to(parameter.dtype)
         try:
-            logits = self._logits(*self.handed.states.shape[:2], states.device)
+            n, width = self.handed.states.shape[:2]
+            logits = self._logits(n, width, states.device)
         finally:
             self.handed.states = torch.empty(0)  # which would keep the graph of a whole forward
         return logits[:, 0] if states.ndim == 2 and logits.ndim == 3 else logits

@@ -124,10 +124,11 @@ def gather(
     said = preset_settings(presets[0]) | told.settings | preset_settings(presets[1]) | assigned | given
     search = job.get("search", "none")
     recipe, settings = read_settings(method, said, search != "none")
+    needs_rows = learned or search in ("null-space", "match") or (recipe and recipe.method.inputs)
     missing = [
         f"{key}: give {flag}, or {key}: in the file of --config"
         for key, flag in NEEDED.items()
-        if not job.get(key) and (learned or search in ("null-space", "match") or key != "data")
+        if not job.get(key) and (needs_rows or key != "data")
     ]
     if missing:
         raise NSCError(f"a merge needs {'; '.join(missing)}")

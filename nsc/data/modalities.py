@@ -57,6 +57,16 @@ class Batches(Protocol):
             Task -> numbers of samples.
         """
 
+    def packed(self, picks: Sequence[Pick]) -> list[Batch]:
+        """Return the batches of some samples.
+
+        Args:
+            picks: task and number of each sample.
+
+        Returns:
+            Batches on the CPU, whose losses add up to that of all samples.
+        """
+
 
 @dataclass(frozen=True)
 class Feed:

@@ -18,6 +18,7 @@ from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.evaluation.scale_search import Grid, Value, require_finite, search_scale
 from nsc.evaluation.scoring import Exam
+from nsc.evaluation.solving import Findings, found_on
 from nsc.evaluation.table import ALONE, Row, scored
 from nsc.learning.held_back import HeldBack
 from nsc.learning.loop import Learned
@@ -114,6 +115,21 @@ class Stage:
         """
         return distance_from_experts(self.base, self.matched.adapters, self.stack, self.samples, self.config)
 
+    def combination(self, recipe: Recipe, coefficients: Tensor | None) -> Combination:
+        """Return what a recipe makes of the adapters, from the rows where it needs them.
+
+        Args:
+            recipe: the recipe.
+            coefficients: weights of each layer, or None.
+
+        Returns:
+            The combination.
+        """
+        made = Combination(self.stack, recipe, coefficients, device=input_device(self.model))
+        if recipe.method.inputs is None:
+            return made
+        return made.with_found(found_on(self.base, Findings(made), self.samples, self.config))
+
     def learn(self, name: str, config: MergeConfig) -> tuple[Learned, float, int | None]:
         """Learn what ``name`` learns, once.
 
@@ -191,7 +207,7 @@ def _merge(name: str, stage: Stage, planned: Planned, search: ScaleSearch | None
     assert planned.recipe is not None
     peak, started = PeakMemory(input_device(stage.model)), time.perf_counter()
     one = with_scale(planned.recipe, 1.0)
-    merged = as_one(Combination(stage.stack, one, lam, device=input_device(stage.model)))
+    merged = as_one(stage.combination(one, lam))
     require_finite(merged)
     row, scale = replace(row, preparation=time.perf_counter() - started), planned.recipe.scale
     if planned.searched:

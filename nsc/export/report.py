@@ -62,6 +62,8 @@ class Report:
         tried: method -> its best scale and its distance from the experts on held-out rows, if several were tried.
         searched: how the scale was found, if it was searched: search, measure, range, every scale tried and its value
             (curve), the best, and seconds.
+        fitted: what a method that needs rows was made from and how near it comes: rows and tokens by task, condition
+            numbers by layer, and errors |D x - D_k x|^2 / |D_k x|^2 by task, or of all tasks together.
     """
 
     base: str
@@ -104,6 +106,7 @@ class Report:
     ranks_by_module: dict[str, int] = field(default_factory=dict)
     searched: Mapping[str, Any] = field(default_factory=dict)
     tried: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON.
@@ -264,6 +267,18 @@ def _method(report: Report) -> list[str]:
         f"- space: {report.space}",
         f"- settings: {settings}",
         *([_search(report.searched)] if report.searched else []),
+        *(_fitted(report.fitted) if report.fitted else []),
+    ]
+
+
+def _fitted(fitted: Mapping[str, Any]) -> list[str]:
+    rows, tokens, conditions = fitted["rows"], fitted["tokens"], fitted["conditions"]
+    worst = max(conditions, key=lambda name: conditions[name])
+    errors = ", ".join(f"{task} {error:.3g}" for task, error in fitted["errors"].items())
+    return [
+        "- fitted on " + ", ".join(f"{rows[task]} rows of {task} ({tokens[task]} tokens)" for task in rows),
+        f"- condition number of the equations: at most {conditions[worst]:.3g} ({worst})",
+        f"- error |D x - D_k x|^2 / |D_k x|^2 on these rows: {errors}",
     ]
 
 

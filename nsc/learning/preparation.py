@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,7 @@ from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device, one_device
 from nsc.runtime.sharding import shard_linears
 
-TOKENS = 4096  # of a forward of the experts, at least
+TOKENS = 4096  # of a forward without a backward, where tokens_per_pass does not say
 MEASURED = 64  # rows of a task on which merges are compared: with as many, the experts chose what labels chose
 
 
@@ -316,3 +316,27 @@ def evaluation_ratio(
     targets = targets_of(base, stack, config.target_modules, config.target_blocks)
     rows = batches_of(base, stack, targets, samples, replace(config, steps=0))[1]  # answers to evaluated rows alone
     return NullSpaceRatio(stack, targets, rows, input_device(base.model))
+
+
+def all_rows(
+    base: Base, stack: Stack, samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> dict[str, Callable[[], Iterable[Batch]]]:
+    """Return all rows of each task, in passes.
+
+    Args:
+        base: with weights.
+        stack: the adapters on it.
+        samples: task -> what its feed read.
+        config: settings of the rows.
+
+    Returns:
+        Task -> its batches, whose weights add up to one.
+    """
+    few = replace(config, evaluation_samples=1, positions="prompt", graphs=False)
+    batches, _ = feed_of(base).batches(base, targets_of(base, stack), samples, few)
+
+    def passes(task: str) -> Iterable[Batch]:
+        picks = [(task, i) for i in range(len(samples[task]))]
+        return in_passes(batches.packed(picks), config.tokens_per_pass or TOKENS)
+
+    return {task: partial(passes, task) for task in samples}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from nsc.export.result import MergeResult
 from nsc.merging.automatic import merge_automatically
 from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import Masks, Weights, combine, combine_learned, require_weights_of_tasks
-from nsc.merging.tuning import find_scale, read_search, refuse_search
+from nsc.merging.from_rows import find_updates, refuse_without_rows, settled
+from nsc.merging.tuning import Search, find_scale, read_search, refuse_search
 from nsc.paths import absolute
 from nsc.recipes.spec import Recipe, read_settings
 from nsc.runtime.distributed import join
@@ -49,8 +50,8 @@ def merge(
         base: folder or Hub id.
         adapters: task -> PEFT folder or Hub id.
         data: task -> unlabeled rows: what ``read_texts`` takes (JSONL or text file, ``hub:`` dataset, texts), or
-            ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the base takes images. A method that
-            learns nothing does not read them.
+            ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the base takes images. Methods
+            that learn nothing do not read them, but those that fit the experts' updates on rows.
         config: settings of learning; fields given in ``settings`` override it.
         method: a name that ``nsc methods`` lists; "nsc+NAME" to learn coefficients first and use them as the weights of
             another method; or a recipe from ``read_recipe``.
@@ -77,6 +78,8 @@ def merge(
     recipe, name, config = _chosen(method, config, settings, searches)
     scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
     refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
+    if recipe and recipe.method.inputs:
+        refuse_without_rows(recipe.label, data)
     home = Base(absolute(base))
     chosen = read_search(search, home, adapters, data, validation, scales, over)
     say = printer(progress and join(config.device).first)
@@ -84,9 +87,7 @@ def merge(
         if resume:
             raise NSCError(f"method {recipe.label} learns nothing, so there is nothing to resume; leave it out")
         result = combine(home, adapters, recipe, config, coefficients, masks, searches, say)
-        result = find_scale(result, chosen, config, say) if chosen else result
-        say(result.report.summary())
-        return result
+        return _finished(result, data, chosen, config, say)
     if coefficients is not None or (masks and not recipe):
         what = "coefficients" if coefficients is not None else "masks"
         raise NSCError(
@@ -102,7 +103,24 @@ def merge(
     else:
         result = merge_by_learning(home, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result
-    result = find_scale(result, chosen, config, say) if chosen else result
+    return _finished(result, data, chosen, config, say)
+
+
+def _finished(
+    result: MergeResult,
+    data: Mapping[str, Source],
+    search: Search | None,
+    config: MergeConfig,
+    say: Callable[[str], None],
+) -> MergeResult:
+    """The merge with what rows have to tell of its updates and of its scale."""
+    findings = None
+    if result.recipe and result.recipe.method.inputs:
+        result, findings = find_updates(result, data, config, say)
+    if search:
+        result = find_scale(result, search, config, say)
+    if findings:
+        result = settled(result, findings)
     say(result.report.summary())
     return result
 

@@ -18,16 +18,18 @@ from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, read_data
 from nsc.errors import NSCError
 from nsc.evaluation.scale_search import Value, grid_of, require_finite, search_scale
+from nsc.evaluation.solving import Findings, found_on
 from nsc.export.result import MergeResult
 from nsc.learning.held_back import hold_back
 from nsc.learning.preparation import distance_from_experts
 from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import combine
+from nsc.merging.from_rows import settled
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import OF_BASE, read_recipe, with_scale
 from nsc.runtime.placement import input_device
 
-TRIED = ("task-arithmetic", "tsv", "core-ties")  # exact in factors, so that an adapter holds each of them
+TRIED = ("task-arithmetic", "tsv", "ssr", "core-ties")  # exact in factors, so that an adapter holds each of them
 
 
 def merge_automatically(
@@ -60,35 +62,52 @@ def merge_automatically(
     assert matched.model is not None
     loaded = Base(base.id, matched.model)
     samples = read_data(data, matched.adapters, feed_of(base).read, config.unseen)
-    held = hold_back(samples, config.seed)[1]
+    learned, held, _ = hold_back(samples, config.seed)
     distance = distance_from_experts(loaded, matched.adapters, matched.by_layer, held, config)
     with merged_layers(matched.model, *_placed(matched)):
         tried: dict[str, dict[str, Any]] = {"match": {"distance": distance(matched.model)}}
-    for name in TRIED:
-        tried[name] = _tried(name, matched, distance, say)
+    made = {name: _Trial(name, matched) for name in TRIED}
+    for name, trial in made.items():
+        tried[name] = trial.tried(loaded, learned, distance, config)
         say(f"{name}: {tried[name].get('refused') or _told(tried[name])}")
     say(f"match: {_told(tried['match'])}")
     best = min((name for name in tried if "distance" in tried[name]), key=lambda name: tried[name]["distance"])
-    result = matched
-    if best != "match":
-        own = MergeConfig(**{key: getattr(config, key) for key in OF_BASE})
-        recipe = read_recipe(best, scale=tried[best]["scale"])
-        result = combine(Base(base.id), adapters, recipe, own, None, None, False, say)
-        result = replace(result, model=matched.model, batch=matched.batch)
+    result = matched if best == "match" else made[best].result(base, adapters, config, tried[best]["scale"], say)
     return replace(result, report=replace(result.report, tried=tried))
 
 
-def _tried(name: str, matched: MergeResult, distance: Value, say: Callable[[str], Any]) -> dict[str, Any]:
-    """The best scale of a method and its distance, or why it does not merge these adapters."""
-    assert matched.model is not None
-    recipe = with_scale(read_recipe(name), 1.0)
-    try:
-        merged = as_one(Combination(matched.by_layer, recipe, device=input_device(matched.model)))
-        require_finite(merged)
-        best = search_scale(matched.model, merged, distance, grid_of("match"))
-    except NSCError as error:
-        return {"refused": " ".join(str(error).split())}
-    return {"scale": best.scale, "distance": best.curve[best.scale]}
+class _Trial:
+    """A method on the adapters that were matched, on the same base."""
+
+    def __init__(self, name: str, matched: MergeResult) -> None:
+        assert matched.model is not None
+        self.name, self.matched, self.model = name, matched, matched.model
+        self.combination = Combination(matched.by_layer, read_recipe(name), device=input_device(matched.model))
+        self.findings = Findings(self.combination) if self.combination.recipe.method.inputs else None
+
+    def tried(self, base: Base, rows: Mapping[str, Any], distance: Value, config: MergeConfig) -> dict[str, Any]:
+        """The best scale of the method and its distance, or why it does not merge these adapters."""
+        try:
+            if self.findings:
+                found = found_on(base, self.findings, rows, config)
+                self.combination = self.combination.with_found(found)
+            merged = as_one(self.combination.at_scale(1.0))
+            require_finite(merged)
+            best = search_scale(self.model, merged, distance, grid_of("match"))
+        except NSCError as error:
+            return {"refused": " ".join(str(error).split())}
+        return {"scale": best.scale, "distance": best.curve[best.scale]}
+
+    def result(
+        self, base: Base, adapters: Mapping[str, Any], config: MergeConfig, scale: float, say: Callable[[str], Any]
+    ) -> MergeResult:
+        """The merge by this method at a scale."""
+        own = MergeConfig(**{key: getattr(config, key) for key in OF_BASE})
+        recipe = with_scale(self.combination.recipe, scale)
+        result = combine(Base(base.id), adapters, recipe, own, None, None, False, say)
+        combination = self.combination.at_scale(scale)
+        result = replace(result, combination=combination, model=self.model, batch=self.matched.batch)
+        return settled(result, self.findings) if self.findings else result
 
 
 def _told(entry: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from nsc.export.record import Record
 from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.recipes.combination import Combination
-from nsc.recipes.spec import OF_BASE, OF_SEARCH, Recipe, write_settings
+from nsc.recipes.spec import Recipe, config_fields, write_settings
 from nsc.runtime.placement import one_device
 
 Weights = str | Path | Tensor | None  # of a method: (M, K), or the folder of an earlier merge
@@ -59,7 +59,7 @@ def combine(
     Raises:
         NSCError: a subclass, for what does not go together.
     """
-    _require_no_learning(recipe, config, OF_BASE + OF_SEARCH if searches else OF_BASE)
+    _require_no_learning(recipe, config, config_fields(recipe.full_name, searches))
     read = read_adapters(adapters)
     matched = match_to_base(base, read, config.keep_modules)
     stack = matched.stack

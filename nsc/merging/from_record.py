@@ -34,14 +34,15 @@ def replay(result: MergeResult) -> MergeResult:
     """
     record = result.record
     recipe = record.recipe
+    if recipe is not None:
+        result = replace(result, report=replace(describe_recipe(result.report, recipe), searched=record.searched))
     if record.factors:
         return replace(result, fixed=_recorded(result))
     if recipe is None:
         return result
     device = one_device(record.settings.get("device", "auto"))
     combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
-    report = replace(describe_recipe(result.report, recipe), searched=record.searched)
-    return replace(result, report=report, combination=combination)
+    return replace(result, combination=combination)
 
 
 def _recorded(result: MergeResult) -> FixedFactors:

@@ -189,6 +189,8 @@ def _candidates(combination: Combination, search: Search) -> Iterator[Combinatio
         yield combination.at_scale(1.0)
         return
     key, values = search.over
+    if combination.recipe.method.inputs:
+        raise NSCError(f"{combination.recipe.label} is found from rows, at one value of {key}: search its scale alone")
     for value in values:
         recipe = combination.recipe
         told = {k: v for k, v in recipe.to_dict().items() if k != "method"} | {key: value, "scale": 1.0}

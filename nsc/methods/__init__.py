@@ -1,6 +1,6 @@
-"""Merging methods that learn nothing: pure functions in a dict, one file for each family."""
+"""Merging methods that learn no coefficients: pure functions in a dict, one file for each family."""
 
-from nsc.methods import arithmetic, dare, emr, fr, lego, robustmerge, spectral, ties
+from nsc.methods import arithmetic, dare, emr, fr, lego, regression, robustmerge, spectral, ties
 from nsc.methods.protocol import LayerInfo, LowRank, Method, Updates
 
 METHODS: dict[str, Method] = {
@@ -12,6 +12,7 @@ METHODS: dict[str, Method] = {
     **emr.METHODS,
     **fr.METHODS,
     **robustmerge.METHODS,
+    **regression.METHODS,
 }
 
 __all__ = ["METHODS", "LayerInfo", "LowRank", "Method", "Updates"]

@@ -6,6 +6,9 @@
 A method on *matrices* takes X (K, p, q), the updates as a space shows them, and returns (p, q); so it runs in every
 space in which it makes sense. A method on *factors* takes the factors themselves and returns factors. The merge's scale
 is outside both: the caller applies it once.
+
+A *regression* also takes what is known of the layer's inputs x on rows of each task, and gives equations, which one
+solver solves.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor
 
 from nsc.errors import NSCError
+from nsc.methods.equations import Equations
+from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
 
 
 class LowRank(NamedTuple):
@@ -92,6 +97,7 @@ class Updates:
         B: K factors (m, r_k).
         scales: K numbers s_k.
         weights: K numbers w_k.
+        moments: what is known of the layer's inputs, for a method that asks for it.
     """
 
     name: str
@@ -100,6 +106,7 @@ class Updates:
     B: tuple[Tensor, ...]
     scales: tuple[float, ...]
     weights: tuple[float, ...]
+    moments: SpanMoments | InputMoments | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -204,6 +211,8 @@ class Method:
         settings: frozen dataclass of its settings.
         on_matrices: (X (K, p, q), settings, layer) -> (p, q).
         on_factors: (updates, settings) -> LowRank, used in the full space where the method has it.
+        equations: (updates, settings) -> Equations, whose solution is the merge, in the full space alone.
+        inputs: what ``equations`` must know of each layer's inputs, for which rows of each task are read.
         survey: (every layer's X, settings) -> settings that know all layers, where one layer depends on the others.
         spaces: names in SPACES in which it can run.
         basis_free: whether the merge is the same in any orthonormal basis, so that the full space runs in the factors'
@@ -217,6 +226,8 @@ class Method:
     settings: type
     on_matrices: Callable[[Tensor, Any, LayerInfo], Tensor] | None = None
     on_factors: Callable[[Updates, Any], LowRank] | None = None
+    equations: Callable[[Updates, Any], Equations] | None = None
+    inputs: Inputs | None = None
     survey: Callable[[Matrices, Any], Any] | None = None
     spaces: tuple[str, ...] = ("full",)
     basis_free: bool = False

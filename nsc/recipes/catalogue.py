@@ -16,10 +16,19 @@ def list_methods() -> list[dict[str, Any]]:
 
     Returns:
         For each method its "name", "line" (what it does), "source" (URL), "spaces", "learns" (whether it learns
-        coefficients from data) and "settings" (its own, with their defaults), as plain values.
+        coefficients from data), "needs_rows" (whether it is made from unlabeled rows) and "settings" (its own, with
+        their defaults), as plain values.
     """
     learned = [
-        {"name": name, "line": m.line, "source": m.source, "spaces": [], "learns": True, "settings": dict(m.settings)}
+        {
+            "name": name,
+            "line": m.line,
+            "source": m.source,
+            "spaces": [],
+            "learns": True,
+            "needs_rows": True,
+            "settings": dict(m.settings),
+        }
         for name, m in LEARNED.items()
     ]
     others = [
@@ -29,6 +38,7 @@ def list_methods() -> list[dict[str, Any]]:
             "source": m.source,
             "spaces": list(m.spaces),
             "learns": False,
+            "needs_rows": m.inputs is not None,
             "settings": {f.name: None if f.default is MISSING else f.default for f in fields(m.settings)},
         }
         for name, m in METHODS.items()
@@ -52,6 +62,8 @@ def format_methods(methods: Sequence[dict[str, Any]]) -> str:
         more = [method["source"]]
         if spaces := [space for space in method["spaces"] if space != "full"]:
             more.append("also " + ", ".join(f"{space}-{method['name']}" for space in spaces))
+        if method["needs_rows"] and not method["learns"]:
+            more.append("made from unlabeled rows")
         if method["settings"]:
             more.append("settings " + ", ".join(f"{key} {value}" for key, value in method["settings"].items()))
         lines.append(f"{'':{width}}  {'; '.join(more)}")

@@ -14,6 +14,9 @@ from torch import Tensor
 from nsc.adapters.stack import ModuleStack, Stack
 from nsc.errors import NSCError
 from nsc.methods import METHODS, LayerInfo, LowRank, Updates
+from nsc.methods.equations import Solution, solve
+from nsc.methods.inputs import InputMoments, SpanMoments
+from nsc.methods.reconstruction import reconstruction
 from nsc.methods.spectral import isotropize
 from nsc.recipes.spaces import SPACES, View
 from nsc.recipes.spec import Recipe, with_scale
@@ -30,6 +33,7 @@ class Combination:
         masks: layer -> (K, p, q) bool, the entries to keep for methods that drop entries at random; LAYER.bias for the
             bias (K, 1, m) of a layer fine-tuned whole.
         device: where layers are worked on.
+        found: layer -> its update at scale 1, where the method needs rows and had them, as ``solution`` gives it.
 
     Attributes:
         names: the layers that are merged, in the base's order.
@@ -47,8 +51,10 @@ class Combination:
         coefficients: Tensor | None = None,
         masks: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
+        found: Mapping[str, LowRank] | None = None,
     ) -> None:
         self.stack, self.recipe, self.device = stack, recipe, torch.device(device)
+        self.found = found or {}
         self.names, self.whole = stack.names, list(stack.dense)
         self.coefficients, self.masks = coefficients, dict(masks or {})
         self._require_fit()
@@ -74,7 +80,7 @@ class Combination:
         """
         if name in self.stack.dense:
             return self._on_matrices(self._whole_views(name)[0])
-        merged, scale = self._merged(self._updates(name)), self.recipe.scale
+        merged, scale = self._merged(self.updates(name)), self.recipe.scale
         return LowRank(merged.B * scale, merged.A) if isinstance(merged, LowRank) else merged * scale
 
     @torch.no_grad()
@@ -121,6 +127,49 @@ class Combination:
         other._require_fit()
         return other
 
+    def updates(self, name: str) -> Updates:
+        """Return one layer's updates as methods take them.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            The updates on ``device``, with their weights.
+        """
+        row = self.weights[self.names.index(name)]
+        return updates_of(self.stack.modules[name], name, self.stack.tasks, row.tolist(), self.device)
+
+    @torch.no_grad()
+    def solution(self, name: str, moments: SpanMoments | InputMoments) -> tuple[LowRank, Solution, Tensor]:
+        """Merge one layer by a method that needs rows.
+
+        Args:
+            name: of the layer.
+            moments: what is known of its inputs, on ``device``.
+
+        Returns:
+            The update at scale 1, how it was found, and how near it comes: (T, 3), as ``reconstruction`` has it.
+        """
+        equations = self.recipe.method.equations
+        assert equations is not None
+        updates = replace(self.updates(name), moments=moments)
+        problem = equations(updates, self.settings)
+        solved = solve(problem, name)
+        return LowRank(problem.B, solved.A), solved, reconstruction(updates, solved)
+
+    def with_found(self, found: Mapping[str, LowRank]) -> Combination:
+        """Give every layer the update that was found for it from rows.
+
+        Args:
+            found: layer -> its update at scale 1.
+
+        Returns:
+            Another combination of the same stack.
+        """
+        other = copy(self)
+        other.found = found
+        return other
+
     def in_model(self) -> tuple[Stack, Tensor]:
         """Make all merged updates, to run them in a model by ``merged_layers``.
 
@@ -136,7 +185,7 @@ class Combination:
             Each layer with its X (K, p, q) in the recipe's space, and then its bias where it is fine-tuned whole.
         """
         for name in self.names:
-            views = self._whole_views(name) if name in self.stack.dense else [self._view(self._updates(name))]
+            views = self._whole_views(name) if name in self.stack.dense else [self._view(self.updates(name))]
             while views:
                 view = views.pop(0)
                 item = view.layer, view.X
@@ -146,12 +195,22 @@ class Combination:
 
     def _merged(self, updates: Updates) -> LowRank | Tensor:
         method, settings = self.recipe.method, self.settings
+        if method.equations:
+            return self._found(updates.name)
         if self.recipe.space == "full" and method.on_factors and not self.recipe.isotropize:
             return method.on_factors(updates, settings)
         view = self._view(updates)
         assert method.on_matrices is not None
         merged = method.on_matrices(view.X, settings, view.layer)
         return view.lift(isotropize(merged, view.layer) if self.recipe.isotropize else merged)
+
+    def _found(self, name: str) -> LowRank:
+        if name not in self.found:
+            raise NSCError(
+                f"{self.recipe.full_name} is made from rows, and there are none for {name}: give --data TASK=FILE for"
+                " each task"
+            )
+        return self.found[name]
 
     def _on_matrices(self, view: View) -> Tensor:
         method = self.recipe.method
@@ -185,10 +244,6 @@ class Combination:
                 f"the mask of {layer.name} is {keep.dtype} {tuple(keep.shape)}, but must be bool {tuple(view.X.shape)}"
             )
         return replace(view, layer=layer._replace(keep=keep))
-
-    def _updates(self, name: str) -> Updates:
-        row = self.weights[self.names.index(name)]
-        return updates_of(self.stack.modules[name], name, self.stack.tasks, row.tolist(), self.device)
 
     def _require_fit(self) -> None:
         stack, recipe, given = self.stack, self.recipe, self.coefficients

@@ -19,6 +19,7 @@ from nsc.recipes.spaces import SPACES
 
 COMMON = ("scale", "weights", "isotropize")  # settings of every method that learns nothing
 OF_BASE = ("device", "dtype", "keep_modules")  # fields of MergeConfig that methods that learn nothing take too
+OF_ROWS = ("max_length", "modality", "tokens_per_pass")  # and these where the method needs rows
 OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # and these in a scale search
 
 
@@ -71,7 +72,8 @@ class Recipe:
     @property
     def is_dense(self) -> bool:
         """Whether a layer's update is not a product of small factors, so that no adapter holds it exactly."""
-        return self.space == "full" and not (self.method.on_factors or self.method.basis_free)
+        factored = self.method.on_factors or self.method.equations or self.method.basis_free
+        return self.space == "full" and not factored
 
     @property
     def merges_whole_layers(self) -> bool:
@@ -143,8 +145,9 @@ def split_learned(method: str) -> tuple[str | None, str | None]:
         NSCError: if there is no such method (the message suggests the nearest), or the parts are in another order or
             number.
     """
-    learned, plus, recipe = method.partition("+")
-    if plus and (learned not in LEARNED or learned == AUTO or recipe in ("", *LEARNED) or "+" in recipe):
+    learned, plus, recipe = method.partition("+") if method not in METHODS else ("", "", "")
+    unknown = learned not in LEARNED or learned == AUTO
+    if plus and (unknown or recipe in ("", *LEARNED) or "+" in recipe.removesuffix("++")):
         raise NSCError(
             f"{method} must name a method that learns coefficients and one that takes them, such as nsc+ties;"
             f" coefficients are learned by {', '.join(name for name in LEARNED if name != AUTO)}"
@@ -173,6 +176,20 @@ def method_of(method: str) -> Method:
     return METHODS[_split(method)[1]]
 
 
+def config_fields(method: str, searches: bool) -> tuple[str, ...]:
+    """Return which fields of MergeConfig a method takes that learns no coefficients.
+
+    Args:
+        method: [SPACE-]METHOD.
+        searches: whether its scale is searched.
+
+    Returns:
+        Names of fields.
+    """
+    of_rows = OF_ROWS if method_of(method).inputs else ()
+    return tuple(dict.fromkeys((*OF_BASE, *of_rows, *(OF_SEARCH if searches else ()))))
+
+
 def settings_of(method: str) -> dict[str, Any]:
     """List every setting that a method takes, those of a scale search included.
 
@@ -187,7 +204,7 @@ def settings_of(method: str) -> dict[str, Any]:
     """
     learned, name = split_learned(method)
     kinds = get_type_hints(MergeConfig)
-    kinds = kinds if learned else {key: kinds[key] for key in OF_BASE + OF_SEARCH}
+    kinds = kinds if learned else {key: kinds[key] for key in config_fields(method, searches=True)}
     if name:
         of_recipe = get_type_hints(Recipe)
         own = get_type_hints(method_of(name).settings)
@@ -216,8 +233,8 @@ def read_settings(
         NSCError: if the method has no such setting, or a value does not fit.
     """
     learned, name = split_learned(method)
-    config = {f.name for f in fields(MergeConfig)} if learned else {*OF_BASE, *(OF_SEARCH if searches else ())}
-    kinds = set(settings_of(method)) - (set() if learned or searches else set(OF_SEARCH))
+    config = {f.name for f in fields(MergeConfig)} if learned else {*config_fields(method, searches)}
+    kinds = set(settings_of(method)) - (set() if learned else {*config_fields(method, searches=True)} - config)
     _require_known(method, settings, kinds)
     ours = {key: value for key, value in settings.items() if key in config}
     if name is None:
@@ -242,6 +259,7 @@ def write_settings(recipe: Recipe | None, config: MergeConfig) -> dict[str, Any]
         return of_config
     own = {key: value for key, value in recipe.to_dict().items() if key != "method"}
     kept = of_config if recipe.learned else {key: of_config[key] for key in OF_BASE}
+    kept |= {key: of_config[key] for key in OF_ROWS} if recipe.method.inputs else {}
     return own | kept
 
 

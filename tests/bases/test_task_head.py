@@ -181,7 +181,7 @@ CHANGES = {
     ),
     "weights that overflow": (
         lambda s: {n: x.fill_(3e38) for n, x in s.items()},
-        "its head says NaN or infinity about states of size 1",
+        "of its head holds NaN or infinity",
     ),
     "another width": (lambda s: s | {"classifier.dense.weight": torch.zeros(16, 16)}, "its head does not fit"),
 }

@@ -23,6 +23,7 @@ from nsc.methods import LowRank, Updates
 from nsc.recipes.combination import Combination, stack_of
 from nsc.recipes.spec import names, read_recipe
 from tests.merging_goldens import dense
+from tests.regressions import with_rows
 
 ISOTROPIZED = "core-task-arithmetic, isotropized"
 NAMES = [*names(), ISOTROPIZED]
@@ -36,6 +37,8 @@ NEUTRAL = {
     "dare": {"drop": 0.0},
     "dare-ties": {"drop": 0.0},
     "robustmerge": {"density": 1.0, "fuse": 1.0},
+    "ssr": {"ridge": 0.0},
+    "featcal": {"p": 1.0, "t": 1.0},
 }
 
 BASIS = "the bases are singular vectors of the stacked factors, and entries in another basis are other entries"
@@ -67,8 +70,10 @@ NO_ZEROS = {
     "linear": "adapters without the layer are left out, and one without effect has cross terms",
     "lego": "adapters without the layer are left out, and one without effect has units",
     "robustmerge": "adapters without the layer are left out, and one without effect is averaged over",
+    "zero-interference": "adapters without the layer are left out, and the merge does nothing on the rows of one's A",
+    "ssr": "the span has no directions of an adapter without the layer, though its inputs count",
 }
-LEFT_OUT = ("linear", "lego", "robustmerge")
+LEFT_OUT = ("linear", "lego", "robustmerge", "zero-interference")
 
 everyone = pytest.mark.parametrize("name", NAMES)
 
@@ -111,7 +116,7 @@ def merge(
 ) -> list[Tensor]:
     """The merged update of every layer, dense, float64."""
     stack = adapters if isinstance(adapters, Stack) else stack_of(adapters)
-    combination = Combination(stack, recipe(name, **settings), coefficients)
+    combination = with_rows(Combination(stack, recipe(name, **settings), coefficients))
     return [dense(combination.update(layer)).double() for layer in combination.names]
 
 
@@ -203,10 +208,10 @@ def test_coefficients_are_weights_of_each_layer(name):
 def test_dtypes(name, dtype):
     """What the rounded factors give in float64, to the precision of float32."""
     small = layers(dtype=dtype)
-    combination = Combination(stack_of(small), recipe(name))
+    combination = with_rows(Combination(stack_of(small), recipe(name)))
     assert {part.dtype for part in parts(combination)} <= {torch.float32, torch.float64}
     rounded = each(small, lambda u: replace(u, A=tuple(a.double() for a in u.A), B=tuple(b.double() for b in u.B)))
-    exact = Combination(stack_of(rounded), recipe(name))
+    exact = with_rows(Combination(stack_of(rounded), recipe(name)))
     assert {part.dtype for part in parts(exact)} == {torch.float64}
     assert same(merge(small, name), merge(rounded, name), 2e-6)
 
@@ -267,7 +272,7 @@ def test_twice_the_same_whatever_the_global_generator(name):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_gives_what_the_cpu_gives(name):
-    combination = Combination(stack_of(layers()), recipe(name), device="cuda")
+    combination = with_rows(Combination(stack_of(layers()), recipe(name), device="cuda"))
     assert {part.device.type for part in parts(combination)} == {"cuda"}
     on_gpu = [dense(combination.update(layer)).cpu() for layer in combination.names]
     assert same(on_gpu, merge(layers(), name))

@@ -1,0 +1,126 @@
+"""A method that needs rows, on a base in memory: the moments of its layers' inputs collected, every layer solved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc.bases.base_model import Base
+from nsc.batch import Batch
+from nsc.config import MergeConfig
+from nsc.learning.moments import fit
+from nsc.learning.preparation import all_rows
+from nsc.methods import LowRank
+from nsc.methods.inputs import InputMoments, SpanMoments
+from nsc.recipes.combination import Combination
+
+
+@dataclass
+class Findings:
+    """What is told of a regression, put together while its layers are solved.
+
+    Attributes:
+        combination: the method on the adapters.
+        conditions: layer -> condition number of its equations.
+        fits: layer -> (T, 3), as ``nsc.methods.reconstruction.reconstruction`` has it.
+        rows: task -> how many there were.
+        tokens: task -> how many of their tokens counted.
+    """
+
+    combination: Combination
+    conditions: dict[str, float] = field(default_factory=dict)
+    fits: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def solve(self, name: str, moments: SpanMoments | InputMoments) -> LowRank:
+        """Solve one layer, and keep what is told of it.
+
+        Args:
+            name: of the layer.
+            moments: what is known of its inputs.
+
+        Returns:
+            Its update at scale 1.
+        """
+        update, solution, self.fits[name] = self.combination.solution(name, moments)
+        self.conditions[name] = solution.condition
+        return update
+
+    def errors(self, scale: float) -> dict[str, float]:
+        """Return how far the merge is from the experts' own updates on their rows, as a mean over layers.
+
+        Args:
+            scale: of the merge.
+
+        Returns:
+            Task -> E |D x - D_k x|^2 / E |D_k x|^2, over the layers that its adapter touches; of "all tasks" together
+            where only their sum is known.
+        """
+        table, tasks = torch.stack([fit.cpu() for fit in self.fits.values()]), self.combination.stack.tasks  # (M, T, 3)
+        merged, both, own = table.unbind(-1)
+        errors = ((scale**2 * merged - 2 * scale * both + own) / own).masked_fill(own <= 0, float("nan")).nanmean(0)
+        return dict(zip(tasks if len(errors) == len(tasks) else ("all tasks",), errors.tolist(), strict=True))
+
+    def counted(self, task: str, passes: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+        """Go through the batches of a task, and count its tokens.
+
+        Args:
+            task: its name.
+            passes: its batches.
+
+        Yields:
+            The batches.
+        """
+        tokens = 0
+        for batch in passes():
+            tokens += int((batch.weight > 0).sum())
+            yield batch
+        self.tokens[task] = tokens
+
+    def to_dict(self, scale: float) -> dict[str, Any]:
+        """Return what is told, for the report.
+
+        Args:
+            scale: of the merge.
+
+        Returns:
+            Plain values.
+        """
+        return {
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "conditions": self.conditions,
+            "errors": self.errors(scale),
+        }
+
+
+def found_on(
+    base: Base, findings: Findings, samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> dict[str, LowRank]:
+    """Find the updates of a method on a base in memory.
+
+    Args:
+        base: with weights.
+        findings: the method on the adapters; what is told of it is added.
+        samples: task -> what its feed read.
+        config: settings of the rows.
+
+    Returns:
+        Layer -> its update at scale 1.
+
+    Raises:
+        NSCError: a subclass, as ``nsc.learning.moments.fit`` does.
+    """
+    recipe, stack = findings.combination.recipe, findings.combination.stack
+    assert recipe.method.inputs is not None
+    findings.rows = {task: len(samples[task]) for task in stack.tasks}
+    passes = all_rows(base, stack, samples, config)
+    rows = {task: partial(findings.counted, task, passes[task]) for task in stack.tasks}
+    rounds = recipe.settings.rounds if recipe.method.inputs.run == "merge" else 1
+    return fit(base.model, stack, rows, recipe.method.inputs, findings.solve, rounds)

@@ -1,0 +1,82 @@
+"""The updates of a regression, found from unlabeled rows: the base is loaded, rows are read, layers are solved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from nsc.bases import loading
+from nsc.bases.base_model import Base
+from nsc.config import MergeConfig
+from nsc.data.modalities import feed_of
+from nsc.data.sources import Source, place_of, read_data
+from nsc.errors import NSCError
+from nsc.evaluation.solving import Findings, found_on
+from nsc.export.result import MergeResult
+from nsc.methods import LowRank
+from nsc.recipes.updates import FixedFactors
+
+
+def find_updates(
+    result: MergeResult, data: Mapping[str, Source], config: MergeConfig, say: Callable[[str], None]
+) -> tuple[MergeResult, Findings]:
+    """Find the updates of a merge whose method needs rows.
+
+    Args:
+        result: the merge, whose base may or may not be in memory.
+        data: task -> unlabeled rows.
+        config: settings of the base and of the rows.
+        say: prints a line.
+
+    Returns:
+        The merge with its updates and its base in memory; and what is told of them.
+
+    Raises:
+        NSCError: a subclass, for rows that do not go with the adapters, or equations without a solution.
+    """
+    assert result.combination is not None
+    base = Base(result.record.base, result.model)
+    samples = read_data(data, result.adapters, feed_of(base).read)
+    base = base if result.model else loading.load(base, config.dtype, config.device)
+    started, findings = time.perf_counter(), Findings(result.combination)
+    found = found_on(base, findings, samples, config)
+    say(f"{len(found)} layers solved from rows in {time.perf_counter() - started:.1f} s")
+    combination = result.combination.with_found(found)
+    record = replace(result.record, data={task: place_of(source) for task, source in data.items()})
+    batch = result.batch or feed_of(base).example(base)
+    told = replace(result, combination=combination, record=record, model=base.model, batch=batch)
+    return told, findings
+
+
+def settled(result: MergeResult, findings: Findings) -> MergeResult:
+    """Keep the factors of a merge whose method needs rows: they are in its record, to be made without rows again.
+
+    Args:
+        result: the merge, at the scale that it has in the end.
+        findings: what is told of it.
+
+    Returns:
+        The merge by fixed factors.
+    """
+    assert result.combination is not None
+    combination = result.combination
+    factors = {name: update for name in combination.names if isinstance(update := combination.update(name), LowRank)}
+    fixed = FixedFactors(factors, combination)
+    record = replace(result.record, factors=fixed.factors)
+    report = replace(result.report, fitted=findings.to_dict(combination.recipe.scale))
+    return replace(result, fixed=fixed, record=record, report=report)
+
+
+def refuse_without_rows(method: str, data: Mapping[str, Source]) -> None:
+    """Refuse a method that needs rows where there are none.
+
+    Args:
+        method: its name.
+        data: task -> unlabeled rows.
+
+    Raises:
+        NSCError: naming the remedy.
+    """
+    if not data:
+        raise NSCError(f"method {method} is made from unlabeled rows: give --data TASK=FILE for each task")
