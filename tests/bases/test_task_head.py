@@ -1,6 +1,7 @@
 """Heads of tasks say what transformers' own classes say, pool as they pool, and are refused where they do not fit."""
 
 import gc
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,8 @@ CHANGES = {
         lambda s: s | {"classifier.extra.weight": torch.zeros(3, 3)},
         "carries classifier.extra.weight, which is no part of RobertaForSequenceClassification",
     ),
-    "weights that overflow": (
-        lambda s: {n: x.fill_(3e38) for n, x in s.items()},
+    "weights that are not finite": (
+        lambda s: {n: x.fill_(math.inf) for n, x in s.items()},
         "of its head holds NaN or infinity",
     ),
     "another width": (lambda s: s | {"classifier.dense.weight": torch.zeros(16, 16)}, "its head does not fit"),
