@@ -22,7 +22,7 @@ from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.heads import Head
 from nsc.bases.structure import replace_module
 from nsc.bases.weights import checkpoint_folder, read_tensors, shapes_in, shard_names
-from nsc.errors import NSCError
+from nsc.errors import NSCError, first_line
 
 UNLIKELY = 7919  # a number of outputs that is no other size of a model, to see where that number stands
 PROBE = 5  # tokens of the sample by which pooling is seen
@@ -77,9 +77,18 @@ def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHe
     like = next(base.model.parameters())
     whole = whole.to(like.device, torch.promote_types(like.dtype, torch.float32)).requires_grad_(False).eval()
     module = _Head(whole, images)
-    if images:
-        return TaskHead("all", module, outputs)
-    return TaskHead(_pooling(module, base, task), module, outputs)
+    states = torch.randn(1, PROBE, base.body_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    states = states.to(next(whole.parameters())).requires_grad_()
+    try:
+        logits = module(states)
+    except Exception as error:  # of any kind: the class asks for more than states, as XLNet's does for a memory
+        raise NSCError(
+            f"adapter {task}: {type(whole).__name__} does not run on hidden states alone ({first_line(error)}); merge"
+            " this task by nsc, or name it as unseen"
+        ) from error
+    if not logits.isfinite().all():
+        raise NSCError(f"adapter {task}: its head says NaN or infinity about states of size 1; check its weights")
+    return TaskHead("all" if images else _pooling(module, states, logits, task), module, outputs)
 
 
 def vocabulary_head(head: Head) -> TaskHead:
@@ -141,8 +150,9 @@ class _Head(nn.Module):
         """(n, d) -> (n, C); (n, L, d) -> (n, C), or (n, L, C) where each token has its own output."""
         parameter = next(self.whole.parameters())
         self.handed.states = (states[:, None] if states.ndim == 2 else states).to(parameter.dtype)
+        n, width = self.handed.states.shape[:2]
         try:
-            logits = self._logits(*self.handed.states.shape[:2], states.device)
+            logits = self._logits(n, width, states.device)
         finally:
             self.handed.states = torch.empty(0)  # which would keep the graph of a whole forward
         return logits[:, 0] if states.ndim == 2 and logits.ndim == 3 else logits
@@ -230,16 +240,10 @@ def _require_pooler(base: Base, task: str) -> None:
         )
 
 
-def _pooling(head: _Head, base: Base, task: str) -> str:
-    like = next(head.whole.parameters())
-    size = base.body_config.hidden_size
-    seed = torch.Generator().manual_seed(0)
-    states = torch.randn(1, PROBE, size, generator=seed).to(like).requires_grad_()
-    logits = head(states)
+def _pooling(head: _Head, states: Tensor, logits: Tensor, task: str) -> str:
     if logits.ndim == 3:
         return "each"
-    if not logits.isfinite().all():
-        raise NSCError(f"adapter {task}: its head says NaN or infinity about states of size 1; check its weights")
+    seed = torch.Generator().manual_seed(1)
     mixed = logits @ torch.randn(logits.shape[-1], generator=seed).to(logits)  # a plain sum may cancel
     read = torch.autograd.grad(mixed.sum(), states)[0][0].abs().sum(-1) > 0
     rows = read.nonzero().flatten().tolist()
