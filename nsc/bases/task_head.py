@@ -23,7 +23,7 @@ from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.heads import Head
 from nsc.bases.structure import replace_module
 from nsc.bases.weights import checkpoint_folder, read_tensors, shapes_in, shard_names
-from nsc.errors import NSCError
+from nsc.errors import NSCError, first_line
 
 UNLIKELY = 7919  # a number of outputs that is no other size of a model, to see where that number stands
 PROBE = 5  # tokens of the sample by which pooling is seen
@@ -56,8 +56,6 @@ class TaskHead:
         """
         return self.module(states)
 
-    logits = __call__
-
 
 def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHead:
     """Load the head that an adapter carries, as transformers' class for the task runs it.
@@ -80,9 +78,19 @@ def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHe
     like = next(base.model.parameters())
     whole = whole.to(like.device, torch.promote_types(like.dtype, torch.float32)).requires_grad_(False).eval()
     module = _Head(whole, images)
-    if images:
-        return TaskHead("all", module, outputs)
-    return TaskHead(_pooling(module, base, task), module, outputs)
+    try:
+        pooling = _pooling(module, base.body_config.hidden_size)
+    except Exception as error:  # of any kind: the class asks for more than states, as XLNet's does for a memory
+        raise NSCError(
+            f"adapter {task}: {type(whole).__name__} does not run on hidden states alone ({first_line(error)}); merge"
+            " this task by nsc, or name it as unseen"
+        ) from error
+    if not pooling and not images:
+        raise NSCError(
+            f"adapter {task}: {type(whole).__name__} pools its tokens in a way that is not followed; merge this task by"
+            " nsc, or name it as unseen"
+        )
+    return TaskHead("all" if images else pooling, module, outputs)
 
 
 def vocabulary_head(head: Head) -> TaskHead:
@@ -144,8 +152,8 @@ class _Head(nn.Module):
         """(n, d) -> (n, C); (n, L, d) -> (n, C), or (n, L, C) where each token has its own output."""
         parameter = next(self.whole.parameters())
         self.handed.states = (states[:, None] if states.ndim == 2 else states).to(parameter.dtype)
+        n, width = self.handed.states.shape[:2]
         try:
-            n, width = self.handed.states.shape[:2]
             logits = self._logits(n, width, states.device)
         finally:
             self.handed.states = torch.empty(0)  # which would keep the graph of a whole forward
@@ -236,11 +244,14 @@ def _require_pooler(base: Base, task: str) -> None:
         )
 
 
-def _pooling(head: _Head, base: Base, task: str) -> str:
-    """Which states the class pools, seen with random weights, since a real head may be all but blind to some."""
+def _pooling(head: _Head, width: int) -> str:
+    """Which states the class pools, "" for no way that is followed.
+
+    It is seen with random weights, since a real head may be all but blind to some states.
+    """
     like, seed = next(head.whole.parameters()), torch.Generator().manual_seed(0)
     weights = {name: torch.randn(x.shape, generator=seed).to(x) for name, x in head.named_parameters()}
-    states = torch.randn(1, PROBE, base.body_config.hidden_size, generator=seed).to(like).requires_grad_()
+    states = torch.randn(1, PROBE, width, generator=seed).to(like).requires_grad_()
     logits = functional_call(head, weights, states)
     if logits.ndim == 3:
         return "each"
@@ -250,9 +261,7 @@ def _pooling(head: _Head, base: Base, task: str) -> str:
     pooling = {(0,): "first", (PROBE - 1,): "last", tuple(range(PROBE)): "mean"}.get(rows, "")
     pooled = {"first": states[:, 0], "last": states[:, -1], "mean": states.mean(1)}.get(pooling)
     atol = 1e-4 * logits.abs().max().item()
-    if pooled is None or not torch.allclose(functional_call(head, weights, pooled), logits, rtol=1e-4, atol=atol):
-        raise NSCError(
-            f"adapter {task}: {type(head.whole).__name__} pools its tokens in a way that is not followed; merge this"
-            " task by nsc, or name it as unseen"
-        )
-    return pooling
+    follows = pooled is not None and torch.allclose(
+        functional_call(head, weights, pooled), logits, rtol=1e-4, atol=atol
+    )
+    return pooling if follows else ""

@@ -120,7 +120,7 @@ def _on_factors(model: nn.Module, stack: Stack, factors: Factors, config: MergeC
     mapping = TrainedFactors(factors, dtype, input_device(model))
     with trained_layers(model, mapping.split(mapping.start)) as layers:
         yield Setting(
-            OutputObjective(model, layers, stack.tasks, goal),
+            OutputObjective(model, layers, stack.tasks, goal, config.gradient_checkpointing),
             mapping,
             mapping.start.clone(),
             torch.zeros_like(mapping.start, dtype=torch.bool),

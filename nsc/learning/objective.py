@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from nsc.adapters.stack import Stack
+from nsc.bases.structure import blocks_before
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.errors import NSCError, TargetError
 from nsc.learning.agreement import Agreement
 from nsc.learning.entropy import Entropy
-from nsc.learning.watch import Measure, Watch
+from nsc.learning.watch import Measure, Watch, run_again
 from nsc.runtime.placement import input_device
 from nsc_kernels import MergedLoRALinear, ratio_from_energy
 
@@ -106,13 +107,17 @@ class OutputObjective:
         layers: name -> the layer that holds what is optimised.
         tasks: names.
         goal: its output and preferences.
+        checkpointing: whether blocks before the last of these layers keep only their inputs for the backward.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, Any], tasks: Sequence[str], goal: Goal) -> None:
+    def __init__(
+        self, model: nn.Module, layers: dict[str, Any], tasks: Sequence[str], goal: Goal, checkpointing: bool = False
+    ) -> None:
         assert goal.output is not None
         self.model, self.layers, self.output = model, layers, goal.output
         weights, seen = preferences_of(tasks, goal)
         self._preferences = (weights * seen.sum()).to(input_device(model))
+        self._checkpointed = blocks_before(model, list(layers)[-1:]) if checkpointing else []
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the objective of one batch.
@@ -123,7 +128,8 @@ class OutputObjective:
         Returns:
             () in at least float32, differentiable in what is optimised.
         """
-        states = self.model(**batch.arguments(next(self.model.parameters()).dtype))[0]
+        with run_again(self._checkpointed):
+            states = self.model(**batch.arguments(next(self.model.parameters()).dtype))[0]
         return self.output(states, batch, self._preferences.to(batch.weight))
 
 

@@ -7,7 +7,7 @@ With activation checkpointing, blocks before the last target's keep only their i
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ class Watch:
                     self._look_ahead(seen)
 
         watched = partial(self._watched_by, watch, targets)
-        with watched(), _run_again(checkpointed, watched), suppress(LastTargetSeen):
+        with watched(), run_again(checkpointed, watched), suppress(LastTargetSeen):
             try:
                 if ends:
                     self._look_ahead(seen)
@@ -145,8 +145,18 @@ class Watch:
 
 
 @contextmanager
-def _run_again(blocks: Sequence[nn.Module], inside: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """``blocks`` called here keep their inputs for the backward, in which they run again; both times ``inside``."""
+def run_again(
+    blocks: Sequence[nn.Module], inside: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[None]:
+    """Have blocks that are called here keep only their inputs for the backward, in which they run again.
+
+    Args:
+        blocks: blocks of a model.
+        inside: what surrounds a block, both times.
+
+    Yields:
+        Nothing; the blocks are as before afterwards.
+    """
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with inside():

@@ -35,7 +35,13 @@ TEXTS: dict[str, tuple[str, dict[str, Any], str]] = {  # name -> kind of transfo
     "Qwen2": ("Qwen2", GROUPED, "last"),
     "GPT-2": ("GPT2", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), "last"),
 }
-IMAGES = {"ViT": ("ViT", IMAGE), "DINOv2": ("Dinov2", IMAGE), "CLIP": ("CLIP", {"vision_config": IMAGE})}
+IMAGES = {
+    "ViT": ("ViT", IMAGE),
+    "DINOv2": ("Dinov2", IMAGE),
+    "CLIP": ("CLIP", {"vision_config": IMAGE}),
+    "SigLIP": ("Siglip", {"vision_config": IMAGE}),
+    "BEiT, mean": ("Beit", IMAGE | {"use_mean_pooling": True}),
+}
 CLOSE = {"rtol": 0, "atol": 1e-6}
 
 
@@ -113,8 +119,6 @@ def test_an_image_head_is_the_class_of_transformers(tmp_path, name):
     head = load_task_head(base, outside(whole), "task")
     assert (head.pooling, head.outputs) == ("all", 3)
     pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    if name == "CLIP":
-        pixels = torch.nn.functional.interpolate(pixels, whole.config.vision_config.image_size)
     with torch.no_grad():
         said = whole(pixel_values=pixels).logits
         found = head(base.model(pixel_values=pixels)[0])
@@ -204,6 +208,16 @@ def test_a_pooler_that_transformers_filled_at_random_is_refused(tmp_path, name):
     base = loading.load(Base(base.id), "float32", "cpu")
     with pytest.raises(
         NSCError, match=r"adapter mood: its head reads the base's pooler, but base .* has no weights for"
+    ):
+        load_task_head(base, outside(whole), "mood")
+
+
+def test_a_class_that_needs_more_than_states_is_refused(tmp_path):
+    config = dict(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    whole, folder = made(tmp_path, "XLNet", config, transformers.AutoModelForSequenceClassification)
+    base = loading.load(Base(str(folder)), "float32", "cpu")
+    with pytest.raises(
+        NSCError, match="adapter mood: XLNetForSequenceClassification does not run on hidden states alone"
     ):
         load_task_head(base, outside(whole), "mood")
 
