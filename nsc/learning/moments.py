@@ -22,7 +22,8 @@ from nsc.adapters.surgery import merged_layers, readers, set_coefficients
 from nsc.bases.structure import block_of
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
-from nsc.learning.sums import Sums, sums_of
+from nsc.learning.input_sums import InputSums
+from nsc.learning.sums import SpanSums, Sums
 from nsc.learning.watch import LastTargetSeen
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
@@ -46,6 +47,7 @@ class Readings:
         groups: layers that share one sum, the first of which is listened to, in the order in which they run.
         runs: layer -> how often it runs in a forward.
         weights: layer -> the base's weight, where the unit of a task depends on it.
+        tokens: how many tokens of all tasks count.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Readings:
     groups: list[list[str]]
     runs: Mapping[str, int]
     weights: Mapping[str, Tensor]
+    tokens: int
 
     def sums(self, names: Sequence[str]) -> Sums:
         """Return empty sums of layers that read one tensor.
@@ -65,7 +68,7 @@ class Readings:
             The sums.
         """
         of = {name: self.stack.modules[name] for name in names}
-        return sums_of(self.inputs, of, self.weights)
+        return SpanSums(of) if self.inputs.of == "u" else InputSums(of, self.inputs, self.weights, self.tokens)
 
     def block(self, names: Sequence[str]) -> Any:
         """Return what tells apart groups that may not be collected together.
@@ -87,6 +90,7 @@ def fit(
     inputs: Inputs,
     solve: Solve,
     rounds: int = 1,
+    tokens: int | None = None,
     budget: int | None = None,
 ) -> dict[str, LowRank]:
     """Collect the moments of every layer's inputs, and solve each layer as soon as they are known.
@@ -98,6 +102,7 @@ def fit(
         inputs: what is to be known.
         solve: makes the update of a layer.
         rounds: how often all layers are solved, where inputs come from the merge so far.
+        tokens: how many tokens of all tasks count; None to count them.
         budget: bytes of sums that may be held at once; None for ``SHARE`` of the free memory. A group has at least one
             sum.
 
@@ -108,7 +113,7 @@ def fit(
         NSCError: a subclass, for a layer that does not run or sees other rows than the batch's, and for inputs that
             are not finite.
     """
-    seen = _readings(model, stack, rows, inputs)
+    seen = _readings(model, stack, rows, inputs, sum(count_tokens(rows).values()) if tokens is None else tokens)
     if budget is None:
         budget = int(SHARE * (free_memory(input_device(model)) or 1 << 30))
     merge: dict[str, LowRank] = {}
@@ -123,7 +128,19 @@ def fit(
     return found
 
 
-def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs) -> Readings:
+def count_tokens(rows: Rows) -> dict[str, int]:
+    """Count the tokens that weigh anything.
+
+    Args:
+        rows: task -> its batches.
+
+    Returns:
+        Task -> tokens.
+    """
+    return {task: sum(int((batch.weight > 0).sum()) for batch in batches()) for task, batches in rows.items()}
+
+
+def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs, tokens: int) -> Readings:
     batch = next(iter(next(iter(rows.values()))())).split(1)[0].to(input_device(model))
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in stack.modules}
     groups, runs = readers(model, layers, batch)
@@ -132,13 +149,14 @@ def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs) -> Rea
             f"{', '.join(missing[:3])} never ran in this model's forward, so nothing is known of its inputs"
         )
     if inputs.unit != "output":
-        return Readings(model, stack, inputs, groups, runs, {})
+        return Readings(model, stack, inputs, groups, runs, {}, tokens)
     if folded := [name for name, layer in layers.items() if not is_plain(layer)]:
         raise NSCError(
             f"{folded[0]} is quantised or offloaded, but this method needs the norms of the experts' weights"
         )
     alone = [[name] for group in groups for name in group]  # each layer has its own unit
-    return Readings(model, stack, inputs, alone, runs, {name: layer.weight for name, layer in layers.items()})
+    weights = {name: layer.weight for name, layer in layers.items()}
+    return Readings(model, stack, inputs, alone, runs, weights, tokens)
 
 
 def _portions(seen: Readings, budget: int) -> list[list[list[str]]]:
