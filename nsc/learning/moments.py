@@ -29,6 +29,7 @@ from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
 from nsc.runtime.memory import free_memory
 from nsc.runtime.placement import input_device, is_plain
+from nsc_kernels import MergedLoRALinear
 
 SHARE = 0.4  # of free memory, for the sums of a group
 Rows = Mapping[str, Callable[[], Iterable[Batch]]]  # task -> its batches anew, whose weights add up to one
@@ -187,29 +188,35 @@ def _collected(
         alone = torch.tensor([1.0, 0.0], device=device).expand(len(lone.names), 2)
         with merged_layers(seen.model, lone, alone) as layers:
             for batch in rows[task]():
-                if merge:
-                    expert: dict[str, list[Tensor]] = {name: [] for name in sums}
-                    set_coefficients(layers, alone)
-                    _read(seen, list(sums), batch, lambda name, x, w, kept=expert: kept[name].append(x))  # type: ignore[misc]
-                    set_coefficients(layers, alone.flip(1))
-                    note = partial(_add_pair, sums, expert, k)
-                else:
-                    note = partial(_add, sums, k)
-                _read(seen, list(sums), batch, note)
+                _add_batch(seen, sums, k, batch, layers, alone if merge else None)
         for of in sums.values():
             of.close(k, task)
     for of in sums.values():
         yield from of.moments().items()
 
 
-def _add(sums: Mapping[str, Sums], k: int, name: str, x: Tensor, weight: Tensor) -> None:
-    sums[name].add(k, x, x, weight)
-
-
-def _add_pair(
-    sums: Mapping[str, Sums], expert: Mapping[str, list[Tensor]], k: int, name: str, x: Tensor, weight: Tensor
+def _add_batch(
+    seen: Readings,
+    sums: Mapping[str, Sums],
+    k: int,
+    batch: Batch,
+    layers: dict[str, MergedLoRALinear],
+    alone: Tensor | None,
 ) -> None:
-    sums[name].add(k, expert[name].pop(0), x, weight)
+    """Add a batch of task k to the sums; alone: coefficients of the expert, where the merge so far runs after it."""
+    expert: dict[str, list[Tensor]] = {name: [] for name in sums}
+
+    def keep(name: str, x: Tensor, weight: Tensor) -> None:
+        expert[name].append(x)
+
+    def add(name: str, x: Tensor, weight: Tensor) -> None:
+        sums[name].add(k, expert[name].pop(0) if expert[name] else x, x, weight)
+
+    if alone is not None:
+        set_coefficients(layers, alone)
+        _read(seen, list(sums), batch, keep)
+        set_coefficients(layers, alone.flip(1))
+    _read(seen, list(sums), batch, add)
 
 
 def _read(seen: Readings, names: Sequence[str], batch: Batch, note: Note) -> None:

@@ -169,8 +169,9 @@ def solve(equations: Equations, name: str) -> Solution:
     condition = _condition(equations.matrix, inverse) if inverse else math.inf
     if inverse is None or not condition < 1 / torch.finfo(torch.float64).eps:
         raise NSCError(
-            f"{name}: the equations of this merge are singular: its adapters share directions, or its rows leave some"
-            " untouched. Give a larger ridge, such as --set ridge=1e-3, or more rows"
+            f"{name}: the equations of this merge are singular. This happens where adapters share directions, as with"
+            " VeRA and where one is given twice, or rows leave some untouched. Give a larger ridge, such as --set"
+            " ridge=1e-3, or more rows"
         )
     X = inverse(equations.left)
     return Solution(X, X if equations.basis is None else X @ equations.basis, condition)

@@ -143,7 +143,7 @@ def test_adapters_that_share_directions():
     """As VeRA's do: zero interference has no answer without a ridge; what is made from rows has."""
     updates = layer((3, 3))
     shared = replace(updates, A=(updates.A[0],) * 2)
-    with pytest.raises(NSCError, match=r"layer: the equations of this merge are singular.*--set ridge"):
+    with pytest.raises(NSCError, match=r"layer: the equations of this merge are singular.*larger ridge"):
         merged("zero-interference", shared, [])
     for method in ("zero-interference", "ssr"):
         assert merged(method, shared, rows(shared), ridge=1e-3).isfinite().all()
