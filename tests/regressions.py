@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsc.methods import METHODS, Updates
+from nsc.methods.equations import Gram
 from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
 from nsc.recipes.combination import Combination
 
@@ -60,7 +61,7 @@ def moments_of(
     seconds = [unit * second(y) for unit, y in zip(c, merged, strict=True)]
     a = [part.double() for part in updates.A]
     return InputMoments(
-        sum(seconds),
+        Gram.of(sum(seconds)),
         torch.cat([part @ C for part, C in zip(a, crosses, strict=True)]),
         tuple(unit * second(x @ part.mT) for unit, x, part in zip(c, X, a, strict=True)),
         torch.stack([C.diagonal() for C in crosses]),

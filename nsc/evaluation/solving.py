@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsc.bases.base_model import Base
-from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.learning.moments import fit
+from nsc.learning.moments import count_tokens, fit
 from nsc.learning.preparation import all_rows
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, SpanMoments
@@ -67,22 +65,6 @@ class Findings:
         errors = ((scale**2 * merged - 2 * scale * both + own) / own).masked_fill(own <= 0, float("nan")).nanmean(0)
         return dict(zip(tasks if len(errors) == len(tasks) else ("all tasks",), errors.tolist(), strict=True))
 
-    def counted(self, task: str, passes: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
-        """Go through the batches of a task, and count its tokens.
-
-        Args:
-            task: its name.
-            passes: its batches.
-
-        Yields:
-            The batches.
-        """
-        tokens = 0
-        for batch in passes():
-            tokens += int((batch.weight > 0).sum())
-            yield batch
-        self.tokens[task] = tokens
-
     def to_dict(self, scale: float) -> dict[str, Any]:
         """Return what is told, for the report.
 
@@ -119,8 +101,8 @@ def found_on(
     """
     recipe, stack = findings.combination.recipe, findings.combination.stack
     assert recipe.method.inputs is not None
+    rows = all_rows(base, stack, samples, config)
     findings.rows = {task: len(samples[task]) for task in stack.tasks}
-    passes = all_rows(base, stack, samples, config)
-    rows = {task: partial(findings.counted, task, passes[task]) for task in stack.tasks}
+    findings.tokens = count_tokens(rows)
     rounds = recipe.settings.rounds if recipe.method.inputs.run == "merge" else 1
-    return fit(base.model, stack, rows, recipe.method.inputs, findings.solve, rounds)
+    return fit(base.model, stack, rows, recipe.method.inputs, findings.solve, rounds, sum(findings.tokens.values()))

@@ -22,12 +22,14 @@ from nsc.adapters.surgery import merged_layers, readers, set_coefficients
 from nsc.bases.structure import block_of
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
-from nsc.learning.sums import Sums, sums_of
+from nsc.learning.input_sums import InputSums
+from nsc.learning.sums import SpanSums, Sums
 from nsc.learning.watch import LastTargetSeen
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
 from nsc.runtime.memory import free_memory
 from nsc.runtime.placement import input_device, is_plain
+from nsc_kernels import MergedLoRALinear
 
 SHARE = 0.4  # of free memory, for the sums of a group
 Rows = Mapping[str, Callable[[], Iterable[Batch]]]  # task -> its batches anew, whose weights add up to one
@@ -46,6 +48,7 @@ class Readings:
         groups: layers that share one sum, the first of which is listened to, in the order in which they run.
         runs: layer -> how often it runs in a forward.
         weights: layer -> the base's weight, where the unit of a task depends on it.
+        tokens: how many tokens of all tasks count.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class Readings:
     groups: list[list[str]]
     runs: Mapping[str, int]
     weights: Mapping[str, Tensor]
+    tokens: int
 
     def sums(self, names: Sequence[str]) -> Sums:
         """Return empty sums of layers that read one tensor.
@@ -65,7 +69,7 @@ class Readings:
             The sums.
         """
         of = {name: self.stack.modules[name] for name in names}
-        return sums_of(self.inputs, of, self.weights)
+        return SpanSums(of) if self.inputs.of == "u" else InputSums(of, self.inputs, self.weights, self.tokens)
 
     def block(self, names: Sequence[str]) -> Any:
         """Return what tells apart groups that may not be collected together.
@@ -87,6 +91,7 @@ def fit(
     inputs: Inputs,
     solve: Solve,
     rounds: int = 1,
+    tokens: int | None = None,
     budget: int | None = None,
 ) -> dict[str, LowRank]:
     """Collect the moments of every layer's inputs, and solve each layer as soon as they are known.
@@ -98,6 +103,7 @@ def fit(
         inputs: what is to be known.
         solve: makes the update of a layer.
         rounds: how often all layers are solved, where inputs come from the merge so far.
+        tokens: how many tokens of all tasks count; None to count them.
         budget: bytes of sums that may be held at once; None for ``SHARE`` of the free memory. A group has at least one
             sum.
 
@@ -108,7 +114,7 @@ def fit(
         NSCError: a subclass, for a layer that does not run or sees other rows than the batch's, and for inputs that
             are not finite.
     """
-    seen = _readings(model, stack, rows, inputs)
+    seen = _readings(model, stack, rows, inputs, sum(count_tokens(rows).values()) if tokens is None else tokens)
     if budget is None:
         budget = int(SHARE * (free_memory(input_device(model)) or 1 << 30))
     merge: dict[str, LowRank] = {}
@@ -123,7 +129,19 @@ def fit(
     return found
 
 
-def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs) -> Readings:
+def count_tokens(rows: Rows) -> dict[str, int]:
+    """Count the tokens that weigh anything.
+
+    Args:
+        rows: task -> its batches.
+
+    Returns:
+        Task -> tokens.
+    """
+    return {task: sum(int((batch.weight > 0).sum()) for batch in batches()) for task, batches in rows.items()}
+
+
+def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs, tokens: int) -> Readings:
     batch = next(iter(next(iter(rows.values()))())).split(1)[0].to(input_device(model))
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in stack.modules}
     groups, runs = readers(model, layers, batch)
@@ -132,13 +150,14 @@ def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs) -> Rea
             f"{', '.join(missing[:3])} never ran in this model's forward, so nothing is known of its inputs"
         )
     if inputs.unit != "output":
-        return Readings(model, stack, inputs, groups, runs, {})
+        return Readings(model, stack, inputs, groups, runs, {}, tokens)
     if folded := [name for name, layer in layers.items() if not is_plain(layer)]:
         raise NSCError(
             f"{folded[0]} is quantised or offloaded, but this method needs the norms of the experts' weights"
         )
     alone = [[name] for group in groups for name in group]  # each layer has its own unit
-    return Readings(model, stack, inputs, alone, runs, {name: layer.weight for name, layer in layers.items()})
+    weights = {name: layer.weight for name, layer in layers.items()}
+    return Readings(model, stack, inputs, alone, runs, weights, tokens)
 
 
 def _portions(seen: Readings, budget: int) -> list[list[list[str]]]:
@@ -169,29 +188,35 @@ def _collected(
         alone = torch.tensor([1.0, 0.0], device=device).expand(len(lone.names), 2)
         with merged_layers(seen.model, lone, alone) as layers:
             for batch in rows[task]():
-                if merge:
-                    expert: dict[str, list[Tensor]] = {name: [] for name in sums}
-                    set_coefficients(layers, alone)
-                    _read(seen, list(sums), batch, lambda name, x, w, kept=expert: kept[name].append(x))  # type: ignore[misc]
-                    set_coefficients(layers, alone.flip(1))
-                    note = partial(_add_pair, sums, expert, k)
-                else:
-                    note = partial(_add, sums, k)
-                _read(seen, list(sums), batch, note)
+                _add_batch(seen, sums, k, batch, layers, alone if merge else None)
         for of in sums.values():
             of.close(k, task)
     for of in sums.values():
         yield from of.moments().items()
 
 
-def _add(sums: Mapping[str, Sums], k: int, name: str, x: Tensor, weight: Tensor) -> None:
-    sums[name].add(k, x, x, weight)
-
-
-def _add_pair(
-    sums: Mapping[str, Sums], expert: Mapping[str, list[Tensor]], k: int, name: str, x: Tensor, weight: Tensor
+def _add_batch(
+    seen: Readings,
+    sums: Mapping[str, Sums],
+    k: int,
+    batch: Batch,
+    layers: dict[str, MergedLoRALinear],
+    alone: Tensor | None,
 ) -> None:
-    sums[name].add(k, expert[name].pop(0), x, weight)
+    """Add a batch of task k to the sums; alone: coefficients of the expert, where the merge so far runs after it."""
+    expert: dict[str, list[Tensor]] = {name: [] for name in sums}
+
+    def keep(name: str, x: Tensor, weight: Tensor) -> None:
+        expert[name].append(x)
+
+    def add(name: str, x: Tensor, weight: Tensor) -> None:
+        sums[name].add(k, expert[name].pop(0) if expert[name] else x, x, weight)
+
+    if alone is not None:
+        set_coefficients(layers, alone)
+        _read(seen, list(sums), batch, keep)
+        set_coefficients(layers, alone.flip(1))
+    _read(seen, list(sums), batch, add)
 
 
 def _read(seen: Readings, names: Sequence[str], batch: Batch, note: Note) -> None:

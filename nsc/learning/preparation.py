@@ -339,4 +339,4 @@ def all_rows(
         picks = [(task, i) for i in range(len(samples[task]))]
         return in_passes(batches.packed(picks), config.tokens_per_pass or TOKENS)
 
-    return {task: partial(passes, task) for task in samples}
+    return {task: partial(passes, task) for task in stack.tasks}

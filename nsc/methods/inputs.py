@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nsc.methods.equations import Gram
+
 
 class Inputs(NamedTuple):
     """What a method must know of the inputs x of each layer, on rows of each task k.
@@ -48,14 +50,14 @@ class InputMoments:
     Each task's moments are multiplied by the unit c_k that the method's ``Inputs`` names. All are float64.
 
     Attributes:
-        second: (d, d) sum_k c_k E_k[x~ x~'].
+        second: d wide, sum_k c_k E_k[x~ x~'].
         cross: (R, d), in the rows of adapter k c_k A_k E_k[x x~'].
         own: K of (r_k, r_k), c_k A_k E_k[x x'] A_k'.
         diagonals: (K, d) the diagonal of c_k E_k[x x~'].
         norms: (K, 2) Frobenius norms of c_k E_k[x x~'] and c_k E_k[x~ x~'].
     """
 
-    second: Tensor
+    second: Gram
     cross: Tensor
     own: tuple[Tensor, ...]
     diagonals: Tensor

@@ -14,36 +14,33 @@ from nsc_kernels import GramCache
 
 
 class Observed(NamedTuple):
-    """What was seen in one layer of z = basis x~ and of the experts' A_k x, by task or, where T is 1, of all together.
+    """What was seen in one layer of z = W A x, with orthonormal rows of every W_k A_k, by task.
 
     Attributes:
-        second: (T, p, p) of z.
-        cross: (T, R, p) of the experts' A_k x, in the rows of adapter k and zero in others, with z.
-        own: (T, R, R) of the experts' A_k x.
-        basis: (p, d); None for the identity.
+        second: (K, p, p) of z.
+        cross: (K, R, p) of A_k x, in the rows of adapter k and zero in others, with z.
+        own: (K, R, R) of A_k x.
+        basis: (p, d), W A.
     """
 
     second: Tensor
     cross: Tensor
     own: Tensor
-    basis: Tensor | None
+    basis: Tensor
 
 
 def observed(updates: Updates) -> Observed:
-    """Return the moments of a layer in one form, whatever they are moments of.
+    """Return the moments of u in the coordinates of orthonormal rows.
 
     Args:
-        updates: one layer's K updates, with moments.
+        updates: one layer's K updates, with ``SpanMoments``.
 
     Returns:
-        For moments of u those of each task, in the coordinates of orthonormal rows of each A_k; else the sums.
+        Moments of each task.
     """
-    moments = updates.moments
-    if isinstance(moments, InputMoments):
-        return Observed(moments.second[None], moments.cross[None], torch.block_diag(*moments.own)[None], None)
-    assert isinstance(moments, SpanMoments)
+    assert isinstance(updates.moments, SpanMoments)
     whiten, unwhiten, ranks = orthonormal(updates)
-    second = whiten @ moments.second @ whiten.mT
+    second = whiten @ updates.moments.second @ whiten.mT
     owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(second.device)
     mine = owner == torch.arange(len(ranks)).to(second.device)[:, None]  # (K, p)
     cross = unwhiten @ (second * mine[:, :, None])
@@ -59,12 +56,17 @@ def reconstruction(updates: Updates, solution: Solution) -> Tensor:
         solution: of their equations.
 
     Returns:
-        (T, 3) float64: E |D x~|^2, E (D x~)'(w_k D_k x) and E |w_k D_k x|^2 of each task, or of all together. At scale
-        c the squared error is c^2, -2 c and 1 times these.
+        (T, 3) float64: E |D x~|^2, E (D x~)'(w_k D_k x) and E |w_k D_k x|^2 of each task, or where only their sum is
+        known of all together. At scale c the squared error is c^2, -2 c and 1 times these.
     """
-    seen, B, X = observed(updates), torch.cat(updates.weighted(), 1), solution.coordinates
+    moments, X, B = updates.moments, solution.coordinates, torch.cat(updates.weighted(), 1)
+    if isinstance(moments, InputMoments):
+        of_all = moments.second.product(X) @ X.mT, moments.cross @ X.mT, torch.block_diag(*moments.own)
+        parts = tuple(part[None] for part in of_all)
+    else:
+        seen = observed(updates)
+        parts = X @ seen.second @ X.mT, seen.cross @ X.mT, seen.own
     gram = B.mT @ B
-    parts = (X @ seen.second @ X.mT, seen.cross @ X.mT, seen.own)
     return torch.stack([(gram * part.mT).sum((-2, -1)) for part in parts], -1)
 
 

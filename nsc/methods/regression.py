@@ -22,7 +22,7 @@ import torch
 
 from nsc.checks import require_fraction
 from nsc.errors import NSCError
-from nsc.methods.equations import Equations, mean_diagonal, ridged, solve
+from nsc.methods.equations import Equations, Gram, solve
 from nsc.methods.inputs import InputMoments, Inputs
 from nsc.methods.protocol import LowRank, Method, Updates
 from nsc.methods.reconstruction import observed, orthonormal, stacked
@@ -123,9 +123,8 @@ def ssr(updates: Updates, settings: SsrSettings) -> Equations:
     Source: https://arxiv.org/abs/2606.10617
     """
     seen = observed(updates)
-    return Equations(
-        torch.cat(updates.weighted(), 1), seen.cross.sum(0), ridged(seen.second.sum(0), settings.ridge), seen.basis
-    )
+    matrix = Gram.of(seen.second.sum(0)).ridged(settings.ridge)
+    return Equations(torch.cat(updates.weighted(), 1), seen.cross.sum(0), matrix, seen.basis)
 
 
 def regmean(updates: Updates, settings: RegMeanSettings) -> Equations:
@@ -141,12 +140,12 @@ def regmean(updates: Updates, settings: RegMeanSettings) -> Equations:
     Source: https://arxiv.org/abs/2212.09849
     """
     moments, A, a = _of_inputs(updates), stacked(updates), settings.off_diagonal
-    matrix = a * moments.second + (1 - a) * moments.second.diagonal().diag()
+    matrix = moments.second.times(a).plus((1 - a) * moments.second.diagonal)
     ranks = torch.tensor(updates.ranks).to(A.device)
     diagonals = moments.diagonals.repeat_interleave(ranks, 0)  # (R, d)
-    pull = settings.ridge * mean_diagonal(matrix) / len(ranks)
+    pull = settings.ridge * matrix.mean_diagonal / len(ranks)
     left = a * moments.cross + (1 - a) * A * diagonals + pull * A
-    return Equations(torch.cat(updates.weighted(), 1), left, ridged(matrix, settings.ridge))
+    return Equations(torch.cat(updates.weighted(), 1), left, matrix.ridged(settings.ridge))
 
 
 def iteris(updates: Updates, settings: IterisSettings) -> Equations:
@@ -164,8 +163,7 @@ def iteris(updates: Updates, settings: IterisSettings) -> Equations:
     moments, A = _of_inputs(updates), stacked(updates)
     crossing, merged = (settings.a * moments.norms).unbind(1)
     pull = crossing.repeat_interleave(torch.tensor(updates.ranks).to(A.device))[:, None]
-    matrix = moments.second + merged.sum() * torch.eye(A.shape[1]).to(A)
-    return Equations(torch.cat(updates.weighted(), 1), moments.cross + pull * A, matrix)
+    return Equations(torch.cat(updates.weighted(), 1), moments.cross + pull * A, moments.second.plus(merged.sum()))
 
 
 def featcal(updates: Updates, settings: FeatCalSettings) -> Equations:
@@ -182,8 +180,7 @@ def featcal(updates: Updates, settings: FeatCalSettings) -> Equations:
     """
     moments, A = _of_inputs(updates), stacked(updates)
     left = moments.cross + settings.ridge * settings.p * settings.t * A
-    matrix = moments.second + settings.ridge * torch.eye(A.shape[1]).to(A)
-    return Equations(torch.cat(updates.weighted(), 1), left, matrix)
+    return Equations(torch.cat(updates.weighted(), 1), left, moments.second.plus(settings.ridge))
 
 
 def zero_interference(updates: Updates, settings: ZeroInterferenceSettings) -> LowRank:
@@ -206,7 +203,8 @@ def zero_interference(updates: Updates, settings: ZeroInterferenceSettings) -> L
     whiten, unwhiten, _ = orthonormal(updates)
     rows = whiten @ stacked(updates)
     B = torch.cat(updates.weighted(), 1)
-    return LowRank(B, solve(Equations(B, unwhiten, ridged(rows @ rows.mT, settings.ridge), rows), updates.name).A)
+    matrix = Gram.of(rows @ rows.mT).ridged(settings.ridge)
+    return LowRank(B, solve(Equations(B, unwhiten, matrix, rows), updates.name).A)
 
 
 def _of_inputs(updates: Updates) -> InputMoments:

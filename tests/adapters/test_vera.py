@@ -21,6 +21,7 @@ from nsc.errors import AdapterError, NameMismatch, NSCError, UnsupportedAdapter
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import names, read_recipe
 from tests.merging_goldens import dense
+from tests.regressions import with_rows
 from tests.tiny import linears, peft_adapter, rewrite, tiny_llama
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]  # (32, 32), (16, 32), (48, 32), (32, 48)
@@ -180,7 +181,8 @@ def test_inspection(saved, tmp_path):
     assert any("save_projection=False" in problem for problem in broken.problems)
 
 
-SINGULAR = {"tsv", "core-tsv", "iso-c", "iso-cts"}  # two adapters that share A span half of the core's columns
+# Two adapters that share A span half of the core's columns.
+SINGULAR = {"tsv", "core-tsv", "iso-c", "iso-cts", "zero-interference"}
 
 
 @pytest.mark.parametrize("method", names())
@@ -191,7 +193,7 @@ def test_every_method_takes_vera_or_refuses_it(tmp_path, method):
     adapters = {task: read_adapter(tmp_path / task) for task in ("mnli", "qnli")}
     shapes = linears(model)
     matches = {task: resolve(task, adapter.factors, shapes) for task, adapter in adapters.items()}
-    merged = Combination(stack_adapters(adapters, matches, shapes), read_recipe(method))
+    merged = with_rows(Combination(stack_adapters(adapters, matches, shapes), read_recipe(method)))
     (name,) = merged.names
     if method in SINGULAR:
         with pytest.raises(NSCError, match="as with VeRA"):

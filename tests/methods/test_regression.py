@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsc.errors import NSCError
 from nsc.methods import METHODS, Updates
-from nsc.methods.equations import Equations, solve
+from nsc.methods.equations import Equations, Gram, solve
 from nsc.methods.reconstruction import reconstruction
 from nsc.recipes.spec import read_recipe
 from tests.regressions import (
@@ -143,7 +143,7 @@ def test_adapters_that_share_directions():
     """As VeRA's do: zero interference has no answer without a ridge; what is made from rows has."""
     updates = layer((3, 3))
     shared = replace(updates, A=(updates.A[0],) * 2)
-    with pytest.raises(NSCError, match=r"layer: the equations of this merge are singular.*--set ridge"):
+    with pytest.raises(NSCError, match=r"layer: the equations of this merge are singular.*larger ridge"):
         merged("zero-interference", shared, [])
     for method in ("zero-interference", "ssr"):
         assert merged(method, shared, rows(shared), ridge=1e-3).isfinite().all()
@@ -193,13 +193,27 @@ def _units(kind, updates: Updates, X: list[Tensor], other: list[Tensor]) -> list
     return [W.square().sum() / (x @ W.mT).square().sum(1).mean() for W, x in zip(experts, X, strict=True)]
 
 
+@pytest.mark.parametrize("T", [1, 5, 20])
+def test_few_rows_are_solved_by_woodbury(T):
+    """Fewer rows than columns: the same matrix, product, diagonal and solution as of their square."""
+    generator = torch.Generator().manual_seed(0)
+    few, X = (torch.randn(n, 20, generator=generator, dtype=F64) for n in (T, 3))
+    made = [Gram.of(rows=few), Gram.of(few.mT @ few)]
+    made = [gram.times(0.9).plus(0.1 * gram.diagonal).ridged(1e-3) for gram in made]
+    assert close(made[0].diagonal, made[1].diagonal) and close(made[0].product(X), made[1].product(X))
+    by_rows, by_square = (solve(Equations(X.mT, X, gram), "layer") for gram in made)
+    assert close(by_rows.A, by_square.A, 1e-11) and by_rows.condition == pytest.approx(by_square.condition)
+    with pytest.raises(NSCError, match="singular"):
+        solve(Equations(X.mT, X, Gram.of(rows=few)), "layer")
+
+
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e9])
 def test_the_condition_number_that_is_told(condition):
     generator = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=F64))[0]
     spectrum = torch.logspace(0, torch.tensor(condition).log10().item(), 40, dtype=F64)
     matrix = (Q * spectrum) @ Q.mT
-    told = solve(Equations(torch.eye(3, dtype=F64), torch.ones(3, 40, dtype=F64), matrix), "layer").condition
+    told = solve(Equations(torch.eye(3, dtype=F64), torch.ones(3, 40, dtype=F64), Gram.of(matrix)), "layer").condition
     assert 0.5 * condition <= told <= condition * (1 + 1e-6)
 
 
