@@ -56,6 +56,8 @@ class TaskHead:
         """
         return self.module(states)
 
+    logits = __call__
+
 
 def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHead:
     """Load the head that an adapter carries, as transformers' class for the task runs it.

@@ -178,7 +178,7 @@ class NullSpaceObjective:
         device = input_device(model)
         present = torch.tensor([stack.modules[name].present for name in targets])
         weights, seen = preferences_of(stack.tasks, goal)
-        self.share = _shares(present, stack.tasks, seen).to(device)  # (T, K)
+        self.share = _shares(present, stack.tasks, seen, goal.ratios).to(device)  # (T, K)
         self._weights = self.share * weights.to(device)  # (T, K) of each task's mean ratio in the loss
         self._preferences = (weights * seen.sum()).to(device)  # (K,) of its output
         self._grams = [g.to(device) if (g := stack.modules[n].gram_inverse) is not None else None for n in targets]
@@ -264,11 +264,11 @@ def sample_quantiles(values: Tensor, sample: Tensor, counted: Tensor, q: float) 
     return torch.where(counts > 0, torch.lerp(below, above, place - low), 0)
 
 
-def _shares(present: Tensor, tasks: Sequence[str], seen: Tensor) -> Tensor:
-    """(T, K): 1/|targets of k| where adapter k is present at the target and has data, else 0."""
+def _shares(present: Tensor, tasks: Sequence[str], seen: Tensor, needed: bool) -> Tensor:
+    """(T, K): 1/|targets of k| where adapter k is present at the target and has data, else 0; needed: for the loss."""
     counts = present.sum(0)
     orphans = [task for k, task in enumerate(tasks) if seen[k] and not counts[k]]
-    if orphans:
+    if orphans and needed:
         raise TargetError(
             f"adapter {', '.join(orphans)} touches none of the target layers, so nothing can be learned from its rows;"
             " choose target_modules and target_blocks that every adapter shares"

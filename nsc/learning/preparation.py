@@ -181,6 +181,8 @@ def _with_experts(
 ) -> Problem:
     """The problem where the experts' outputs are learned from, or choose the step that is kept."""
     learned, held, warnings = hold_back(samples, config.seed)
+    if config.stop != "match":
+        learned = {task: list(rows) for task, rows in samples.items()}
     batches, evaluation = feed_of(base).batches(base, targets, learned, replace(config, positions="prompt"))
     experts = experts_of(base, matched.adapters, matched.stack, config)
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))

@@ -1,6 +1,7 @@
 """Matching the experts: in float64 the plain loop over PEFT's own models; its laws; interrupted, recorded, refused."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -27,7 +28,7 @@ from nsc.bases.base_model import Base
 from nsc.config import MergeConfig, learned_settings
 from nsc.data.sources import read_data
 from nsc.data.text import read_texts
-from nsc.errors import DataError, NSCError, ResumeError
+from nsc.errors import DataError, NSCError, ResumeError, TargetError
 from nsc.learning.assembly import prepared
 from nsc.learning.held_back import hold_back
 from nsc.learning.loop import Learned, take_step
@@ -899,3 +900,19 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 def test_a_config_of_another_objective_is_refused(setting):
     with pytest.raises(NSCError, match="method match needs the objective match, but config has null-space"):
         merge(setting, config=MergeConfig())
+
+
+def test_adapters_without_a_common_target_are_matched(base, tmp_path):
+    """Null-space ratios are only reported, and one that is not there is NaN."""
+    places = {"a": "v_proj", "b": "up_proj"}
+    of = {}
+    for seed, (task, name) in enumerate(places.items()):
+        shape = {"d": 32, "m": 16 if name == "v_proj" else 48}
+        kind = "self_attn" if name == "v_proj" else "mlp"
+        names = [f"model.layers.{i}.{kind}.{name}" for i in range(4)]
+        of[task] = write_adapter(tmp_path / task, random_factors(names, **shape, seed=seed), target_modules=[name])
+    rows = {task: [" ".join(WORDS[3 * i + j] for j in range(4)) for i in range(8)] for task in of}
+    result = nsc.merge(base, of, rows, method="match", steps=2, max_new_tokens=2, progress=False)
+    assert math.isfinite(result.report.ratio_before[0]) and math.isnan(result.report.ratio_before[1])
+    with pytest.raises(TargetError, match="b touches none of the target layers"):
+        nsc.merge(base, of, rows, steps=2, progress=False)
