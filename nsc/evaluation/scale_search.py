@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -42,12 +42,15 @@ class Grid:
         steps: step of the first grid, then of each finer one around the best scale so far.
         most: the first grid continues upwards while its last scale is the best, but not beyond this; None: not beyond
             ``high``.
+        parabolas: how often the lowest point of a parabola through the best scale and its neighbours is tried last, for
+            a value that is smooth in the scale.
     """
 
     low: float = 0.1
     high: float = 1.5
     steps: tuple[float, ...] = (0.1, 0.01)
     most: float | None = None
+    parabolas: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high:
@@ -57,6 +60,7 @@ class Grid:
 
 
 MOST = 5.0
+SMOOTH_STEP = 0.2  # of the distance from the experts, which is smooth in the scale and costs a forward of all rows
 MEASURES = {  # minimised
     "labels": "mean loss relative to the bare base's",
     "null-space": "mean null-space ratio",
@@ -99,6 +103,9 @@ def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple
     Returns:
         The grid.
     """
+    if search == "match" and steps == Grid.steps:
+        smooth = Grid(steps=(SMOOTH_STEP,), most=MOST, parabolas=2)
+        return replace(smooth, low=scales[0], high=scales[1], most=None) if scales else smooth
     if scales:
         return Grid(*scales, steps)
     return Grid(steps=steps, most=None if search == "null-space" else MOST)
@@ -126,6 +133,11 @@ def search(value: Callable[[float], float], grid: Grid = Grid()) -> SearchResult
         reach, top = coarse - fine, max(grid.high, *curve)
         around = _scales(max(grid.low, best - reach), min(top, best + reach), fine)
         curve |= {scale: value(scale) for scale in around if scale not in curve}
+    for _ in range(grid.parabolas):
+        lowest = _vertex(curve)
+        if lowest is None or lowest in curve:
+            break
+        curve[lowest] = value(lowest)
     best = _best(curve)
     if not math.isfinite(curve[best]):
         raise NSCError(f"no scale from {grid.low:g} to {grid.high:g} gives a finite loss; the merge overflows")
@@ -135,6 +147,19 @@ def search(value: Callable[[float], float], grid: Grid = Grid()) -> SearchResult
 
 def _scales(low: float, high: float, step: float) -> list[float]:
     return [round(low + j * step, 10) for j in range(math.floor((high - low) / step + 1e-9) + 1)]
+
+
+def _vertex(curve: Mapping[float, float]) -> float | None:
+    """The lowest point, to two digits, of the parabola through the best scale and its neighbours; None at an end."""
+    scales = sorted(curve)
+    at = scales.index(_best(curve))
+    if not 0 < at < len(scales) - 1:
+        return None
+    (a, b, c), (x, y, z) = scales[at - 1 : at + 2], (curve[s] for s in scales[at - 1 : at + 2])
+    left, right = (b - a) * (y - z), (b - c) * (y - x)
+    if not math.isfinite(left + right) or left == right:
+        return None
+    return round(b - ((b - a) * left - (b - c) * right) / (2 * (left - right)), 2)
 
 
 def _best(curve: Mapping[float, float]) -> float:

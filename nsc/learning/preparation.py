@@ -35,7 +35,7 @@ from nsc.runtime.placement import input_device, one_device
 from nsc.runtime.sharding import shard_linears
 
 TOKENS = 4096  # of a forward without a backward, where tokens_per_pass does not say
-MEASURED = 64  # rows of a task on which merges are compared: with as many, the experts chose what labels chose
+MEASURED = 32  # rows of a task on which merges are compared: with as many, the experts chose what labels chose
 
 
 @dataclass(frozen=True)
