@@ -50,6 +50,19 @@ class ModuleStack:
         """Which of its coefficients exist: one per row of A by rank, else one per adapter that touches it."""
         return [True] * sum(self.ranks) if self.by_rank else self.present
 
+    def only(self, k: int) -> ModuleStack:
+        """Return one adapter alone.
+
+        Args:
+            k: its number.
+
+        Returns:
+            The layer with that adapter.
+        """
+        ranks = list(self.ranks)
+        A, B = self.A.split(ranks)[k], self.B.split(ranks, 1)[k].contiguous()
+        return ModuleStack(A, B, (self.ranks[k],), (self.scales[k],), (self.grams[k],), None)
+
     def delta(self, coefficients: Tensor) -> Tensor:
         """Return the merged update.
 
@@ -95,6 +108,19 @@ class DenseStack:
     def owned(self) -> list[bool]:
         """Which of its coefficients exist."""
         return self.present
+
+    def only(self, k: int) -> DenseStack:
+        """Return what one adapter made of the layer.
+
+        Args:
+            k: its number.
+
+        Returns:
+            The layer with that adapter.
+        """
+        p = sum(self.present[:k])
+        biases = None if self.bias_deltas is None else self.bias_deltas[p : p + 1]
+        return DenseStack(self.deltas[p : p + 1], biases, [True])
 
     def delta(self, coefficients: Tensor) -> Tensor:
         """Return the merged update.
@@ -171,6 +197,20 @@ class Stack:
         rows = [self.layer(name).owned for name in self.names]
         width = max(map(len, rows))
         return torch.tensor([[*row, *[False] * (width - len(row))] for row in rows], dtype=torch.bool)
+
+    def only(self, task: str) -> Stack:
+        """Return one adapter alone, on the layers that it touches, with one coefficient for each of them.
+
+        Args:
+            task: its task.
+
+        Returns:
+            The stack of that adapter.
+        """
+        k = self.tasks.index(task)
+        modules = {name: m.only(k) for name, m in self.modules.items() if m.ranks[k]}
+        dense = {name: layer.only(k) for name, layer in self.dense.items() if layer.present[k]}
+        return Stack((task,), modules, dense, tuple(name for name in self.names if name in modules or name in dense))
 
     def by_task(self, values: Tensor, reduce: Callable[[Tensor], Tensor], absent: float = 0) -> Tensor:
         """Bring values of coefficients to one per module and task.

@@ -125,11 +125,9 @@ class Experts:
     @contextmanager
     def _alone(self, task: str) -> Iterator[None]:
         """One expert in the model."""
-        k = self.stack.tasks.index(task)
-        dtype = torch.promote_types(next(self.base.model.parameters()).dtype, torch.float32)
-        only = torch.zeros(self.stack.owned.shape, dtype=dtype, device=input_device(self.base.model))
-        only[:, k] = 1
-        with merged_layers(self.base.model, self.stack, only):
+        model, only = self.base.model, self.stack.only(task)
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        with merged_layers(model, only, torch.ones(len(only.names), 1, dtype=dtype, device=input_device(model))):
             yield
 
     def _answers(self, task: str, head: TaskHead, prompts: Any) -> list[list[int]]:
