@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.stack import ModuleStack
-from nsc.learning.sums import lora_moments, require_finite
+from nsc.learning.sums import require_finite
 from nsc.methods.equations import Gram
 from nsc.methods.inputs import InputMoments, Inputs
+from nsc_kernels import lora_moments
 
 
 class TaskMoments(NamedTuple):
@@ -105,7 +106,7 @@ class InputSums:
         parts = {}
         for name, module in self.modules.items():
             A = module.A.split(list(module.ranks))[k].to(x)
-            parts[f"own {name}"] = lora_moments(x, A, weight=weight)[2][0]
+            parts[f"own {name}"] = lora_moments(x, A, weight=weight).second[0]
         for name, W0 in self.weights.items():
             parts["output"] = (x @ self._expert(name, W0, k).to(x).mT).square().sum(1).double() @ weight.double()
         seen = root * x

@@ -11,38 +11,7 @@ from torch import Tensor
 from nsc.adapters.stack import ModuleStack
 from nsc.errors import NonFiniteError
 from nsc.methods.inputs import InputMoments, SpanMoments
-
-
-def lora_moments(
-    z: Tensor,
-    lora_A: Tensor,
-    task: Tensor | None = None,
-    tasks: int = 1,
-    weight: Tensor | None = None,
-    other: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return ``u = z A'`` and its second moments by task; ``nsc_kernels`` will have it in one pass over z.
-
-    Args:
-        z: (n, d).
-        lora_A: (R, d).
-        task: (n,) int64, 0 to tasks - 1; None for task 0.
-        tasks: T.
-        weight: (n,); None for ones.
-        other: (n, R), u of another run of the same rows.
-
-    Returns:
-        u (n, R); the energy |z|^2 (n,); second moments (T, R, R), sum w u u', float64; cross moments (T, R, R), sum w
-        u~ u' with u~ of ``other``, None without it.
-    """
-    u = z @ lora_A.to(z.dtype).mT
-    weighted = u if weight is None else u * weight.to(u.dtype)[:, None]
-    if task is not None:
-        owned = torch.nn.functional.one_hot(task, tasks).to(u.dtype)  # (n, T)
-        weighted = weighted * owned.mT[:, :, None]
-    second = (u.mT @ weighted).double().reshape(tasks, *2 * u.shape[1:])
-    cross = None if other is None else (other.mT @ weighted).double().reshape(second.shape)
-    return u, z.square().sum(-1), second, cross
+from nsc_kernels import lora_moments
 
 
 class Sums(Protocol):
@@ -108,7 +77,7 @@ class SpanSums:
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for name, module in self.modules.items():
-            second = lora_moments(x, module.A.to(x), weight=weight)[2]
+            second = lora_moments(x, module.A.to(x), weight=weight).second
             if name not in self.second:
                 self.second[name] = second.new_zeros(len(module.ranks), *second.shape[1:])
             self.second[name][k] += second[0]
