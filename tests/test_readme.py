@@ -111,6 +111,25 @@ def test_llama(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_merge_to_try_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_base(Path("meta-llama/Llama-3.2-1B"))
+    for seed, task in enumerate(("mnli", "rte")):
+        model = tiny_llama("AutoModelForCausalLM", initializer_range=0.2)
+        peft_adapter(Path("adapters") / task, model, seed=seed, r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        rows = [{"text": " ".join(WORDS[(5 * seed + 3 * i + j) % 60] for j in range(3))} for i in range(16)]
+        Path(f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words, code = recipe("The merge to try first")
+    done = CliRunner().invoke(app, [*words, "--set", "max_new_tokens=2", "--steps", "40", "--lr", "0.03"])
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.endswith("written to merged\n")
+    report = json.loads(Path("merged/report.json").read_text())
+    assert report["method"] == "match" and sum(report["losses"][-9:]) < sum(report["losses"][:9])
+    exec(code, names := {})
+    assert names["model"].peft_config["default"].r == 8
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("nsc.data.image_text") is None, reason="nsc feeds no images with text here"
 )
