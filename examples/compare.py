@@ -45,6 +45,11 @@ class Scorer:
         with merged_layers(self.model, self.result.stack, coefficients):
             return {task: exam.score(self.model) for task, exam in self.exams.items()}
 
+    def score_other(self, other: nsc.MergeResult) -> Scores:
+        """Return the score of each task with another merge of the same adapters in the model."""
+        with merged_layers(self.model, *other.merged.in_model()):
+            return {task: exam.score(self.model) for task, exam in self.exams.items()}
+
     def alone(self, task: str) -> float:
         """Return the score of a task with its adapter alone in the model."""
         one_hot = torch.eye(len(self.result.tasks))[self.result.tasks.index(task)]
@@ -65,8 +70,10 @@ def text_scorer(
     return Scorer(result, loaded.model, exams_of(loaded, result.adapters, labelled, max_length))
 
 
-def compare(scorer: Scorer, scales: Sequence[float] = SCALES) -> tuple[str, Scores]:
-    """Score each adapter alone, the heads on the bare base, plain sums and the merge.
+def compare(
+    scorer: Scorer, scales: Sequence[float] = SCALES, others: Mapping[str, nsc.MergeResult] = {}
+) -> tuple[str, Scores]:
+    """Score each adapter alone, the heads on the bare base, plain sums, the merge, and other merges by their names.
 
     Returns:
         The table, with the plain sum at the scale that is best on these very rows, and the scores of the merge.
@@ -80,4 +87,5 @@ def compare(scorer: Scorer, scales: Sequence[float] = SCALES) -> tuple[str, Scor
     name, best = best_sum(lambda scale: scorer.score(torch.full_like(like, scale)), alone, scales)
     merged = scorer.score(like)
     merges = {"heads alone": bare, name: best, "NSC": merged}
+    merges |= {name: scorer.score_other(other) for name, other in others.items()}
     return format_table(alone, merges, {task: exam.metric for task, exam in scorer.exams.items()}), merged

@@ -1,4 +1,4 @@
-"""Merge five real adapters of a real language model, score the merge on every task, prove what was written.
+"""Merge five real adapters of a real language model by NSC and by match, score both, prove what was written.
 
     make demo        or, with the packages at hand:        python examples/demo.py [--out out/demo] [--steps 100]
 
@@ -32,9 +32,10 @@ def main() -> None:
     base = prepare_base(args.out.parent / NAME)
     data = write_all_unlabelled(args.out / "data")
     result = nsc.merge(base, ADAPTERS, data, steps=args.steps, lr=args.lr, batch_size=4, max_length=MAX_LENGTH)
-    table, _ = compare(text_scorer(result, base, first_test_rows(ROWS), MAX_LENGTH))
+    matched = nsc.merge(base, ADAPTERS, data, method="match", max_length=MAX_LENGTH)
+    table, _ = compare(text_scorer(result, base, first_test_rows(ROWS), MAX_LENGTH), others={"match": matched})
     proof = result.save(args.out / "merged")
-    print(f"\n{table}\n\nproof: {proof}")
+    print(f"\n{table}\n\nproof: {proof}\nproof: {matched.save(args.out / 'matched')}")
     print(f"merged adapter, report and heat map: {args.out / 'merged'} ({time.perf_counter() - began:.0f} s in all)")
 
 

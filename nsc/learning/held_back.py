@@ -16,7 +16,7 @@ from nsc.learning.agreement import Agreement
 from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import shards_of
 
-SHARE, LEAST = 0.1, 4  # of a task's rows, and rows
+SHARE, LEAST, MOST = 0.1, 4, 128  # of a task's rows, and rows
 FEW = 16  # rows of a task below which matching is known to overfit
 
 
@@ -82,7 +82,7 @@ def some_of(rows: Sequence[Any], most: int, key: str) -> list[Any]:
 def hold_back(
     samples: Mapping[str, Sequence[Any]], seed: int
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]], list[str]]:
-    """Hold back a tenth of each task's rows, at least four, but never more than half of them.
+    """Hold back a tenth of each task's rows, at least four and at most 128, but never more than half of them.
 
     Args:
         samples: task -> its rows.
@@ -95,7 +95,7 @@ def hold_back(
     for task, rows in samples.items():
         order = list(range(len(rows)))
         random.Random(f"{seed}/{task}/held").shuffle(order)
-        size = min(max(LEAST, int(len(rows) * SHARE)), len(rows) // 2)
+        size = min(max(LEAST, int(len(rows) * SHARE)), MOST, len(rows) // 2)
         learned[task] = [rows[i] for i in sorted(order[size:])]
         held[task] = [rows[i] for i in sorted(order[:size])] if size else list(rows)
         if 0 < len(rows) < FEW:

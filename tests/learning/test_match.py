@@ -415,7 +415,8 @@ def test_a_merge_of_one_adapter_from_1_is_that_adapter(setting, task, granularit
 
 
 @pytest.mark.parametrize(
-    ("rows", "size"), [(0, 0), (1, 1), (2, 1), (3, 1), (7, 3), (8, 4), (16, 4), (39, 4), (40, 4), (50, 5), (256, 25)]
+    ("rows", "size"),
+    [(0, 0), (1, 1), (2, 1), (3, 1), (7, 3), (8, 4), (16, 4), (39, 4), (40, 4), (50, 5), (256, 25), (2000, 128)],
 )
 def test_a_tenth_is_held_back_at_least_four_at_most_half(rows, size):
     learned, held, warnings = hold_back({"a": list(range(rows))}, 0)
