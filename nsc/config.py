@@ -64,7 +64,7 @@ _ADAMERGING: dict[str, Any] = {
 MATCHING: dict[str, dict[str, Any]] = {
     "task": {"lr": 3e-2, "steps": 120},
     "layer": {"lr": 3e-2, "steps": 120},
-    "rank": {"lr": 5e-2, "steps": 160},
+    "rank": {"lr": 6e-2, "steps": 240},
     "factors": {"lr": 1e-3, "steps": 320},
 }
 AUTO = "auto"
