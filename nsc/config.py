@@ -261,6 +261,11 @@ class MergeConfig:
             self.modality != "image" or self.positions == "prompt",
             f"answers are text, so with positions {self.positions} no image token counts; leave modality at both",
         )
+        for task, value in (self.preferences or {}).items():
+            _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
+        self._check_factors()
+
+    def _check_factors(self) -> None:
         fitted = self.granularity == "factors"
         _require(
             not fitted or self.objective == "match",
@@ -277,8 +282,6 @@ class MergeConfig:
         _require(
             self.factor_rank is None or self.factor_rank >= 1, f"factor_rank must be 1 or more, not {self.factor_rank}"
         )
-        for task, value in (self.preferences or {}).items():
-            _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
 
     @property
     def measures_ratios(self) -> bool:

@@ -195,23 +195,13 @@ def measure(
     weight = next(model.parameters())
     device = input_device(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    floor = _floor_under(model, stack, targets[-1], output)
-    parts = in_passes(batches, config.tokens_per_pass)
     on_gpu = device.type == "cuda"
-    with nsc_step(model, stack, targets, batches, config, output=output) as step:
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(WARMUP):
-            step()
-        peak = peak_memory(device)
-        both = {"step": step, "floor": lambda: [floor(part) for part in parts]}
-        took = time_by_turns(both, steps, 1, device)
+    seconds, peak = _timed(model, stack, targets, batches, config, steps, output)
     eager = replace(config, graphs=False)  # a graph is one launch
     with nsc_step(model, stack, targets, batches, eager, output=output) as step:
         step()
         busy, profiled = profile_step(step, device, PROFILED)
         counted, kept = count_flops(step), kept_bytes(step, model)
-    seconds = {name: median(wall for wall, _ in pairs) for name, pairs in took.items()}
     split_of = max(seconds["step"] if on_gpu else profiled, sum(busy.values()))
     work, kept_predicted, notes = _predicted(model, stack, targets, batches, output is not None)
     predicted = sum(part.flops for of_batch in work for part in of_batch) if work else None
@@ -239,6 +229,29 @@ def measure(
         beyond=peak - weights if on_gpu else None,
         notes=(*notes, *([datasheet] if isinstance(datasheet, str) else [])),
     )
+
+
+def _timed(
+    model: nn.Module,
+    stack: Stack,
+    targets: Sequence[str],
+    batches: Sequence[Batch],
+    config: MergeConfig,
+    steps: int,
+    output: Entropy | Agreement | None,
+) -> tuple[dict[str, float], int]:
+    """Seconds of a step and of its floor, taken by turns, and the peak of memory in bytes."""
+    device, parts = input_device(model), in_passes(batches, config.tokens_per_pass)
+    floor = _floor_under(model, stack, targets[-1], output)
+    with nsc_step(model, stack, targets, batches, config, output=output) as step:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(WARMUP):
+            step()
+        peak = peak_memory(device)
+        both = {"step": step, "floor": lambda: [floor(part) for part in parts]}
+        took = time_by_turns(both, steps, 1, device)
+    return {name: median(wall for wall, _ in pairs) for name, pairs in took.items()}, peak
 
 
 def _floor_under(model: nn.Module, stack: Stack, last: str, output: Entropy | Agreement | None) -> Floor:
