@@ -180,9 +180,8 @@ def _with_experts(
     config: MergeConfig,
 ) -> Problem:
     """The problem where the experts' outputs are learned from, or choose the step that is kept."""
-    learned, held, warnings = hold_back(samples, config.seed)
-    if config.stop != "match":
-        learned = {task: list(rows) for task, rows in samples.items()}
+    rest, held, warnings = hold_back(samples, config.seed)
+    learned = rest if config.stop == "match" else samples
     batches, evaluation = feed_of(base).batches(base, targets, learned, replace(config, positions="prompt"))
     experts = experts_of(base, matched.adapters, matched.stack, config)
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))

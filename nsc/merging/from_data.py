@@ -116,9 +116,11 @@ def merge_by_learning(
 
 def _ratios_of(problem: Problem, merged: Merged) -> Tensor:
     """(T, K) null-space ratios of any merge."""
-    ratio = NullSpaceRatio(problem.stack, problem.targets, problem.evaluation, input_device(problem.base.model))
-    with merged_layers(problem.base.model, *merged.in_model()):
-        return ratio.table(problem.base.model)
+    model, device = problem.base.model, input_device(problem.base.model)
+    ratio = NullSpaceRatio(problem.stack, problem.targets, problem.evaluation, device)
+    stack, lam = merged.in_model()
+    with merged_layers(model, stack, lam.to(device)):
+        return ratio.table(model)
 
 
 def _tell(
