@@ -58,6 +58,10 @@ class LearningFlags:
     start: Annotated[float | None, typer.Option(help="Initial value of every coefficient; overrides the preset.")] = (
         None
     )
+    start_from: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|METHOD", help="Matching starts from this merged adapter, or method's merge."),
+    ] = None
     batch_size: Annotated[int | None, BATCH_SIZE] = None
     max_length: Annotated[int, MAX_LENGTH] = 512
     max_drift: Annotated[

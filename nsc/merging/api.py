@@ -95,6 +95,11 @@ def merge(
         )
     if recipe:
         require_weights_of_tasks(recipe, config.granularity)
+    if config.start_from and (recipe or name == AUTO):
+        raise NSCError(
+            f"{recipe.label if recipe else AUTO} takes no start_from, which belongs to matching alone: leave it out, or"
+            " give method match"
+        )
     place = Path(checkpoint) if checkpoint else None
     if name == AUTO:
         result = merge_automatically(
