@@ -111,7 +111,10 @@ class MethodFlags:
         str, typer.Option(help="A method that `nsc methods` lists, or nsc+METHOD, weighted by learned coefficients.")
     ] = "nsc"
     scale: Annotated[float | None, typer.Option(help="Factor of the whole merged update.")] = None
-    search: Annotated[str, typer.Option(help="Search the scale: match, labels or null-space.")] = "none"
+    search: Annotated[
+        str | None,
+        typer.Option(help="Search the scale: match, labels, null-space or none.  [default: match for regressions]"),
+    ] = None
     scales: Annotated[
         tuple[float, float] | None, typer.Option(help="Lowest and highest scale of the search.  [default: 0.1 1.5]")
     ] = None
