@@ -129,12 +129,12 @@ def test_nothing_else_is_searched_by_default(base, three, data):
         assert result.recipe.scale == 1 and not result.report.searched and result.model is None
 
 
-@pytest.mark.parametrize("case", ["shard", "keep_modules", "no output"])
+@pytest.mark.parametrize("case", ["device_map", "keep_modules", "no output"])
 def test_a_scale_that_cannot_be_searched_is_1_with_a_warning(base, three, data, tmp_path, case):
     """Unless the search was asked for."""
     method, more, why = "nsc+ssr", {"steps": 1, "lr": 0.05}, "the whole base on one device"
-    if case == "shard":
-        more["shard"] = True
+    if case == "device_map":
+        more["device_map"] = "auto"
     elif case == "keep_modules":
         names = [f"model.layers.{i}.self_attn.v_proj" for i in range(4)]
         factors = {n: (a, b[:16]) for n, (a, b) in random_factors(names).items()}
