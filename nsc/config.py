@@ -310,7 +310,7 @@ class MergeConfig:
     @property
     def without_rows(self) -> tuple[str, ...]:
         """The tasks that have no rows: those unseen, and the merge that is started from."""
-        return (*self.unseen, START) if self.start_from else self.unseen
+        return (*self.unseen, START) if self.start_from is not None else self.unseen
 
     @property
     def measures_ratios(self) -> bool:

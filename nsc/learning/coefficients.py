@@ -46,7 +46,7 @@ def starts(stack: Stack, config: MergeConfig) -> Tensor:
         (M, C) float32.
     """
     lam = torch.full(stack.owned.shape, config.start)
-    if config.start_from:
+    if config.start_from is not None:
         for row, module in zip(lam, map(stack.modules.__getitem__, stack.names), strict=True):
             last = sum(module.ranks) if module.by_rank else len(module.ranks)
             row[last - (module.ranks[-1] if module.by_rank else 1) : last] = 1
@@ -80,7 +80,7 @@ class Coefficients:
         Returns:
             The mapping.
         """
-        start = starts(stack, config) if config.start_from else config.start
+        start = starts(stack, config) if config.start_from is not None else config.start
         return cls(stack.owned, start, config.link, config.granularity == "task")
 
     def to(self, device: torch.device) -> Coefficients:

@@ -102,7 +102,7 @@ def merge(
         )
     if recipe:
         require_weights_of_tasks(recipe, config.granularity)
-    if config.start_from and (recipe or name == AUTO):
+    if config.start_from is not None and (recipe or name == AUTO):
         raise NSCError(
             f"{recipe.label if recipe else AUTO} takes no start_from, which belongs to matching alone: leave it out, or"
             " give method match"

@@ -159,7 +159,7 @@ def profile_merge(
     samples = read_data(data, read, feed_of(home).read, config.unseen)
     home, matched = stack_on(home, read, config)
     datasheet = find_hardware(input_device(home.model), hardware, flops)
-    if config.granularity == "factors" or config.needs_entropy or config.start_from:
+    if config.granularity == "factors" or config.needs_entropy or config.start_from is not None:
         raise NSCError(
             "a profile is of learned coefficients by null-space ratios or by match, without start_from; choose one of"
             " these"

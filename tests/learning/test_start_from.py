@@ -199,6 +199,16 @@ def test_written_proven_and_replayed_without_the_folder(setting, folder, tmp_pat
     assert f"adapter: {', '.join(TASKS)}\n" in page
 
 
+def test_how_a_methods_merge_was_made_is_recorded(setting, tmp_path):
+    result = merge(setting, "ties")
+    result.save(tmp_path / "out")
+    again = nsc.apply(tmp_path / "out")
+    assert set(result.report.started) == {"from", "scale", "distance", "error"}
+    assert again.report.started == result.report.started and not again.report.fitted
+    assert torch.equal(again.coefficients, result.coefficients)
+    assert_same(again, result, rtol=0)
+
+
 def test_a_merge_that_was_started_from_another_can_be_started_from(setting, folder, tmp_path):
     merge(setting, folder).save(tmp_path / "one")
     assert_same(merge(setting, tmp_path / "one", steps=0), nsc.apply(tmp_path / "one"))
