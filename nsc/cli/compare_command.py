@@ -49,8 +49,8 @@ class ScaleFlags:
     search: Annotated[
         str | None,
         typer.Option(
-            help="How to find every scale that no setting gives: none, match, labels or null-space."
-            "  [default: match for regressions, none for others]"
+            help="How to find every scale that no setting gives: none (the default), match (that of regressions),"
+            " labels or null-space."
         ),
     ] = None
     validation: Annotated[list[str] | None, VALIDATION] = None

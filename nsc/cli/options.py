@@ -113,7 +113,7 @@ class MethodFlags:
     scale: Annotated[float | None, typer.Option(help="Factor of the whole merged update.")] = None
     search: Annotated[
         str | None,
-        typer.Option(help="Search the scale: match, labels, null-space or none.  [default: match for regressions]"),
+        typer.Option(help="Search the scale: match (default of regressions with rows), labels, null-space or none."),
     ] = None
     scales: Annotated[
         tuple[float, float] | None, typer.Option(help="Lowest and highest scale of the search.  [default: 0.1 1.5]")
