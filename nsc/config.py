@@ -68,6 +68,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "factors": {"lr": 1e-3, "steps": 320},
 }
 AUTO = "auto"
+START = "start"  # the name among the tasks of the merge that ``start_from`` names
 DISTILLATION = "https://arxiv.org/abs/1503.02531"
 _MATCH: dict[str, Any] = {
     "objective": "match",
@@ -171,6 +172,7 @@ class MergeConfig:
         reduction: "mean" or "sum" over the entropies of a sample's generated tokens.
         quantile: quantile over the ratios of a sample's tokens, in place of their mean; from 0 to 1.
         unseen: tasks whose adapters are merged without any data.
+        start_from: folder of a merged adapter, or the name of a method, from whose merge matching starts.
     """
 
     steps: int = 500
@@ -210,6 +212,7 @@ class MergeConfig:
     reduction: str = "mean"
     quantile: float | None = None
     unseen: tuple[str, ...] = ()
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "target_blocks", "betas", "keep_modules", "unseen"):
@@ -264,6 +267,7 @@ class MergeConfig:
         for task, value in (self.preferences or {}).items():
             _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
         self._check_factors()
+        self._check_start_from()
 
     def _check_factors(self) -> None:
         fitted = self.granularity == "factors"
@@ -282,6 +286,31 @@ class MergeConfig:
         _require(
             self.factor_rank is None or self.factor_rank >= 1, f"factor_rank must be 1 or more, not {self.factor_rank}"
         )
+
+    def _check_start_from(self) -> None:
+        if self.start_from is None:
+            return
+        object.__setattr__(self, "start_from", str(self.start_from))
+        _require(
+            "match" in self.objective,
+            f"start_from names a merge from which matching starts, but the objective is {self.objective}: give match or"
+            " null-space+match, or leave start_from out",
+        )
+        _require(
+            self.link == "identity",
+            f"coefficients of tasks are 0 where start_from starts, which link {self.link} cannot give: leave link at"
+            " identity",
+        )
+        _require(
+            self.start == 0,
+            f"coefficients of tasks are 0 where start_from starts, so start must be 0, not {self.start:g}; the methods"
+            " that learn set it so if it is left out",
+        )
+
+    @property
+    def without_rows(self) -> tuple[str, ...]:
+        """The tasks that have no rows: those unseen, and the merge that is started from."""
+        return (*self.unseen, START) if self.start_from is not None else self.unseen
 
     @property
     def measures_ratios(self) -> bool:
@@ -351,7 +380,8 @@ def learned_settings(name: str, given: Mapping[str, Any] = {}) -> dict[str, Any]
 
     Args:
         name: one of LEARNED.
-        given: settings that are given, of which the granularity decides the schedule of matching.
+        given: settings that are given, of which the granularity decides the schedule of matching, and a merge to start
+            from the start of the coefficients.
 
     Returns:
         Field of MergeConfig -> value.
@@ -360,6 +390,8 @@ def learned_settings(name: str, given: Mapping[str, Any] = {}) -> dict[str, Any]
     if settings.get("objective") == "match":
         granularity = given.get("granularity", settings["granularity"])
         settings |= MATCHING.get(granularity, {})
+    if given.get("start_from") is not None:
+        settings["start"] = 0.0
     return settings
 
 

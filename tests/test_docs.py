@@ -53,9 +53,10 @@ def test_matching_page(base, adapters, texts):
     names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
     names |= {"data": {task: texts[name] for task, name in of.items()}}
     blocks = snippets("docs/matching.md")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     exec("\n".join(blocks), names)
     tried = names["best"].report.searched["tried"]
+    assert names["better"].report.started["from"] == "ssr" and names["better"].coefficients.shape[1] == 3
     assert str(names["best"].recipe.settings.density) == min(tried, key=tried.get) and len(tried) == 2
     assert set(names["result"].report.tried) == {"match", "task-arithmetic", "tsv", "ssr", "core-ties"}
 

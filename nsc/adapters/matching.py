@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from nsc.adapters.factors import LoraFactors
 from nsc.adapters.lora import Adapter
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
@@ -13,7 +16,7 @@ from nsc.bases import structure
 from nsc.bases.base_model import Base
 from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
-from nsc.errors import NameMismatch
+from nsc.errors import NameMismatch, NSCError
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
     "pixel_values": ("text_model", "language_model"),
@@ -59,6 +62,38 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
     refuse_moving_tower(base.model, stack.names)
     return Matched(kept, matches, shapes, stack)
+
+
+def beside(matched: Matched, task: str, factors: Mapping[str, LoraFactors]) -> Matched:
+    """Put one more adapter beside those of a merge, without a head.
+
+    Args:
+        matched: the adapters on the base, which fine-tuned no layer whole.
+        task: name of the new one, which is the last.
+        factors: the base's own module name -> factors.
+
+    Returns:
+        The adapters and the new one.
+
+    Raises:
+        NSCError: if an adapter has that name.
+        NameMismatch: naming a layer that is not in both.
+    """
+    if task in matched.adapters:
+        raise NSCError(f"an adapter is named {task}, as what start_from names is called in a merge; rename that task")
+    if strange := sorted(matched.stack.modules.keys() ^ factors.keys()):
+        which = ("none", "have") if strange[0] in matched.stack.modules else ("some", "have not")
+        raise NameMismatch(
+            f"start_from has {which[0]} for {strange[0]}, whose factors the adapters {which[1]}: start from a merge of"
+            " adapters on the same layers"
+        )
+    digest = hashlib.sha256()
+    for name, pair in sorted(factors.items()):
+        digest.update(name.encode() + b"".join(x.contiguous().numpy().tobytes() for x in (pair.A, pair.B)))
+    adapter = Adapter(task, Path(), dict(factors), {}, {}, digest.hexdigest())
+    adapters = {**matched.adapters, task: adapter}
+    matches = {**matched.matches, task: {name: name for name in factors}}
+    return Matched(adapters, matches, matched.shapes, stack_adapters(adapters, matches, matched.shapes))
 
 
 def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:

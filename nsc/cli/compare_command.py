@@ -47,8 +47,12 @@ class ScaleFlags:
     panel: ClassVar[str] = "Scales of the methods"
 
     search: Annotated[
-        str, typer.Option(help="How to find every scale that no setting gives: none, match, labels or null-space.")
-    ] = "none"
+        str | None,
+        typer.Option(
+            help="How to find every scale that no setting gives: none (the default), match (that of regressions),"
+            " labels or null-space."
+        ),
+    ] = None
     validation: Annotated[list[str] | None, VALIDATION] = None
     scales: Annotated[
         tuple[float, float] | None,
@@ -79,7 +83,7 @@ def compare(compared: ComparisonFlags, scales: ScaleFlags) -> None:
             compared.out,
             validation=pairs(scales.validation or [], "--validation"),
             search=scales.search,
-            grid=grid_of(scales.search, scales.scales, tuple(scales.scale_step or Grid.steps)),
+            grid=grid_of(scales.search or "match", scales.scales, tuple(scales.scale_step or Grid.steps)),
             metrics=pairs(compared.metric or [], "--metric"),
             config=config,
             settings=settings,

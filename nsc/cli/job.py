@@ -16,6 +16,7 @@ import yaml
 from nsc.checks import expected, typed
 from nsc.config import MergeConfig, learned_settings, preset_settings
 from nsc.errors import NSCError
+from nsc.evaluation.scale_search import default_search
 from nsc.export.record import COEFFICIENTS
 from nsc.merging.tuning import refuse_search
 from nsc.recipes.spec import OF_BASE, Recipe, read_settings, settings_of, split_learned
@@ -37,7 +38,7 @@ class Job:
         preset: one of PRESETS.
         method: name of a method.
         coefficients: folder of an earlier merge, whose coefficients weight the method.
-        search: how the scale is found: "labels", "null-space", "match" or "none".
+        search: how the scale is found: "labels", "null-space", "match" or "none"; None for the method's default.
         validation: task -> where the labelled rows of a search are.
         scales: lowest and highest scale of a search.
         over: a setting of the method and the values that a search tries, as "KEY=V1,V2".
@@ -53,7 +54,7 @@ class Job:
     preset: str | None = None
     method: str = "nsc"
     coefficients: str | None = None
-    search: str = "none"
+    search: str | None = None
     validation: dict[str, str] = field(default_factory=dict)
     scales: tuple[float, float] | None = None
     over: str | None = None
@@ -122,7 +123,8 @@ def gather(
     if any(presets) and not learned:
         raise NSCError(f"method {method} learns nothing, so it takes no preset; leave it out")
     said = preset_settings(presets[0]) | told.settings | preset_settings(presets[1]) | assigned | given
-    search = job.get("search", "none")
+    search = job.get("search")
+    search = default_search(method, "scale" in said, bool(job["data"])) if search is None else search
     recipe, settings = read_settings(method, said, search != "none")
     needs_rows = learned or search in ("null-space", "match") or (recipe and recipe.method.inputs)
     missing = [
@@ -133,7 +135,7 @@ def gather(
     if missing:
         raise NSCError(f"a merge needs {'; '.join(missing)}")
     config = MergeConfig(**{**(learned_settings(learned, settings) if learned else {}), **settings})
-    refuse_search(search, method, "scale" in said, config, job["data"], job["validation"], job.get("scales"))
+    refuse_search(search, method, "scale" in said, job["data"], job["validation"], job.get("scales"))
     if config.granularity == "factors" and config.factor_rank is None and job.get("rank"):
         config = replace(config, factor_rank=job.pop("rank"))  # the rank that is fitted is the rank that is written
     return Job(**job, recipe=recipe), config

@@ -58,6 +58,10 @@ class LearningFlags:
     start: Annotated[float | None, typer.Option(help="Initial value of every coefficient; overrides the preset.")] = (
         None
     )
+    start_from: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|METHOD", help="Matching starts from this merged adapter, or method's merge."),
+    ] = None
     batch_size: Annotated[int | None, BATCH_SIZE] = None
     max_length: Annotated[int, MAX_LENGTH] = 512
     max_drift: Annotated[
@@ -107,7 +111,10 @@ class MethodFlags:
         str, typer.Option(help="A method that `nsc methods` lists, or nsc+METHOD, weighted by learned coefficients.")
     ] = "nsc"
     scale: Annotated[float | None, typer.Option(help="Factor of the whole merged update.")] = None
-    search: Annotated[str, typer.Option(help="Search the scale: match, labels or null-space.")] = "none"
+    search: Annotated[
+        str | None,
+        typer.Option(help="Search the scale: match (default of regressions with rows), labels, null-space or none."),
+    ] = None
     scales: Annotated[
         tuple[float, float] | None, typer.Option(help="Lowest and highest scale of the search.  [default: 0.1 1.5]")
     ] = None

@@ -29,7 +29,7 @@ from nsc.data.labelled import read_all_labelled
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
 from nsc.errors import DataError, NSCError
-from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, Value, grid_of
+from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, Value, default_search, grid_of
 from nsc.evaluation.scoring import Exam, exams_of
 from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
 from nsc.evaluation.trial import Planned, ScaleSearch, Stage, row_of
@@ -50,7 +50,7 @@ def compare(
     out: str | Path,
     *,
     validation: Mapping[str, Source] | None = None,
-    search: str = "none",
+    search: str | None = None,
     grid: Grid | None = None,
     metrics: Mapping[str, str] = {},
     config: Mapping[str, Any] = {},
@@ -70,8 +70,9 @@ def compare(
         validation: task -> labelled rows for the search, none of which is in ``test``.
         search: how to find the scale of a method whose ``settings`` give none: "labels" on the validation rows,
             "match" by what the experts say about unlabeled rows, "null-space" on ``config["evaluation_samples"]``
-            unlabeled rows per task, or "none", which takes 1.
-        grid: the scales to try; by default ``grid_of(search)``.
+            unlabeled rows per task, or "none", which takes 1. By default "match" for regressions and "none" for all
+            others.
+        grid: the scales to try; by default those of ``grid_of``.
         metrics: task -> one of METRICS; by default accuracy, pearson or loss, by the head.
         config: fields of MergeConfig, which override what each learning method has by itself.
         settings: method -> its own settings.
@@ -85,18 +86,17 @@ def compare(
         NSCError: a subclass, for anything that concerns all methods, or a name or setting that does not exist. A method
             that cannot be merged is a row with its reason.
     """
-    out, validation, grid = Path(out), validation or {}, grid or grid_of(search)
-    planned = {name: _plan(name, config, settings, search) for name in methods}
-    _refuse(out, planned, data, validation, search, settings)
+    out, validation, grid = Path(out), validation or {}, grid or grid_of(search or "match")
+    planned = {name: _plan(name, config, settings, search, bool(data)) for name in methods}
+    _refuse(out, planned, data, validation, search or "none", settings)
     say = printer(progress)
     stage, exams = _prepare(Base(absolute(base)), adapters, data, test, config, metrics, say)
     held_out = _held_out(stage, validation, test, metrics)
-    record = _record(stage, data, test, validation, metrics, planned, search, grid)
+    scales, planned = _scales(search, stage, held_out, grid, planned, say)
+    by = search or ("match" if scales else "none")
+    record = _record(stage, data, test, validation, metrics, planned, by, grid)
     of_task, identity = {task: exam.metric for task, exam in exams.items()}, _identity(record)
     done = _begin(out, identity, record["methods"], resume)
-    scales = None
-    if search != "none":
-        scales = ScaleSearch(_value(search, stage, held_out), grid)
     for name in (ALONE, BARE, *methods):
         if name not in done:
             row = row_of(name, stage, exams, planned.get(name), done.get(ALONE), scales)
@@ -105,6 +105,26 @@ def compare(
         comparison.write(partial_folder(out))
         say(_line(done[name]))
     return _finish(replace(comparison, rows=tuple(done[name] for name in (ALONE, BARE, *methods))), out, record)
+
+
+def _scales(
+    search: str | None,
+    stage: Stage,
+    held_out: Mapping[str, Exam],
+    grid: Grid,
+    planned: dict[str, Planned],
+    say: Callable[[str], Any],
+) -> tuple[ScaleSearch | None, dict[str, Planned]]:
+    """How scales are searched, and what is left to search: nothing where nobody asked for it and it cannot be done."""
+    if not any(chosen.searched for chosen in planned.values()):
+        return None, planned
+    try:
+        return ScaleSearch(_value(search or "match", stage, held_out), grid), planned
+    except NSCError as error:
+        if search is not None or isinstance(error, DataError):
+            raise
+        say(f"scales are 1, for they could not be searched by match: {' '.join(str(error).split())}")
+        return None, {name: chosen._replace(searched=False) for name, chosen in planned.items()}
 
 
 def _value(search: str, stage: Stage, held_out: Mapping[str, Exam]) -> Value:
@@ -174,7 +194,9 @@ def _held_out(
     return exams_of(stage.base, stage.matched.adapters, rows, stage.config.max_length, metrics)
 
 
-def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], search: str) -> Planned:
+def _plan(
+    name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], search: str | None, rows: bool
+) -> Planned:
     learner, recipe = split_learned(name)
     if learner == AUTO:
         raise NSCError("auto chooses among methods for nsc merge; a comparison names each of them")
@@ -189,6 +211,7 @@ def _plan(name: str, config: Mapping[str, Any], settings: Mapping[str, Mapping[s
                 f" {learning.granularity}; give granularity layer or task"
             )
     chosen = read_recipe(recipe, **own) if recipe else None
+    search = default_search(name, "scale" in own, rows) if search is None else search
     return Planned(learning, chosen, chosen is not None and search != "none" and "scale" not in own)
 
 

@@ -27,6 +27,7 @@ from nsc.adapters.stack import DenseStack, Stack
 from nsc.adapters.surgery import merged_layers, set_coefficients
 from nsc.errors import NonFiniteError, NSCError
 from nsc.evaluation.scoring import Exam
+from nsc.recipes.spec import method_of, split_learned
 from nsc.runtime.placement import input_device
 
 Value = Callable[[nn.Module], float]  # of a model with a merge in it; the less the better
@@ -90,6 +91,24 @@ class SearchResult:
         """What a reader must know."""
         outside = "is the last of the range searched; a better one may lie outside"
         return [f"its best scale, {self.scale:g}, {outside}"] if self.edge else []
+
+
+def default_search(method: str, scaled: bool, rows: bool) -> str:
+    """Return how a scale is found where nothing is said of it.
+
+    Args:
+        method: [LEARNED+][SPACE-]METHOD, or a key of LEARNED.
+        scaled: whether a scale is given.
+        rows: whether unlabeled rows are.
+
+    Returns:
+        "match" for a regression with rows and without a scale, else "none".
+
+    Raises:
+        NSCError: if there is no such method.
+    """
+    recipe = split_learned(method)[1]
+    return "match" if rows and not scaled and recipe and method_of(recipe).regression else "none"
 
 
 def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple[float, ...] = Grid.steps) -> Grid:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc.adapters.matching import Matched
-from nsc.adapters.stack import Stack, by_rank
+from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
@@ -19,6 +19,7 @@ from nsc.errors import NSCError
 from nsc.evaluation.scale_search import Grid, Value, require_finite, search_scale
 from nsc.evaluation.scoring import Exam
 from nsc.evaluation.solving import Findings, found_on
+from nsc.evaluation.start import find_start, started
 from nsc.evaluation.table import ALONE, Row, scored
 from nsc.learning.held_back import HeldBack
 from nsc.learning.loop import Learned
@@ -68,7 +69,7 @@ class Stage:
         samples: task -> unlabeled rows; empty where no method needs any.
         config: what the comparison says of all learning.
         say: prints a line.
-        learned: method -> what it learned, seconds and bytes, once it has.
+        learned: method -> what it learned, on which adapters, seconds and bytes, once it has.
     """
 
     base: Base
@@ -76,7 +77,7 @@ class Stage:
     samples: Mapping[str, Sequence[Any]]
     config: MergeConfig
     say: Callable[[str], Any]
-    learned: dict[str, tuple[Learned, float, int | None]] = field(default_factory=dict)
+    learned: dict[str, tuple[Learned, Stack, float, int | None]] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -97,7 +98,9 @@ class Stage:
         Returns:
             A problem on the shared base.
         """
-        return prepare(self.base, self.matched, self.samples, config, factors_to_fit(self.stack, config))
+        config = find_start(config)
+        matched, samples, _ = started(self.base, self.matched, self.samples, config)
+        return prepare(self.base, matched, samples, config, factors_to_fit(matched.stack, config))
 
     def null_space(self) -> NullSpaceRatio:
         """Return the null-space ratio of the rows that a merge is evaluated on before and after.
@@ -130,7 +133,7 @@ class Stage:
             return made
         return made.with_found(found_on(self.base, Findings(made), self.samples, self.config))
 
-    def learn(self, name: str, config: MergeConfig) -> tuple[Learned, float, int | None]:
+    def learn(self, name: str, config: MergeConfig) -> tuple[Learned, Stack, float, int | None]:
         """Learn what ``name`` learns, once.
 
         Args:
@@ -138,12 +141,14 @@ class Stage:
             config: its settings.
 
         Returns:
-            What was learned, seconds, and the bytes by which memory grew, None where that is unknown.
+            What was learned, the adapters that it is of, seconds, and the bytes by which memory grew, None where that
+            is unknown.
         """
         if name not in self.learned:
-            peak, started = PeakMemory(input_device(self.model)), time.perf_counter()
-            learned = self.problem(config).learn(progress=False)
-            self.learned[name] = learned, time.perf_counter() - started, peak.growth()
+            peak, began = PeakMemory(input_device(self.model)), time.perf_counter()
+            problem = self.problem(config)
+            learned = problem.learn(progress=False)
+            self.learned[name] = learned, problem.stack, time.perf_counter() - began, peak.growth()
         return self.learned[name]
 
 
@@ -198,12 +203,12 @@ def _merge(name: str, stage: Stage, planned: Planned, search: ScaleSearch | None
     """The row without scores, and what to put into the model with which coefficients."""
     row, lam, memory = Row(name), None, 0
     if planned.config:
-        learned, seconds, grown = stage.learn(name.partition("+")[0], planned.config)
+        learned, stack, seconds, grown = stage.learn(name.partition("+")[0], planned.config)
         row, memory, lam = replace(row, optimisation=seconds, memory=grown), grown or 0, learned.coefficients
         if planned.recipe is None:
             if learned.factors:
-                return row, *fitted(stage.stack, learned.factors).in_model()
-            return row, by_rank(stage.stack) if planned.config.granularity == "rank" else stage.stack, lam
+                return row, *fitted(stack, learned.factors).in_model()
+            return row, stack, lam
     assert planned.recipe is not None
     peak, started = PeakMemory(input_device(stage.model)), time.perf_counter()
     one = with_scale(planned.recipe, 1.0)

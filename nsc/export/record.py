@@ -28,7 +28,7 @@ from nsc.recipes.spec import Recipe, read_settings, write_settings
 from nsc_kernels import __version__
 
 COEFFICIENTS, MASKS, DESCRIPTION = "coefficients.safetensors", "masks.safetensors", "merge.yaml"
-FACTORS = "factors.safetensors"
+FACTORS, STARTED = "factors.safetensors", "start.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Record:
         masks: layer -> mask that the caller gave.
         searched: how the scale in the settings was found, if it was searched.
         factors: layer -> what was found for it from rows, where adapters and coefficients alone do not give it.
+        started: which merge was started from, and how it was made, if any was.
+        start_factors: layer -> its update in that merge, to which the last coefficients belong.
     """
 
     base: str
@@ -69,6 +71,8 @@ class Record:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     searched: Mapping[str, Any] = field(default_factory=dict)
     factors: Mapping[str, LowRank] = field(default_factory=dict)
+    started: Mapping[str, Any] = field(default_factory=dict)
+    start_factors: Mapping[str, LowRank] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -130,9 +134,8 @@ class Record:
             save_file({"coefficients": self.coefficients.contiguous()}, folder / COEFFICIENTS, metadata=metadata)
         if self.masks:
             save_file({name: mask.contiguous() for name, mask in self.masks.items()}, folder / MASKS)
-        if self.factors:
-            parts = {f"{n}.{key}": x for n, f in self.factors.items() for key, x in f._asdict().items()}
-            save_file({name: x.float().contiguous() for name, x in parts.items()}, folder / FACTORS)
+        _write_factors(self.factors, folder / FACTORS)
+        _write_factors(self.start_factors, folder / STARTED)
         description = {
             "method": self.method,
             "base": self.base,
@@ -146,6 +149,7 @@ class Record:
             "dense": list(self.dense),
             "masks": bool(self.masks),
             **({"factors": True} if self.factors else {}),
+            **({"started": dict(self.started)} if self.started else {}),
             **({"searched": dict(self.searched)} if self.searched else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
@@ -176,9 +180,11 @@ class Record:
             record = cls(coefficients=coefficients, modules=modules, adapters=adapters, rank=text.get("rank"), **rest)
             masks = load_file(folder / MASKS) if text.get("masks") else {}
             factors = _read_factors(folder / FACTORS) if text.get("factors") else {}
+            started = text.get("started", {})
+            begun = _read_factors(folder / STARTED) if started else {}
             dense, method = tuple(text.get("dense", ())), text["method"]
             record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
-            record = replace(record, factors=factors)
+            record = replace(record, factors=factors, started=started, start_factors=begun)
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
@@ -192,7 +198,7 @@ class Record:
         Raises:
             NSCError: with both shapes.
         """
-        for name, (B, A) in self.factors.items():
+        for name, (B, A) in (*self.factors.items(), *self.start_factors.items()):
             shape = (*B.shape[:-1], *A.shape[1:])
             fits = B.ndim == A.ndim == 2 and B.shape[1] == A.shape[0] and shape == self.modules.get(name)
             if not (fits and B.isfinite().all() and A.isfinite().all()):
@@ -202,7 +208,8 @@ class Record:
                 )
         if self.coefficients is None:
             return
-        columns = self.coefficients.shape[-1] if self.settings.get("granularity") == "rank" else len(self.adapters)
+        columns = len(self.adapters) + bool(self.started)
+        columns = self.coefficients.shape[-1] if self.settings.get("granularity") == "rank" else columns
         shape = (len(self.modules), columns)
         if tuple(self.coefficients.shape) != shape or not torch.isfinite(self.coefficients).all():
             raise NSCError(f"coefficients {tuple(self.coefficients.shape)} must be finite and of shape {shape}")
@@ -215,6 +222,12 @@ def _rows(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
     with safe_open(folder / COEFFICIENTS, framework="pt") as file:
         rows = {key: json.loads(file.metadata()[key]) for key in ("modules", "tasks")}
         return rows, file.get_tensor("coefficients")
+
+
+def _write_factors(factors: Mapping[str, LowRank], file: Path) -> None:
+    if factors:
+        parts = {f"{n}.{key}": x for n, f in factors.items() for key, x in f._asdict().items()}
+        save_file({name: x.float().contiguous() for name, x in parts.items()}, file)
 
 
 def _read_factors(file: Path) -> dict[str, LowRank]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nsc.config import START
 from nsc.console import json_ready
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
@@ -62,6 +63,8 @@ class Report:
         tried: method -> its best scale and its distance from the experts on held-out rows, if several were tried.
         searched: how the scale was found, if it was searched: search, measure, range, every scale tried and its value
             (curve), the best, and seconds.
+        started: which merge was started from ("from"), and of one that was made first its "scale", "distance" from the
+            experts and relative "error" of its best approximation, 0 where it is exact; empty if none was.
         fitted: what a method that needs rows was made from and how near it comes: rows and tokens by task, condition
             numbers by layer, and errors |D x - D_k x|^2 / |D_k x|^2 by task, or of all tasks together.
     """
@@ -107,6 +110,7 @@ class Report:
     searched: Mapping[str, Any] = field(default_factory=dict)
     tried: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fitted: Mapping[str, Any] = field(default_factory=dict)
+    started: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON.
@@ -221,8 +225,9 @@ def _facts(report: Report) -> str:
         lines.append("- a coefficient for each rank row of an adapter; shown are the means of an adapter's in a module")
     if report.granularity == "factors":
         lines.append("- the merged adapter's own factors are fitted to what the experts say: the experts are distilled")
-    if report.unseen:
-        lines.append(f"- unseen, merged without data of their own: {', '.join(report.unseen)}")
+    if unseen := [task for task in report.unseen if task != START]:
+        lines.append(f"- unseen, merged without data of their own: {', '.join(unseen)}")
+    lines += [_started(report.started)] if report.started else []
     if report.targets:
         lines += [
             f"- targets ({len(report.targets)}): {', '.join(report.targets)}",
@@ -238,11 +243,11 @@ def _facts(report: Report) -> str:
 
 def _learned(report: Report, at_bound: str) -> list[str]:
     """What is known of the coefficients, and of the held-out rows."""
-    lines = []
+    lines, start = [], "the start" if report.started else f"{report.start:g}"
     if report.coefficients:
         lines += [
-            f"- largest drift from {report.start:g}: {report.max_drift:.4f} ({at_bound})",
-            f"- coefficients without gradient, left at {report.start:g}: {len(report.untrained)}",
+            f"- largest drift from {start}: {report.max_drift:.4f} ({at_bound})",
+            f"- coefficients without gradient, left at {start}: {len(report.untrained)}",
         ]
     if report.distances:
         first, best = (_mean(report.distances[str(step)], report) for step in (0, report.kept))
@@ -251,6 +256,15 @@ def _learned(report: Report, at_bound: str) -> list[str]:
             f" {best:.3f} at step {report.kept}, the one that was kept"
         )
     return lines
+
+
+def _started(started: Mapping[str, Any]) -> str:
+    line = f"- started from {started['from']}"
+    if "scale" in started:
+        line += f" at scale {started['scale']:g}, of all scales tried the nearest to the experts"
+    if started.get("error"):
+        line += f", in its best approximation of the adapters' ranks: relative error at most {started['error']:.3g}"
+    return f"{line}; its coefficients, called {START}, started at 1, all others at 0"
 
 
 def _mean(values: list[float], report: Report) -> float:
@@ -372,7 +386,7 @@ def model_card(report: Report) -> str:
     by = "Null-Space Compression (arXiv 2603.26317)"
     if report.method != "nsc":
         by = f"{report.method}: {report.line} ({report.source})"
-    title = f"# A merged {kind}: {', '.join(report.tasks)}\n\nMerged by {by}."
+    title = f"# A merged {kind}: {', '.join(task for task in report.tasks if task != START)}\n\nMerged by {by}."
     heads = "\nThe tasks' own heads, where they have any, are under `heads/`; `merge.yaml` replays this merge."
     picture = "\n![coefficients](coefficients.png)\n" if report.coefficients else ""
     return f"{head}\n{title}{heads}\n\n{report.to_markdown()}\n{picture}"

@@ -35,19 +35,37 @@ LINKS: dict[str, tuple[Link, Link]] = {
 }
 
 
+def starts(stack: Stack, config: MergeConfig) -> Tensor:
+    """Return where the coefficients start: at ``start``, and at 1 those of the merge that is started from.
+
+    Args:
+        stack: the adapters, with that merge as the last.
+        config: start and start_from.
+
+    Returns:
+        (M, C) float32.
+    """
+    lam = torch.full(stack.owned.shape, config.start)
+    if config.start_from is not None:
+        for row, module in zip(lam, map(stack.modules.__getitem__, stack.names), strict=True):
+            last = sum(module.ranks) if module.by_rank else len(module.ranks)
+            row[last - (module.ranks[-1] if module.by_rank else 1) : last] = 1
+    return lam
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """The mapping from the optimised parameter theta to the coefficients lam (M, C).
 
     Attributes:
         owned: (M, C) bool, which coefficients exist; the others stay at ``start``.
-        start: initial value of every coefficient.
+        start: initial value of every coefficient, or of each (M, C), for the identity alone.
         link: one of LINKS, or "softmax".
         shared: whether all modules have the same coefficients, so that theta is (1, C).
     """
 
     owned: Tensor
-    start: float
+    start: float | Tensor
     link: str = "identity"
     shared: bool = False
 
@@ -62,7 +80,8 @@ class Coefficients:
         Returns:
             The mapping.
         """
-        return cls(stack.owned, config.start, config.link, config.granularity == "task")
+        start = starts(stack, config) if config.start_from is not None else config.start
+        return cls(stack.owned, start, config.link, config.granularity == "task")
 
     def to(self, device: torch.device) -> Coefficients:
         """Return the same mapping on a device.
@@ -73,7 +92,8 @@ class Coefficients:
         Returns:
             The mapping.
         """
-        return replace(self, owned=self.owned.to(device))
+        start = self.start.to(device) if isinstance(self.start, Tensor) else self.start
+        return replace(self, owned=self.owned.to(device), start=start)
 
     def first(self, dtype: torch.dtype) -> Tensor:
         """Return the theta at which every coefficient is ``start``.
@@ -85,7 +105,8 @@ class Coefficients:
             (M, C), or (1, C) where modules share their coefficients.
         """
         rows, columns = self.owned.shape
-        lam = torch.full((1 if self.shared else rows, columns), self.start, dtype=dtype, device=self.owned.device)
+        lam = torch.zeros(1 if self.shared else rows, columns, dtype=dtype, device=self.owned.device)
+        lam += self._first_of(lam)
         return torch.zeros_like(lam) if self.link == "softmax" else LINKS[self.link][1](lam)
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -121,8 +142,8 @@ class Coefficients:
         """
         if self.link == "softmax":
             return torch.full_like(reach, float("-inf")), torch.full_like(reach, float("inf"))
-        inverse = LINKS[self.link][1]
-        return inverse(self.start - reach), inverse(self.start + reach)
+        inverse, start = LINKS[self.link][1], self._first_of(reach)
+        return inverse(start - reach), inverse(start + reach)
 
     @torch.no_grad()
     def draw_back(self, theta: Tensor, reach: Tensor) -> None:
@@ -159,6 +180,10 @@ class Coefficients:
         else:
             held = (theta <= lower) | (theta >= upper)
         return held.expand(self.owned.shape[0], -1) & self.owned
+
+    def _first_of(self, theta: Tensor) -> float | Tensor:
+        """The start, in the rows and dtype of theta."""
+        return self.start[: len(theta)].to(theta) if isinstance(self.start, Tensor) else self.start
 
     def _rows_owned(self) -> Tensor:
         return self.owned.any(0, keepdim=True) if self.shared else self.owned

@@ -222,7 +222,7 @@ def _blame(
     objective = passes.objective
     if isinstance(objective, NullSpaceObjective):
         lam = state.lam
-        start = torch.full_like(lam, state.coefficients.start)  # type: ignore[arg-type]  # these have coefficients
+        start = torch.zeros_like(lam) + state.coefficients.start
         # a NaN coefficient would spread to tasks that are sound
         set_coefficients(objective.layers, torch.where(lam.isfinite().all(), lam, start).detach())
         bad = [i for i, loss in enumerate(state.losses[: state.step]) if not torch.isfinite(loss)]

@@ -68,13 +68,13 @@ def goal_of(tasks: Sequence[str], config: MergeConfig, output: Entropy | Agreeme
     preferences = config.preferences or {}
     if strange := sorted(set(preferences) - set(tasks)):
         raise NSCError(f"preferences name {', '.join(strange)}; the tasks are {', '.join(tasks)}")
-    weights = [0.0 if task in config.unseen else float(preferences.get(task, 1)) for task in tasks]
+    weights = [0.0 if task in config.without_rows else float(preferences.get(task, 1)) for task in tasks]
     if not sum(weights):
         raise NSCError("no task with data has a preference above 0, so there is nothing to learn from")
     if (config.objective != "null-space") != (output is not None):
         raise NSCError(f"objective {config.objective} and the heads of tasks belong together: give both or neither")
     shares = tuple(weight / sum(weights) for weight in weights)
-    return Goal(shares, config.unseen, config.quantile, output, config.measures_ratios)
+    return Goal(shares, config.without_rows, config.quantile, output, config.measures_ratios)
 
 
 class Objective(Protocol):

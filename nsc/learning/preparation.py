@@ -212,7 +212,7 @@ def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config
     Raises:
         NSCError: naming a task whose output is not followed.
     """
-    return Experts(base, adapters, stack, config.positions, config.unseen, config.max_new_tokens)
+    return Experts(base, adapters, stack, config.positions, config.without_rows, config.max_new_tokens)
 
 
 def distance_from_experts(

@@ -12,12 +12,13 @@ from nsc.config import AUTO, LEARNED, MergeConfig, learned_settings
 from nsc.console import printer
 from nsc.data.sources import Source
 from nsc.errors import NSCError
+from nsc.evaluation.scale_search import default_search
 from nsc.export.result import MergeResult
 from nsc.merging.automatic import merge_automatically
 from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import Masks, Weights, combine, combine_learned, require_weights_of_tasks
 from nsc.merging.from_rows import find_updates, refuse_without_rows, settled
-from nsc.merging.tuning import Search, find_scale, read_search, refuse_search
+from nsc.merging.tuning import Search, at_best_scale, read_search, refuse_base, refuse_search
 from nsc.paths import absolute
 from nsc.recipes.spec import Recipe, read_settings
 from nsc.runtime.distributed import join
@@ -30,7 +31,7 @@ def merge(
     config: MergeConfig | None = None,
     *,
     method: str | Recipe = "nsc",
-    search: str = "none",
+    search: str | None = None,
     validation: Mapping[str, Source] | None = None,
     scales: tuple[float, float] | None = None,
     over: Mapping[str, Sequence[Any]] | None = None,
@@ -57,7 +58,8 @@ def merge(
             another method; or a recipe from ``read_recipe``.
         search: how to find the scale of another method: "match" by the distance from what the experts say about
             unlabeled rows, "null-space" by the ratios of ``evaluation_samples`` unlabeled rows per task, "labels" by
-            the loss on ``validation``, or "none", which takes the setting ``scale``.
+            the loss on ``validation``, or "none", which takes the setting ``scale``, by default 1. By default "match"
+            for regressions with ``data`` and no ``scale``, else "none".
         validation: task -> labelled rows, as ``read_labelled`` takes them.
         scales: lowest and highest scale of the search; 0.1 and 1.5 by default.
         over: one setting of the method -> values that the search tries, each at its best scale.
@@ -74,14 +76,19 @@ def merge(
     Raises:
         NSCError: a subclass that says what is wrong and where.
     """
-    data, validation, searches = data or {}, validation or {}, search != "none"
-    recipe, name, config = _chosen(method, config, settings, searches)
+    data, validation, asked = data or {}, validation or {}, search is not None
     scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
-    refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
+    label = method.label if isinstance(method, Recipe) else method
+    search = default_search(label, scaled, bool(data)) if search is None else search
+    searches = search != "none"
+    recipe, name, config = _chosen(method, config, settings, searches)
+    refuse_search(search, label, scaled, data, validation, scales)
+    if asked and searches:
+        refuse_base(search, config)
     if recipe and recipe.method.inputs:
         refuse_without_rows(recipe.label, data)
     home = Base(absolute(base))
-    chosen = read_search(search, home, adapters, data, validation, scales, over)
+    chosen = read_search(search, home, adapters, data, validation, scales, over, not asked)
     say = printer(progress and join(config.device).first)
     if recipe and not recipe.learned:
         if resume:
@@ -95,6 +102,11 @@ def merge(
         )
     if recipe:
         require_weights_of_tasks(recipe, config.granularity)
+    if config.start_from is not None and (recipe or name == AUTO):
+        raise NSCError(
+            f"{recipe.label if recipe else AUTO} takes no start_from, which belongs to matching alone: leave it out, or"
+            " give method match"
+        )
     place = Path(checkpoint) if checkpoint else None
     if name == AUTO:
         result = merge_automatically(
@@ -118,7 +130,7 @@ def _finished(
     if result.recipe and result.recipe.method.inputs:
         result, findings = find_updates(result, data, config, say)
     if search:
-        result = find_scale(result, search, config, say)
+        result = at_best_scale(result, search, config, say)
     if findings:
         result = settled(result, findings)
     say(result.report.summary())

@@ -11,7 +11,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter, base_warnings, fingerprint, read_adapters
@@ -22,8 +21,10 @@ from nsc.config import MergeConfig
 from nsc.console import printer
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
+from nsc.evaluation.start import find_start, started
 from nsc.export.record import Record
 from nsc.export.result import MergeResult
+from nsc.learning.coefficients import starts
 from nsc.learning.loop import Learned
 from nsc.learning.passes import in_passes, own_share
 from nsc.learning.preparation import Problem, prepare, stack_on
@@ -44,6 +45,7 @@ FREE_OF_PATH = {
     "graphs",
     "device_map",
     "shard",
+    "start_from",  # but for what is there, which is one of the adapters
 }
 
 
@@ -75,18 +77,18 @@ def merge_by_learning(
     Raises:
         NSCError: a subclass that says what is wrong and where.
     """
-    read = read_adapters(adapters)
+    read, config = read_adapters(adapters), find_start(config)
     samples = read_data(data, read, feed_of(base).read, config.unseen)
     team = join(config.device)
     say = printer(progress and team.first)
     base, matched = stack_on(base, read, config, team)
-    problem = prepare(base, matched, samples, config, factors_to_fit(matched.stack, config))
+    begun = started(base, matched, samples, config, say)
+    problem = prepare(base, begun.matched, begun.samples, config, factors_to_fit(begun.matched.stack, config))
     first_step = problem.batches(0)
     _tell(problem, matched.adapters, samples, first_step, say)
-    identity = _identity(base.id, matched.adapters, samples, problem.targets, config)
+    identity = _identity(base.id, begun.matched.adapters, samples, problem.targets, config)
     evaluation = _own_evaluation(problem, first_step, identity, team)
-    start = torch.full(problem.stack.owned.shape, config.start)
-    before = problem.ratios(evaluation, start, team)
+    before = problem.ratios(evaluation, starts(problem.stack, config), team)
     learned = problem.learn(checkpoint=checkpoint, resume=resume, identity=identity, progress=progress, team=team)
     fixed = fitted(problem.stack, learned.factors) if learned.factors else None
     coefficients = None if fixed else learned.coefficients
@@ -101,10 +103,13 @@ def merge_by_learning(
         data={task: place_of(rows) for task, rows in data.items()},
         targets=problem.targets,
         factors=fixed.factors if fixed else {},
+        started=begun.told,
+        start_factors=begun.factors,
     )
+    report = _report(problem, learned, coefficients, before, after, name, read)
     return MergeResult(
         coefficients,
-        _report(problem, learned, coefficients, before, after, name, read),
+        replace(report, started=begun.told),
         record,
         matched.adapters,
         problem.stack,

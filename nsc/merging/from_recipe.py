@@ -126,6 +126,11 @@ def _weights(
         raise NSCError(
             f"{where} do not exist: that merge, by {record.method}, learned none; give the folder of a merge by nsc"
         )
+    if record.started:
+        raise NSCError(
+            f"{where} are beside a merge that was started from, so they weight no adapter alone; learn them without"
+            " start_from"
+        )
     if record.settings.get("granularity") == "rank":
         raise NSCError(f"{where} belong to rank rows, not to layers and tasks; learn by layer or task")
     columns = {task: _column(task, fingerprint(adapter), record, where) for task, adapter in adapters.items()}

@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 
 from nsc.adapters.lora import fingerprint, read_adapters
-from nsc.adapters.matching import match_adapters
+from nsc.adapters.matching import Matched, beside, match_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import by_rank, stack_adapters
 from nsc.bases.base_model import Base
+from nsc.config import START
 from nsc.errors import NSCError
 from nsc.export.record import Record
 from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.paths import absolute
 from nsc.recipes.combination import Combination
-from nsc.recipes.updates import FixedFactors, WeightedSum
+from nsc.recipes.updates import FixedFactors, WeightedSum, as_lora
 from nsc.runtime.placement import one_device
 
 
@@ -87,6 +88,8 @@ def apply(
     body = BaseLayers(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
     stack = stack_adapters(read, matches, record.modules, dense_stacks(Base(record.base), whole))
+    if record.start_factors:
+        stack = beside(Matched(read, matches, record.modules, stack), START, as_lora(record.start_factors)).stack
     stack = by_rank(stack) if record.settings.get("granularity") == "rank" else stack
     lam = record.coefficients
     if lam is not None and lam.shape != stack.owned.shape:
@@ -95,4 +98,5 @@ def apply(
             f" {tuple(stack.owned.shape)}; it is damaged; merge again"
         )
     report = describe_stack(record.base, stack, lam, record.start, record.method)
+    report = replace(report, started=record.started)
     return replay(MergeResult(lam, report, record, read, stack))

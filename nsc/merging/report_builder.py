@@ -11,6 +11,7 @@ from torch import Tensor
 from nsc.adapters.stack import Stack
 from nsc.config import LEARNED, PAPER_REACH, MergeConfig
 from nsc.export.report import Report, vllm_rank
+from nsc.learning.coefficients import starts
 from nsc.learning.loop import Learned
 from nsc.recipes.spec import Recipe, method_of, split_learned
 
@@ -102,7 +103,7 @@ def describe_merge(
             stack.by_task(learned.frozen, torch.all, True),
             stack.by_task(learned.bounded, torch.any, False),
         )
-        drift = (coefficients - config.start).abs().max().item()
+        drift = (coefficients - starts(stack, config)).abs().max().item()
     return Report(
         **{
             **asdict(known),
@@ -111,7 +112,7 @@ def describe_merge(
             "ratio_after": after.nanmean(0).tolist(),
             "ratios_by_target": dict(zip(targets, after.tolist(), strict=True)),
             "granularity": config.granularity,
-            "unseen": list(config.unseen),
+            "unseen": list(config.without_rows),
             "untrained": _named(frozen & stack.present, stack),
             "bounded": _named(bounded, stack),
             "max_drift": drift,

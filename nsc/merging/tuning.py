@@ -16,7 +16,7 @@ from nsc.config import MergeConfig
 from nsc.data.labelled import Labelled, read_all_labelled
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
-from nsc.errors import NSCError
+from nsc.errors import DataError, NSCError
 from nsc.evaluation.scale_search import (
     MEASURES,
     SEARCHES,
@@ -45,6 +45,7 @@ class Search(NamedTuple):
         labelled: task -> the rows that were read, for a search by labels.
         grid: the scales to try.
         over: one setting of the method, and the values of it to try, each at its best scale; None for none.
+        by_default: whether nobody asked for it, so that the scale stays 1 where it cannot be searched.
     """
 
     by: str
@@ -52,13 +53,13 @@ class Search(NamedTuple):
     labelled: dict[str, Labelled]
     grid: Grid
     over: tuple[str, Sequence[Any]] | None = None
+    by_default: bool = False
 
 
 def refuse_search(
     search: str,
     method: str,
     scaled: bool,
-    config: MergeConfig,
     data: Mapping[str, Any],
     validation: Mapping[str, Any],
     scales: tuple[float, float] | None,
@@ -69,7 +70,6 @@ def refuse_search(
         search: one of SEARCHES.
         method: name of a method.
         scaled: whether a scale is given.
-        config: settings of the base and of learning.
         data: task -> unlabeled rows.
         validation: task -> labelled rows.
         scales: lowest and highest scale, if given.
@@ -100,6 +100,18 @@ def refuse_search(
     if search in ("null-space", "match") and not data:
         by = "null-space ratios" if search == "null-space" else "the experts' outputs"
         raise NSCError(f"a search by {by} needs unlabeled rows: give --data TASK=FILE for each task")
+
+
+def refuse_base(search: str, config: MergeConfig) -> None:
+    """Refuse a search on a base that is not in one place, or by the outputs of one that is in no single model.
+
+    Args:
+        search: one of SEARCHES but "none".
+        config: settings of the base and of learning.
+
+    Raises:
+        NSCError: naming the argument and the remedy.
+    """
     if not config.whole_base:
         raise NSCError("a search needs the whole base on one device: leave out weights, device_map and shard")
     if search != "null-space" and config.keep_modules:
@@ -117,6 +129,7 @@ def read_search(
     validation: Mapping[str, Source],
     scales: tuple[float, float] | None,
     over: Mapping[str, Sequence[Any]] | None = None,
+    by_default: bool = False,
 ) -> Search | None:
     """Read what a search needs; arguments are those of ``nsc.merge``, which ``refuse_search`` has checked.
 
@@ -128,6 +141,7 @@ def read_search(
         validation: task -> labelled rows.
         scales: lowest and highest scale, if given.
         over: a setting of the method -> values to try, if given.
+        by_default: whether nobody asked for it.
 
     Returns:
         The search; None for "none".
@@ -147,7 +161,33 @@ def read_search(
         labelled,
         grid_of(search, scales),
         next(iter(over.items())) if over else None,
+        by_default,
     )
+
+
+def at_best_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:
+    """Find the scale of a merge, or leave it at 1, with a warning, where nobody asked for that and it cannot be found.
+
+    Args:
+        result: a merge by another method, whose base may or may not be in memory.
+        search: how, and on which rows.
+        config: settings of the base and of the rows.
+        say: prints a line.
+
+    Returns:
+        The merge at that scale.
+
+    Raises:
+        NSCError: as ``find_scale`` and ``refuse_base`` do, if the search was asked for, and for unreadable rows.
+    """
+    try:
+        refuse_base(search.by, config)
+        return find_scale(result, search, config, say)
+    except NSCError as error:
+        if not search.by_default or isinstance(error, DataError):
+            raise
+        why = f"the scale is 1, for it could not be searched by {search.by}: {' '.join(str(error).split())}"
+        return replace(result, report=replace(result.report, warnings=[*result.report.warnings, why]))
 
 
 def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:

@@ -219,6 +219,8 @@ class Method:
             span.
         whole_layers: whether it needs no factors and also merges layers that adapters fine-tuned whole.
         takes_masks: whether the caller may give the entries that it keeps.
+        regression: whether it is a least-squares fit of the updates, whose best scale is not 1: where rows are given
+            and nothing is said of the scale, it is searched by the distance from the experts.
     """
 
     line: str
@@ -233,3 +235,4 @@ class Method:
     basis_free: bool = False
     whole_layers: bool = False
     takes_masks: bool = False
+    regression: bool = False

@@ -223,6 +223,7 @@ METHODS = {
         "https://arxiv.org/abs/2503.08099",
         ZeroInterferenceSettings,
         on_factors=zero_interference,
+        regression=True,
     ),
     "ssr": Method(
         "the experts' updates of rows fitted by least squares in the span of all A",
@@ -230,6 +231,7 @@ METHODS = {
         SsrSettings,
         equations=ssr,
         inputs=Inputs("u"),
+        regression=True,
     ),
     "regmean": Method(
         "the experts' updates of rows fitted by least squares on each layer's inputs",
@@ -237,6 +239,7 @@ METHODS = {
         RegMeanSettings,
         equations=regmean,
         inputs=Inputs("x"),
+        regression=True,
     ),
     "regmean++": Method(
         "the same block by block, on the inputs that the merge below gives (measured worse)",
@@ -244,6 +247,7 @@ METHODS = {
         RegMeanSettings,
         equations=regmean,
         inputs=Inputs("x", run="below"),
+        regression=True,
     ),
     "iteris": Method(
         "the same in rounds, on the inputs that the merge so far gives (measured worse)",
@@ -251,6 +255,7 @@ METHODS = {
         IterisSettings,
         equations=iteris,
         inputs=Inputs("x", run="merge", unit="output"),
+        regression=True,
     ),
     "featcal": Method(
         "the same on inputs of equal norm, pulled towards a multiple of the sum",
@@ -258,5 +263,6 @@ METHODS = {
         FeatCalSettings,
         equations=featcal,
         inputs=Inputs("x", unit="norm"),
+        regression=True,
     ),
 }

@@ -159,8 +159,11 @@ def profile_merge(
     samples = read_data(data, read, feed_of(home).read, config.unseen)
     home, matched = stack_on(home, read, config)
     datasheet = find_hardware(input_device(home.model), hardware, flops)
-    if config.granularity == "factors" or config.needs_entropy:
-        raise NSCError("a profile is of learned coefficients by null-space ratios or by match; choose one of these")
+    if config.granularity == "factors" or config.needs_entropy or config.start_from is not None:
+        raise NSCError(
+            "a profile is of learned coefficients by null-space ratios or by match, without start_from; choose one of"
+            " these"
+        )
     problem = prepare(home, matched, samples, config)
     batches = [batch.to(input_device(home.model)) for batch in problem.batches(0)]
     return measure(home, problem.lean, problem.targets, batches, config, steps, datasheet, problem.output)

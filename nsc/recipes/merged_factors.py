@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nsc.adapters.stack import Stack
-from nsc.config import MergeConfig
+from nsc.config import START, MergeConfig
 from nsc.errors import NSCError
 from nsc.methods import LowRank
 from nsc.methods.protocol import decomposed
@@ -52,12 +53,29 @@ def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedF
     return {name: _factors(name, merged.update(name), rank) for name in merged.names if name not in whole}
 
 
+def exact_or_nearest(merged: Merged, ranks: Mapping[str, int]) -> dict[str, MergedFactors]:
+    """Make the factors of every layer: its own where the update has any, else those of its best approximation.
+
+    Args:
+        merged: the merge.
+        ranks: layer -> rank of the approximation of a dense update.
+
+    Returns:
+        Layer -> its factors.
+    """
+    factors = {}
+    for name in merged.names:
+        update = merged.update(name)
+        factors[name] = _factors(name, update, None if isinstance(update, LowRank) else ranks[name])
+    return factors
+
+
 def factors_to_fit(stack: Stack, config: MergeConfig) -> dict[str, tuple[Tensor, Tensor]] | None:
     """Make the factors at which fitting starts, from the sum of the adapters at their start coefficients.
 
     Args:
-        stack: the adapters.
-        config: granularity, start and rank.
+        stack: the adapters, with the merge that is started from, if any, as the last.
+        config: granularity, start, start_from and rank.
 
     Returns:
         Layer -> A (r, d), B (m, r) in float32; None where no factors are fitted.
@@ -67,15 +85,19 @@ def factors_to_fit(stack: Stack, config: MergeConfig) -> dict[str, tuple[Tensor,
     """
     if config.granularity != "factors":
         return None
-    return starting_factors(WeightedSum(stack, torch.full(stack.owned.shape, config.start)), config.factor_rank)
+    if config.start_from is None:
+        return starting_factors(WeightedSum(stack, torch.full(stack.owned.shape, config.start)), config.factor_rank)
+    alone = stack.only(START)
+    ranks = {name: config.factor_rank or sum(module.ranks[:-1]) for name, module in stack.modules.items()}
+    return starting_factors(WeightedSum(alone, torch.ones(alone.owned.shape)), ranks)
 
 
-def starting_factors(merged: Merged, rank: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+def starting_factors(merged: Merged, rank: int | Mapping[str, int] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Make factors from which an adapter can be fitted: the best approximation of a merge, split evenly.
 
     Args:
         merged: the merge.
-        rank: rank of the factors; None for what a layer's update has.
+        rank: rank of the factors, or of each layer's; None for what a layer's update has, which is the most.
 
     Returns:
         Layer -> A (r, d), B (m, r) in float32.
@@ -92,7 +114,8 @@ def starting_factors(merged: Merged, rank: int | None = None) -> dict[str, tuple
     for name in merged.names:
         update = merged.update(name)
         most = len(update.A) if isinstance(update, LowRank) else min(update.shape)
-        found = _factors(name, update, min(rank or most, most))
+        wanted = rank[name] if isinstance(rank, Mapping) else rank
+        found = _factors(name, update, min(wanted or most, most))
         start[name] = found.A, found.B
     return start
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nsc.adapters.factors import LoraFactors
 from nsc.adapters.stack import DenseStack, ModuleStack, Stack
 from nsc.methods import LowRank
 
@@ -231,6 +232,19 @@ def as_stack(updates: Mapping[str, LowRank | Tensor], biases: Mapping[str, Tenso
             bias = biases.get(name)
             whole[name] = DenseStack(update[None], None if bias is None else bias[None], [True])
     return Stack(("merged",), modules, whole, tuple(updates))
+
+
+def as_lora(updates: Mapping[str, LowRank]) -> dict[str, LoraFactors]:
+    """Write updates as an adapter holds them.
+
+    Args:
+        updates: layer -> its update.
+
+    Returns:
+        Layer -> factors of scale 1, rounded to float32, on the CPU.
+    """
+    parts = {name: (update.A.float().cpu(), update.B.float().cpu()) for name, update in updates.items()}
+    return {name: LoraFactors(A, B, 1.0) for name, (A, B) in parts.items()}
 
 
 def run_as_one(merged: Merged) -> tuple[Stack, Tensor]:

@@ -177,12 +177,14 @@ def rows_of(setting: Setting, problem: Problem) -> tuple[dict[str, list[str]], d
     """Texts of the first step, and of all steps."""
     learned = hold_back(setting.texts, problem.config.seed)[0]
     drawn = [problem.batches.drawn(step) for step in range(problem.config.steps)]
-    first = {task: [learned[task][i] for i in rows] for task, rows in drawn[0].items()}
-    every = {task: [learned[task][i] for i in sorted({i for d in drawn for i in d[task]})] for task in drawn[0]}
+    first = {task: [learned[task][i] for i in drawn[0][task]] for task in TASKS}
+    every = {task: [learned[task][i] for i in sorted({i for d in drawn for i in d[task]})] for task in TASKS}
     return first, every
 
 
-def plain(experts: PlainExperts, problem: Problem, shares=(1 / 3,) * 3) -> tuple[Tensor, Tensor]:
+def plain(
+    experts: PlainExperts, problem: Problem, shares=(1 / 3,) * 3, start: Tensor | float = START
+) -> tuple[Tensor, Tensor]:
     """Loss and gradient of the first step."""
     setting = experts.setting
     first, every = rows_of(setting, problem)
@@ -194,7 +196,7 @@ def plain(experts: PlainExperts, problem: Problem, shares=(1 / 3,) * 3) -> tuple
     body = experts.wholes["tokens"].model
     if problem.factors is None:
         shape = (1 if config.granularity == "task" else len(stack.names), stack.owned.shape[1])
-        parts = [torch.full(shape, START, dtype=torch.float64, requires_grad=True)]
+        parts = [(torch.zeros(shape, dtype=torch.float64) + start).requires_grad_()]
         weights: dict[str, Tensor] = {}
         for name, row in zip(stack.names, parts[0].expand(len(stack.names), -1), strict=True):
             weights |= merged_parameters(body, name, stack.layer(name), row)

@@ -1,6 +1,7 @@
 """Merges made from rows, through the whole house: written, proven, reported, recorded, replayed, searched, compared."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nsc.methods import METHODS
 from nsc.recipes.updates import dense
 from tests.cli.test_cli import refused, run
 from tests.merging.test_method_merges import command, described, weights
+from tests.tiny import random_factors, rewrite, write_adapter
 
 TASKS = ("plain", "rslora", "pattern")
 FROM_ROWS = [name for name, method in METHODS.items() if method.inputs]
@@ -29,7 +31,8 @@ def data(texts) -> dict[str, list[str]]:
 
 
 def merge(base, adapters, data, method, **more) -> nsc.MergeResult:
-    return nsc.merge(base, adapters, data, method=method, progress=False, **more)
+    """At scale 1, as far as ``more`` says nothing else."""
+    return nsc.merge(base, adapters, data, method=method, **({"search": "none", "progress": False} | more))
 
 
 @from_rows
@@ -102,6 +105,60 @@ def test_the_scale_is_searched(base, three, data, tmp_path, method):
     assert weights(tmp_path / "out") == weights(tmp_path / "again")
 
 
+SEARCHED = [*FROM_ROWS, "zero-interference"]
+
+
+@pytest.mark.parametrize("method", SEARCHED)
+def test_the_scale_is_searched_by_match_where_rows_are_given(base, three, data, method):
+    """As if the search had been asked for; not where a scale is given, or none is wanted."""
+    found, asked = (merge(base, three, data, method, search=search) for search in (None, "match"))
+    told = found.report.searched
+    assert told["search"] == "match" and told["curve"] == asked.report.searched["curve"]
+    assert found.recipe == asked.recipe and found.recipe.scale == min(told["curve"], key=told["curve"].get) != 1
+    for more in ({"search": "none"}, {"search": None, "scale": 1.0}):
+        fixed = merge(base, three, data, method, **more)
+        assert fixed.recipe.scale == 1 and not fixed.report.searched
+    for name in found.modules:
+        updates = [dense(one.merged.update(name)) for one in (found, fixed)]
+        torch.testing.assert_close(updates[0], found.recipe.scale * updates[1])
+
+
+def test_nothing_else_is_searched_by_default(base, three, data):
+    for method, rows in (("zero-interference", None), ("task-arithmetic", data), ("core-ties", data)):
+        result = merge(base, three, rows, method, search=None)
+        assert result.recipe.scale == 1 and not result.report.searched and result.model is None
+
+
+@pytest.mark.parametrize("case", ["device_map", "keep_modules", "no output"])
+def test_a_scale_that_cannot_be_searched_is_1_with_a_warning(base, three, data, tmp_path, case):
+    """Unless the search was asked for."""
+    method, more, why = "nsc+ssr", {"steps": 1, "lr": 0.05}, "the whole base on one device"
+    if case == "device_map":
+        more["device_map"] = "auto"
+    elif case == "keep_modules":
+        names = [f"model.layers.{i}.self_attn.v_proj" for i in range(4)]
+        factors = {n: (a, b[:16]) for n, (a, b) in random_factors(names).items()}
+        saved = {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}
+        three = {"plain": write_adapter(tmp_path / "a", factors, saved=saved)}
+        method, more, why = "ssr", {"keep_modules": ("up_proj",)}, "layers that each task keeps"
+    else:
+        base = shutil.copytree(base, tmp_path / "base")
+        rewrite(base / "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
+        three, method, more, why = {"plain": three["plain"]}, "ssr", {}, "no output to match"
+    rows = {task: data[task] for task in three}
+    result = merge(base, three, rows, method, search=None, **more)
+    (warning,) = [text for text in result.report.warnings if "could not be searched" in text]
+    assert warning.startswith("the scale is 1, for it could not be searched by match: ") and why in warning
+    assert result.recipe.scale == 1 and result.record.factors and not result.report.searched
+    with pytest.raises(NSCError, match=why):
+        merge(base, three, rows, method, search="match", **more)
+
+
+def test_rows_that_do_not_go_with_the_adapters_are_no_reason_for_scale_1(base, three, data):
+    with pytest.raises(DataError, match="no data for pattern"):
+        merge(base, three, {task: data[task] for task in TASKS[:2]}, "zero-interference", search=None)
+
+
 @pytest.fixture(scope="module")
 def files(data, tmp_path_factory) -> dict[str, Path]:
     folder, found = tmp_path_factory.mktemp("rows"), {}
@@ -122,8 +179,11 @@ def test_the_command_and_its_record_as_a_config(base, three, files, tmp_path, me
     assert done.exit_code == 0, done.output
     told = described(tmp_path / "out")
     assert told["settings"]["ridge"] == 0.1 and told["settings"]["max_length"] == 4
+    assert told["searched"]["search"] == "match" and told["settings"]["scale"] == told["searched"]["best"]
     again = run("merge", "--config", tmp_path / "out/merge.yaml", "--out", tmp_path / "again")
     assert again.exit_code == 0 and weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert run(*command(base, three, tmp_path / "1", *more, "--search", "none", *flags(files))).exit_code == 0
+    assert "searched" not in described(tmp_path / "1") and described(tmp_path / "1")["settings"]["scale"] == 1
 
 
 @from_rows
@@ -144,7 +204,7 @@ def test_zero_interference_needs_none(base, three, tmp_path):
 
 
 def test_images(tmp_path):
-    from tests.tiny import linears, random_factors, save_image_base, tiny_vit, write_adapter
+    from tests.tiny import linears, save_image_base, tiny_vit
 
     pytest.importorskip("PIL.Image")
     base, model = save_image_base(tmp_path / "base"), tiny_vit()
@@ -169,7 +229,17 @@ def test_prompts_with_images(llava, llava_adapters, questions, tmp_path):
 def test_compared(base, three, data, tmp_path):
     """Beside a method without rows, each a row of the table."""
     test = {task: [(text, "word1") for text in rows] for task, rows in data.items()}
-    found = nsc.compare(base, three, data, test, ["task-arithmetic", "ssr"], tmp_path / "out", progress=False)
-    assert [row.method for row in found.rows][2:] == ["task-arithmetic", "ssr"] and not found.rows[3].refused
+    methods = ["task-arithmetic", "zero-interference", "ssr", "regmean"]
+    told = {"progress": False, "settings": {"regmean": {"scale": 0.9}}}
+    found = nsc.compare(base, three, data, test, methods, tmp_path / "out", **told)
+    rows = {row.method: row for row in found.rows[2:]}
+    assert list(rows) == methods and not any(row.refused for row in rows.values())
+    for name in ("zero-interference", "ssr"):
+        asked = merge(base, three, data, name, search="match").report.searched
+        assert rows[name].curve == pytest.approx(asked["curve"], rel=1e-4) and rows[name].scale == asked["best"]
+    assert rows["task-arithmetic"].scale == 1 and rows["regmean"].scale == 0.9
+    assert not rows["task-arithmetic"].curve and not rows["regmean"].curve
+    unsearched = nsc.compare(base, three, data, test, ["ssr"], tmp_path / "no", search="none", progress=False)
+    assert unsearched.rows[2].scale == 1 and not unsearched.rows[2].curve
     with pytest.raises(NSCError, match="ssr needs unlabeled rows"):
         nsc.compare(base, three, {}, test, ["ssr"], tmp_path / "none", progress=False)
