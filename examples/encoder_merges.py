@@ -34,12 +34,14 @@ class Merge(NamedTuple):
 
 LABELS = {"search": "labels"}
 MERGES = {
-    "sum-labels": Merge({"method": "task-arithmetic", **LABELS}),
-    "tsv-labels": Merge({"method": "tsv", **LABELS}),
-    "ties-labels": Merge({"method": "ties", **LABELS}, full=True),
-    "core-ties-labels": Merge({"method": "core-ties", **LABELS}),
+    "sum-labels": Merge({"method": "task-arithmetic", **LABELS}, 0),
+    "tsv-labels": Merge({"method": "tsv", **LABELS}, 0),
+    "ties-labels": Merge({"method": "ties", **LABELS}, 0, full=True),
+    "core-ties-labels": Merge({"method": "core-ties", **LABELS}, 0),
     "adamerging": Merge({"method": "adamerging"}),
+    "regmean-labels": Merge({"method": "regmean", **LABELS}, 64),
     "nsc": Merge({"method": "nsc"}),
+    "nsc-stop": Merge({"method": "nsc", "stop": "match", "max_drift": None}),
     "sum-match": Merge({"method": "task-arithmetic", "search": "match"}, 64),
     "tsv-match": Merge({"method": "tsv", "search": "match"}, 64),
     "ties-match": Merge({"method": "ties", "search": "match"}, 64, full=True),
@@ -49,30 +51,32 @@ MERGES = {
     "regmean": Merge({"method": "regmean", "search": "none"}),
     "regmean-below": Merge({"method": "regmean++", "search": "none"}),
     "iteris": Merge({"method": "iteris", "rounds": 3, "search": "none"}),
+    "featcal": Merge({"method": "featcal"}),
     "match-layer": Merge({"method": "match-layer"}),
+    "match-layer-from-regmean": Merge({"method": "match-layer", "start_from": "regmean"}),
     "match": Merge({"method": "match"}),
+    "match-from-ssr": Merge({"method": "match", "start_from": "ssr"}),
     "match-64": Merge({"method": "match"}, 64),
     "match-16": Merge({"method": "match"}, 16),
     "match-4": Merge({"method": "match"}, 4),
     "match-layer-16": Merge({"method": "match-layer"}, 16),
     "factors-32": Merge({"method": "match-factors", "factor_rank": 32}),
+    "factors-32-from-ssr": Merge({"method": "match-factors", "factor_rank": 32, "start_from": "ssr"}),
     "factors-32-16": Merge({"method": "match-factors", "factor_rank": 32}, 16),
     "factors-16-1024": Merge({"method": "match-factors", "factor_rank": 16, "steps": 480}, 1024),
     "auto": Merge({"method": "auto"}),
 }
 
 
-def merge(name: str, out: Path, tasks: list[str]) -> float:
+def merge(name: str, out: Path, tasks: list[str], dtype: str) -> float:
     """Merge and save one row, and return the seconds that the merge took, without saving and proof."""
     row = MERGES[name]
     adapters = {task: out / "adapters" / task for task in tasks}
     labelled = {task: out / f"validation/{task}.jsonl" for task in tasks}
-    validation = {"validation": labelled} if row.arguments.get("search") == "labels" else {}
-    rows = None if validation else {task: unlabeled(out, task, row.rows) for task in tasks}
+    arguments = row.arguments | ({"validation": labelled} if row.arguments.get("search") == "labels" else {})
+    rows = {task: unlabeled(out, task, row.rows) for task in tasks} if row.rows else None
     started = time.perf_counter()
-    result = nsc.merge(
-        out / "base", adapters, rows, max_length=MAX_LENGTH, progress=False, **validation, **row.arguments
-    )
+    result = nsc.merge(out / "base", adapters, rows, max_length=MAX_LENGTH, dtype=dtype, progress=False, **arguments)
     seconds = time.perf_counter() - started
     result.save(out / "merged" / name, full=row.full)
     return seconds
@@ -98,7 +102,7 @@ def table(out: Path, tasks: list[str], seconds: Mapping[str, float]) -> str:
         worst = min(shares, key=lambda task: shares[task].value)
         cells = [
             name,
-            f"{row.rows}" if row.arguments.get("search") != "labels" else "0, and 64 labels",
+            f"{row.rows}" + (", and 64 labels" if row.arguments.get("search") == "labels" else ""),
             f"**{mean.value:.1%}**",
             f"{mean.low:.1%} to {mean.high:.1%}",
             f"{worst} {shares[worst].value:.1%}",
@@ -114,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/encoder"))
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--dtype", default="float32", help="of the base while merging; scores are in float32")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MERGES)}")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -124,7 +129,7 @@ def main() -> None:
     seconds = json.loads(file.read_text()) if file.exists() else {}
     for name in args.names or MERGES:
         if not (args.out / "merged" / name).exists():
-            seconds[name] = merge(name, args.out, args.task)
+            seconds[name] = merge(name, args.out, args.task, args.dtype)
             file.write_text(json.dumps(seconds, indent=1) + "\n")
             print(f"{name}: {seconds[name]:.1f} s", flush=True)
     print(table(args.out, args.task, seconds))
