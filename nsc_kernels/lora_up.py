@@ -105,3 +105,22 @@ def lora_up(y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
     n = math.prod(y.shape[:-1])
     out = _forward_op(shaped(y, (n, m)), shaped(u, (n, r)), c.to(accumulator_dtype(y)), lora_B)
     return shaped(out, y.shape)
+
+
+def coefficient_gradient(dout: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
+    """Return the gradient of ``lora_up`` to c alone, where its output was made in another way.
+
+    Args:
+        dout: (..., m), the incoming gradient.
+        u: (..., R), in dout's dtype.
+        c: (R,) weights of u's columns, any floating dtype.
+        lora_B: (m, R), in dout's dtype.
+
+    Returns:
+        (R,) in float32 (float64 for float64), summed in a fixed order.
+
+    Source: https://arxiv.org/abs/2603.26317, Eq. 5.
+    """
+    n = math.prod(dout.shape[:-1])
+    rows = shaped(dout, (n, dout.shape[-1])), shaped(u, (n, u.shape[-1]))
+    return _backward_op(*rows, c.to(accumulator_dtype(dout)), lora_B, False)[1]

@@ -8,11 +8,11 @@ Only ``lam`` trains. With frozen factors autograd keeps ``u`` and the frozen mat
 
 Layers that read the same tensor, such as q, k and v, can share the pass over it, forward and backward: ``Siblings``.
 
-That is plan "factors". Plan "weights" makes W = W0 + B diag(c) A in every forward instead, and dc from dW = dy' z:
-fewer FLOPs where the ranks add up to more than about a quarter of the width. Both compute the same. For n rows they add
-to the FLOPs of the frozen layer, forward and backward,
+That is plan "factors". Plan "weights" makes W = W0 + B diag(c) A in every forward instead, so that only the frozen
+layer's own products run over the rows in the forward and for dz; and dc from dW = dy' z or, where R is small, from
+u * v as above. Both plans compute the same. For n rows they add to the FLOPs of the frozen layer, forward and backward,
 
-    factors: 4 n R (d + m)          weights: 2 n d m + 4 R d m
+    factors: 4 n R (d + m)          weights: 2 R d m + min(2 n d m + 2 R d m, 2 n R (d + m))
 
 Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged model W0 + sum_k lam_k B_k A_k).
 """
@@ -21,16 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nsc_kernels.lora_down import lora_fork
 from nsc_kernels.lora_fold import lora_fold
-from nsc_kernels.lora_up import lora_up
+from nsc_kernels.lora_up import coefficient_gradient, lora_up
 
 PLANS = ("factors", "weights")
+WORTH = 0.1  # of the frozen layer's FLOPs, forward and backward
 
 
 def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
@@ -46,13 +49,16 @@ def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
     Returns:
         Two for each multiplication and addition.
     """
-    return 4 * n * R * (d + m) if plan == "factors" else 2 * n * d * m + 4 * R * d * m
+    if plan == "factors":
+        return 4 * n * R * (d + m)
+    return 2 * R * d * m + min(2 * n * d * m + 2 * R * d * m, 2 * n * R * (d + m))
 
 
 def layer_plan(n: int, d: int, m: int, R: int) -> str:
-    """Return the plan that takes fewer FLOPs.
+    """Return "weights" where it saves at least a tenth of the frozen layer's FLOPs, else "factors".
 
-    With many rows and d = m that is "factors" up to R = d/4.
+    "weights" holds a second weight until the backward, so it must be worth it. With d = m it is for many rows, of
+    adapters whose ranks add up to a tenth of the width or more.
 
     Args:
         n, d, m, R: as ``extra_flops`` takes them.
@@ -60,7 +66,8 @@ def layer_plan(n: int, d: int, m: int, R: int) -> str:
     Returns:
         One of ``PLANS``.
     """
-    return min(PLANS, key=lambda plan: extra_flops(plan, n, d, m, R))
+    saved = extra_flops("factors", n, d, m, R) - extra_flops("weights", n, d, m, R)
+    return "weights" if saved > 0 and saved >= WORTH * 4 * n * d * m else "factors"
 
 
 class MergedLoRALinear(nn.Module):
@@ -156,8 +163,13 @@ class MergedLoRALinear(nn.Module):
         z, u = self._down(z)
         if self.plan == "factors":
             return lora_up(self.base(z), u, c, lora_B)  # type: ignore[arg-type]  # this plan makes it
-        weight = lora_fold(self.base.weight, lora_B, c, self.lora_A.to(z.dtype))  # type: ignore[arg-type]
-        return F.linear(z, weight, self.base.bias)  # type: ignore[arg-type]  # it is an nn.Linear
+        lora_A, (m, d), R = self.lora_A.to(z.dtype), self.weight.shape, len(c)
+        n = z.shape[:-1].numel()
+        if n * d * m + R * d * m <= n * R * (d + m):
+            return F.linear(z, lora_fold(self.weight, lora_B, c, lora_A), self.bias)
+        y = F.linear(z, lora_fold(self.weight, lora_B, c.detach(), lora_A), self.bias)
+        u = lora_fork(z.detach(), lora_A, energy=False)[1] if u is None else u.detach()
+        return _CoefficientGradient.apply(y, u, c, lora_B)
 
     @property
     def weight(self) -> Tensor:
@@ -182,6 +194,22 @@ class MergedLoRALinear(nn.Module):
         if self.watch is not None:
             self.watch(u, energy)  # type: ignore[arg-type]  # it was asked for
         return z, u
+
+
+class _CoefficientGradient(torch.autograd.Function):
+    """The output of a layer whose weight was folded with c detached, and the gradient to c from its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:
+        ctx.save_for_backward(u, c, lora_B)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, c, lora_B = ctx.saved_tensors
+        dc = coefficient_gradient(dy, u.to(dy.dtype), c, lora_B.to(dy.dtype)) if ctx.needs_input_grad[2] else None
+        return dy, None, None if dc is None else dc.to(c.dtype), None
 
 
 class Siblings:

@@ -193,9 +193,9 @@ def test_a_step_ends_at_the_last_target_and_turns_back_at_the_first_lora():
 
 
 @pytest.mark.parametrize("d", [64, 768, 4096])
-def test_factors_below_a_quarter_of_the_width_weights_above(d):
+def test_factors_below_a_tenth_of_the_width_weights_above(d):
     n = 10**9
-    assert [layer_plan(n, d, d, R) for R in (1, d // 4 - 1, d // 4 + 1)] == ["factors", "factors", "weights"]
+    assert [layer_plan(n, d, d, R) for R in (1, d // 10 - 1, d // 10 + 1, d)] == ["factors"] * 2 + ["weights"] * 2
     assert extra_flops("factors", n, d, d, 3) == 8 * n * 3 * d
     assert layer_plan(1, d, d, d) == "factors"  # folding costs more than it saves
 
