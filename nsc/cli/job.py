@@ -124,7 +124,7 @@ def gather(
     said = preset_settings(presets[0]) | told.settings | preset_settings(presets[1]) | assigned | given
     search = job.get("search", "none")
     recipe, settings = read_settings(method, said, search != "none")
-    needs_rows = learned or search in ("null-space", "match") or (recipe and recipe.method.inputs)
+    needs_rows = learned or search in ("null-space", "match") or (recipe and recipe.needs_rows)
     missing = [
         f"{key}: give {flag}, or {key}: in the file of --config"
         for key, flag in NEEDED.items()

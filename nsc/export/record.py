@@ -28,7 +28,7 @@ from nsc.recipes.spec import Recipe, read_settings, write_settings
 from nsc_kernels import __version__
 
 COEFFICIENTS, MASKS, DESCRIPTION = "coefficients.safetensors", "masks.safetensors", "merge.yaml"
-FACTORS = "factors.safetensors"
+FACTORS, MAGNITUDES = "factors.safetensors", "magnitudes.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Record:
         masks: layer -> mask that the caller gave.
         searched: how the scale in the settings was found, if it was searched.
         factors: layer -> what was found for it from rows, where adapters and coefficients alone do not give it.
+        magnitudes: layer -> (d,) what was measured of its inputs, where AIM followed the method.
     """
 
     base: str
@@ -69,6 +70,7 @@ class Record:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     searched: Mapping[str, Any] = field(default_factory=dict)
     factors: Mapping[str, LowRank] = field(default_factory=dict)
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -119,7 +121,7 @@ class Record:
         return read_settings(self.method, self.settings)[0]
 
     def write(self, folder: Path) -> None:
-        """Write merge.yaml, and coefficients, masks and factors, each in a .safetensors file, where there are any.
+        """Write merge.yaml, and each tensor there is in a .safetensors file: coefficients, masks, factors, magnitudes.
 
         Args:
             folder: an existing folder.
@@ -133,6 +135,8 @@ class Record:
         if self.factors:
             parts = {f"{n}.{key}": x for n, f in self.factors.items() for key, x in f._asdict().items()}
             save_file({name: x.float().contiguous() for name, x in parts.items()}, folder / FACTORS)
+        if self.magnitudes:
+            save_file({name: x.contiguous() for name, x in self.magnitudes.items()}, folder / MAGNITUDES)
         description = {
             "method": self.method,
             "base": self.base,
@@ -146,6 +150,7 @@ class Record:
             "dense": list(self.dense),
             "masks": bool(self.masks),
             **({"factors": True} if self.factors else {}),
+            **({"magnitudes": True} if self.magnitudes else {}),
             **({"searched": dict(self.searched)} if self.searched else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
@@ -178,7 +183,8 @@ class Record:
             factors = _read_factors(folder / FACTORS) if text.get("factors") else {}
             dense, method = tuple(text.get("dense", ())), text["method"]
             record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
-            record = replace(record, factors=factors)
+            magnitudes = load_file(folder / MAGNITUDES) if text.get("magnitudes") else {}
+            record = replace(record, factors=factors, magnitudes=magnitudes)
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
@@ -187,7 +193,7 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Refuse coefficients and factors that are not finite or do not fit the modules and, unless by rank, the tasks.
+        """Refuse tensors that are not finite or do not fit the modules and, unless by rank, the tasks.
 
         Raises:
             NSCError: with both shapes.
@@ -198,6 +204,12 @@ class Record:
             if not (fits and B.isfinite().all() and A.isfinite().all()):
                 raise NSCError(
                     f"recorded factors of {name}, {tuple(B.shape)} and {tuple(A.shape)}, must be finite and of a layer"
+                    f" {self.modules.get(name)}; the record is damaged, merge again"
+                )
+        for name, x in self.magnitudes.items():
+            if x.shape != self.modules.get(name, ())[1:] or not (x.isfinite() & (x >= 0)).all():
+                raise NSCError(
+                    f"recorded magnitudes of {name}, {tuple(x.shape)}, must be finite, not negative and of a layer"
                     f" {self.modules.get(name)}; the record is damaged, merge again"
                 )
         if self.coefficients is None:

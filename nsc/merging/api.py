@@ -16,7 +16,7 @@ from nsc.export.result import MergeResult
 from nsc.merging.automatic import merge_automatically
 from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import Masks, Weights, combine, combine_learned, require_weights_of_tasks
-from nsc.merging.from_rows import find_updates, refuse_without_rows, settled
+from nsc.merging.from_rows import find_magnitudes, find_updates, refuse_without_rows, settled
 from nsc.merging.tuning import Search, find_scale, read_search, refuse_search
 from nsc.paths import absolute
 from nsc.recipes.spec import Recipe, read_settings
@@ -51,7 +51,7 @@ def merge(
         adapters: task -> PEFT folder or Hub id.
         data: task -> unlabeled rows: what ``read_texts`` takes (JSONL or text file, ``hub:`` dataset, texts), or
             ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the base takes images. Methods
-            that learn nothing do not read them, but those that fit the experts' updates on rows.
+            that learn nothing do not read them, but those that fit the experts' updates on rows, and the setting aim.
         config: settings of learning; fields given in ``settings`` override it.
         method: a name that ``nsc methods`` lists; "nsc+NAME" to learn coefficients first and use them as the weights of
             another method; or a recipe from ``read_recipe``.
@@ -78,8 +78,8 @@ def merge(
     recipe, name, config = _chosen(method, config, settings, searches)
     scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
     refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
-    if recipe and recipe.method.inputs:
-        refuse_without_rows(recipe.label, data)
+    if recipe and recipe.needs_rows:
+        refuse_without_rows(recipe, data)
     home = Base(absolute(base))
     chosen = read_search(search, home, adapters, data, validation, scales, over)
     say = printer(progress and join(config.device).first)
@@ -117,6 +117,8 @@ def _finished(
     findings = None
     if result.recipe and result.recipe.method.inputs:
         result, findings = find_updates(result, data, config, say)
+    if result.recipe and result.recipe.aim is not None:
+        result = find_magnitudes(result, data, config)
     if search:
         result = find_scale(result, search, config, say)
     if findings:
