@@ -51,11 +51,11 @@ SPECTRAL = ("tsv", "cart")
 def formulation(name: str) -> str | None:
     """Return the name in FORMULATIONS of what a method is measured against, or None.
 
-    Spectral methods in Core Space are measured against themselves in full space; others there, and all in KnOTS,
-    against the SVD of [D_1 .. D_K] with the sum, which is the least that a method in such a basis must do.
+    Spectral methods in Core Space are measured against themselves in full space; others there, and all in KnOTS and
+    CtM, against the SVD of [D_1 .. D_K] with the sum, which is the least that a method in such a basis must do.
     """
     space, _, rest = name.partition("-")
-    if space == "knots" or (space == "core" and rest not in SPECTRAL):
+    if space in ("knots", "ctm") or (space == "core" and rest not in SPECTRAL):
         return "knots"
     own = rest if space == "core" else name
     return own if own in FORMULATIONS else None

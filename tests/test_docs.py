@@ -68,7 +68,7 @@ def test_methods_page(base, adapters, texts, tmp_path, monkeypatch):
     names = {"nsc": nsc, "functools": functools, "torch": torch, "base": base, "texts": texts, "of": of}
     names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
     blocks = snippets("docs/methods.md")
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     exec("\n".join(blocks), names)
     assert (tmp_path / "ties/adapter_model.safetensors").exists()
 

@@ -126,7 +126,7 @@ def gather(
     search = job.get("search")
     search = default_search(method, "scale" in said, bool(job["data"])) if search is None else search
     recipe, settings = read_settings(method, said, search != "none")
-    needs_rows = learned or search in ("null-space", "match") or (recipe and recipe.method.inputs)
+    needs_rows = learned or search in ("null-space", "match") or (recipe and recipe.needs_rows)
     missing = [
         f"{key}: give {flag}, or {key}: in the file of --config"
         for key, flag in NEEDED.items()

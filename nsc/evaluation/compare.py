@@ -150,7 +150,7 @@ def _refuse(
     if search == "labels" and not validation:
         raise NSCError("a search by labels needs rows that are not test rows: give --validation TASK=FILE")
     learning = [
-        name for name, chosen in planned.items() if chosen.config or (chosen.recipe and chosen.recipe.method.inputs)
+        name for name, chosen in planned.items() if chosen.config or (chosen.recipe and chosen.recipe.needs_rows)
     ]
     if not data and (learning or search in ("null-space", "match")):
         raise NSCError(f"{learning[0] if learning else 'the search'} needs unlabeled rows: give --data TASK=FILE")

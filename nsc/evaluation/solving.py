@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc.adapters.stack import Stack
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
-from nsc.learning.moments import count_tokens, fit
+from nsc.learning.moments import count_tokens, fit, mean_magnitudes
 from nsc.learning.preparation import all_rows
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, SpanMoments
@@ -106,3 +107,23 @@ def found_on(
     findings.tokens = count_tokens(rows)
     rounds = recipe.settings.rounds if recipe.method.inputs.run == "merge" else 1
     return fit(base.model, stack, rows, recipe.method.inputs, findings.solve, rounds, sum(findings.tokens.values()))
+
+
+def magnitudes_on(
+    base: Base, stack: Stack, samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> dict[str, Tensor]:
+    """Measure what AIM must know of each layer's inputs, on a base in memory.
+
+    Args:
+        base: with weights.
+        stack: the adapters on it.
+        samples: task -> what its feed read.
+        config: settings of the rows.
+
+    Returns:
+        Layer -> (d,) E|x_i|, as ``nsc.learning.moments.mean_magnitudes`` has it.
+
+    Raises:
+        NSCError: a subclass, as ``mean_magnitudes`` does.
+    """
+    return mean_magnitudes(base.model, stack, all_rows(base, stack, samples, config))

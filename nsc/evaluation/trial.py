@@ -18,7 +18,7 @@ from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.evaluation.scale_search import Grid, Value, require_finite, search_scale
 from nsc.evaluation.scoring import Exam
-from nsc.evaluation.solving import Findings, found_on
+from nsc.evaluation.solving import Findings, found_on, magnitudes_on
 from nsc.evaluation.start import find_start, started
 from nsc.evaluation.table import ALONE, Row, scored
 from nsc.learning.held_back import HeldBack
@@ -129,9 +129,11 @@ class Stage:
             The combination.
         """
         made = Combination(self.stack, recipe, coefficients, device=input_device(self.model))
-        if recipe.method.inputs is None:
-            return made
-        return made.with_found(found_on(self.base, Findings(made), self.samples, self.config))
+        if recipe.method.inputs:
+            made = made.with_found(found_on(self.base, Findings(made), self.samples, self.config))
+        if recipe.aim is not None:
+            made = made.with_magnitudes(magnitudes_on(self.base, self.stack, self.samples, self.config))
+        return made
 
     def learn(self, name: str, config: MergeConfig) -> tuple[Learned, Stack, float, int | None]:
         """Learn what ``name`` learns, once.

@@ -28,7 +28,7 @@ from nsc.recipes.spec import Recipe, read_settings, write_settings
 from nsc_kernels import __version__
 
 COEFFICIENTS, MASKS, DESCRIPTION = "coefficients.safetensors", "masks.safetensors", "merge.yaml"
-FACTORS, STARTED = "factors.safetensors", "start.safetensors"
+FACTORS, STARTED, MAGNITUDES = "factors.safetensors", "start.safetensors", "magnitudes.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Record:
         factors: layer -> what was found for it from rows, where adapters and coefficients alone do not give it.
         started: which merge was started from, and how it was made, if any was.
         start_factors: layer -> its update in that merge, to which the last coefficients belong.
+        magnitudes: layer -> (d,) what was measured of its inputs, where AIM followed the method.
     """
 
     base: str
@@ -73,6 +74,7 @@ class Record:
     factors: Mapping[str, LowRank] = field(default_factory=dict)
     started: Mapping[str, Any] = field(default_factory=dict)
     start_factors: Mapping[str, LowRank] = field(default_factory=dict)
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -123,7 +125,7 @@ class Record:
         return read_settings(self.method, self.settings)[0]
 
     def write(self, folder: Path) -> None:
-        """Write merge.yaml, and coefficients, masks and factors, each in a .safetensors file, where there are any.
+        """Write merge.yaml, and each tensor there is in a .safetensors file: coefficients, masks, factors, magnitudes.
 
         Args:
             folder: an existing folder.
@@ -136,6 +138,8 @@ class Record:
             save_file({name: mask.contiguous() for name, mask in self.masks.items()}, folder / MASKS)
         _write_factors(self.factors, folder / FACTORS)
         _write_factors(self.start_factors, folder / STARTED)
+        if self.magnitudes:
+            save_file({name: x.contiguous() for name, x in self.magnitudes.items()}, folder / MAGNITUDES)
         description = {
             "method": self.method,
             "base": self.base,
@@ -150,6 +154,7 @@ class Record:
             "masks": bool(self.masks),
             **({"factors": True} if self.factors else {}),
             **({"started": dict(self.started)} if self.started else {}),
+            **({"magnitudes": True} if self.magnitudes else {}),
             **({"searched": dict(self.searched)} if self.searched else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
@@ -184,7 +189,8 @@ class Record:
             begun = _read_factors(folder / STARTED) if started else {}
             dense, method = tuple(text.get("dense", ())), text["method"]
             record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
-            record = replace(record, factors=factors, started=started, start_factors=begun)
+            magnitudes = load_file(folder / MAGNITUDES) if text.get("magnitudes") else {}
+            record = replace(record, factors=factors, magnitudes=magnitudes, started=started, start_factors=begun)
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
@@ -193,7 +199,7 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Refuse coefficients and factors that are not finite or do not fit the modules and, unless by rank, the tasks.
+        """Refuse tensors that are not finite or do not fit the modules and, unless by rank, the tasks.
 
         Raises:
             NSCError: with both shapes.
@@ -204,6 +210,12 @@ class Record:
             if not (fits and B.isfinite().all() and A.isfinite().all()):
                 raise NSCError(
                     f"recorded factors of {name}, {tuple(B.shape)} and {tuple(A.shape)}, must be finite and of a layer"
+                    f" {self.modules.get(name)}; the record is damaged, merge again"
+                )
+        for name, x in self.magnitudes.items():
+            if x.shape != self.modules.get(name, ())[1:] or not (x.isfinite() & (x >= 0)).all():
+                raise NSCError(
+                    f"recorded magnitudes of {name}, {tuple(x.shape)}, must be finite, not negative and of a layer"
                     f" {self.modules.get(name)}; the record is damaged, merge again"
                 )
         if self.coefficients is None:

@@ -23,7 +23,7 @@ from nsc.bases.structure import block_of
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
 from nsc.learning.input_sums import InputSums
-from nsc.learning.sums import SpanSums, Sums
+from nsc.learning.sums import SpanSums, Sums, require_finite
 from nsc.learning.watch import LastTargetSeen
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
@@ -129,6 +129,37 @@ def fit(
     return found
 
 
+@torch.no_grad()
+def mean_magnitudes(model: nn.Module, stack: Stack, rows: Rows) -> dict[str, Tensor]:
+    """Return how large each layer's inputs are in the base itself, on the rows of all tasks together.
+
+    Args:
+        model: body of the base, left as it was.
+        stack: the adapters on it, for whose layers it is measured.
+        rows: task -> its batches, whose weights add up to one, on the CPU.
+
+    Returns:
+        Layer -> (d,) float64 on the CPU: the mean over tasks of the mean |x_i| over the tokens of a task that count.
+
+    Raises:
+        NSCError: a subclass, for a layer that does not run or sees other rows than the batch's, and for inputs that
+            are not finite.
+    """
+    seen = _readings(model, stack, rows, Inputs("x"), 0)
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor, weight: Tensor) -> None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        sums[name] = (weight.to(x) @ x.abs()).double() + sums.get(name, 0)
+
+    for task in stack.tasks:
+        for batch in rows[task]():
+            _read(seen, [names[0] for names in seen.groups], batch, add)
+        for name, total in sums.items():
+            require_finite(total, name, task)
+    return {name: sums[names[0]].cpu() / len(stack.tasks) for names in seen.groups for name in names}
+
+
 def count_tokens(rows: Rows) -> dict[str, int]:
     """Count the tokens that weigh anything.
 
@@ -143,9 +174,9 @@ def count_tokens(rows: Rows) -> dict[str, int]:
 
 def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs, tokens: int) -> Readings:
     batch = next(iter(next(iter(rows.values()))())).split(1)[0].to(input_device(model))
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in stack.modules}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in stack.names}
     groups, runs = readers(model, layers, batch)
-    if missing := [name for name in stack.modules if not runs.get(name)]:
+    if missing := [name for name in stack.names if not runs.get(name)]:
         raise TargetError(
             f"{', '.join(missing[:3])} never ran in this model's forward, so nothing is known of its inputs"
         )

@@ -17,7 +17,7 @@ from nsc.export.result import MergeResult
 from nsc.merging.automatic import merge_automatically
 from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import Masks, Weights, combine, combine_learned, require_weights_of_tasks
-from nsc.merging.from_rows import find_updates, refuse_without_rows, settled
+from nsc.merging.from_rows import find_magnitudes, find_updates, refuse_without_rows, settled
 from nsc.merging.tuning import Search, at_best_scale, read_search, refuse_base, refuse_search
 from nsc.paths import absolute
 from nsc.recipes.spec import Recipe, read_settings
@@ -52,7 +52,7 @@ def merge(
         adapters: task -> PEFT folder or Hub id.
         data: task -> unlabeled rows: what ``read_texts`` takes (JSONL or text file, ``hub:`` dataset, texts), or
             ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the base takes images. Methods
-            that learn nothing do not read them, but those that fit the experts' updates on rows.
+            that learn nothing do not read them, but those that fit the experts' updates on rows, and the setting aim.
         config: settings of learning; fields given in ``settings`` override it.
         method: a name that ``nsc methods`` lists; "nsc+NAME" to learn coefficients first and use them as the weights of
             another method; or a recipe from ``read_recipe``.
@@ -85,8 +85,8 @@ def merge(
     refuse_search(search, label, scaled, data, validation, scales)
     if asked and searches:
         refuse_base(search, config)
-    if recipe and recipe.method.inputs:
-        refuse_without_rows(recipe.label, data)
+    if recipe and recipe.needs_rows:
+        refuse_without_rows(recipe, data)
     home = Base(absolute(base))
     chosen = read_search(search, home, adapters, data, validation, scales, over, not asked)
     say = printer(progress and join(config.device).first)
@@ -129,6 +129,8 @@ def _finished(
     findings = None
     if result.recipe and result.recipe.method.inputs:
         result, findings = find_updates(result, data, config, say)
+    if result.recipe and result.recipe.aim is not None:
+        result = find_magnitudes(result, data, config)
     if search:
         result = at_best_scale(result, search, config, say)
     if findings:

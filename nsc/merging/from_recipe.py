@@ -59,7 +59,7 @@ def combine(
     Raises:
         NSCError: a subclass, for what does not go together.
     """
-    _require_no_learning(recipe, config, config_fields(recipe.full_name, searches))
+    _require_no_learning(recipe, config, config_fields(recipe.full_name, searches, recipe.aim is not None))
     read = read_adapters(adapters)
     matched = match_to_base(base, read, config.keep_modules)
     stack = matched.stack

@@ -42,7 +42,9 @@ def replay(result: MergeResult) -> MergeResult:
     if recipe is None:
         return result
     device = one_device(record.settings.get("device", "auto"))
-    combination = Combination(result.stack, recipe, record.coefficients, record.masks, device)
+    combination = Combination(
+        result.stack, recipe, record.coefficients, record.masks, device, magnitudes=record.magnitudes
+    )
     return replace(result, combination=combination)
 
 

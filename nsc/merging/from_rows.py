@@ -1,10 +1,14 @@
-"""The updates of a regression, found from unlabeled rows: the base is loaded, rows are read, layers are solved."""
+"""Merges that unlabeled rows are needed for without learning: the updates of a regression, and the weights of AIM.
+
+The base is loaded, rows are read, layers are solved or their inputs measured.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from nsc.bases import loading
 from nsc.bases.base_model import Base
@@ -12,9 +16,11 @@ from nsc.config import MergeConfig
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
 from nsc.errors import NSCError
-from nsc.evaluation.solving import Findings, found_on
+from nsc.evaluation.solving import Findings, found_on, magnitudes_on
 from nsc.export.result import MergeResult
 from nsc.methods import LowRank
+from nsc.recipes.combination import Combination
+from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import FixedFactors
 
 
@@ -36,17 +42,33 @@ def find_updates(
         NSCError: a subclass, for rows that do not go with the adapters, or equations without a solution.
     """
     assert result.combination is not None
-    base = Base(result.record.base, result.model)
-    samples = read_data(data, result.adapters, feed_of(base).read)
-    base = base if result.model else loading.load(base, config.dtype, config.device)
+    base, samples = _read(result, data, config)
     started, findings = time.perf_counter(), Findings(result.combination)
     found = found_on(base, findings, samples, config)
     say(f"{len(found)} layers solved from rows in {time.perf_counter() - started:.1f} s")
-    combination = result.combination.with_found(found)
-    record = replace(result.record, data={task: place_of(source) for task, source in data.items()})
-    batch = result.batch or feed_of(base).example(base)
-    told = replace(result, combination=combination, record=record, model=base.model, batch=batch)
-    return told, findings
+    return _with_base(result, base, result.combination.with_found(found), data), findings
+
+
+def find_magnitudes(result: MergeResult, data: Mapping[str, Source], config: MergeConfig) -> MergeResult:
+    """Measure the base's inputs for a merge that AIM follows.
+
+    Args:
+        result: the merge, whose base may or may not be in memory.
+        data: task -> unlabeled rows.
+        config: settings of the base and of the rows.
+
+    Returns:
+        The merge with what was measured, also in its record, and its base in memory.
+
+    Raises:
+        NSCError: a subclass, for rows that do not go with the adapters.
+    """
+    assert result.combination is not None
+    base, samples = _read(result, data, config)
+    magnitudes = magnitudes_on(base, result.by_layer, samples, config)
+    combination = result.combination.with_magnitudes(magnitudes)
+    result = replace(result, record=replace(result.record, magnitudes=magnitudes))
+    return _with_base(result, base, combination, data)
 
 
 def settled(result: MergeResult, findings: Findings) -> MergeResult:
@@ -68,15 +90,30 @@ def settled(result: MergeResult, findings: Findings) -> MergeResult:
     return replace(result, fixed=fixed, record=record, report=report)
 
 
-def refuse_without_rows(method: str, data: Mapping[str, Source]) -> None:
+def refuse_without_rows(recipe: Recipe, data: Mapping[str, Source]) -> None:
     """Refuse a method that needs rows where there are none.
 
     Args:
-        method: its name.
+        recipe: the method with its settings.
         data: task -> unlabeled rows.
 
     Raises:
         NSCError: naming the remedy.
     """
     if not data:
-        raise NSCError(f"method {method} is made from unlabeled rows: give --data TASK=FILE for each task")
+        what = f"method {recipe.label} is made from" if recipe.method.inputs else "aim is measured on"
+        raise NSCError(f"{what} unlabeled rows: give --data TASK=FILE for each task")
+
+
+def _read(result: MergeResult, data: Mapping[str, Source], config: MergeConfig) -> tuple[Base, dict[str, Any]]:
+    """The base with its weights, and the rows of each task."""
+    base = Base(result.record.base, result.model)
+    samples = read_data(data, result.adapters, feed_of(base).read, config.unseen)
+    return base if result.model else loading.load(base, config.dtype, config.device), samples
+
+
+def _with_base(result: MergeResult, base: Base, combination: Combination, data: Mapping[str, Source]) -> MergeResult:
+    """The merge as it is now, with the base in memory and where the rows were in its record."""
+    record = replace(result.record, data={task: place_of(source) for task, source in data.items()})
+    batch = result.batch or feed_of(base).example(base)
+    return replace(result, combination=combination, record=record, model=base.model, batch=batch)

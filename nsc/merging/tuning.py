@@ -214,7 +214,7 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
     for combination in _candidates(result.combination, search):
         merged = as_one(combination)
         require_finite(merged)
-        said = f" of {search.over[0]} {getattr(combination.recipe.settings, search.over[0])}" if search.over else ""
+        said = f" of {search.over[0]} {_setting(combination, search)}" if search.over else ""
         say(f"searching the scale{said} from {search.grid.low:g} to {search.grid.high:g} by {search.by}")
         found.append((combination, search_scale(base.model, merged, value, search.grid)))
     combination, best = min(found, key=lambda pair: pair[1].curve[pair[1].scale])
@@ -231,6 +231,8 @@ def _candidates(combination: Combination, search: Search) -> Iterator[Combinatio
     key, values = search.over
     if combination.recipe.method.inputs:
         raise NSCError(f"{combination.recipe.label} is found from rows, at one value of {key}: search its scale alone")
+    if key == "aim" and not combination.magnitudes:
+        raise NSCError("aim is measured on rows before it is searched: give a first value too, such as --set aim=0.4")
     for value in values:
         recipe = combination.recipe
         told = {k: v for k, v in recipe.to_dict().items() if k != "method"} | {key: value, "scale": 1.0}
@@ -240,7 +242,7 @@ def _candidates(combination: Combination, search: Search) -> Iterator[Combinatio
 
 def _setting(combination: Combination, search: Search) -> str:
     """The value of the setting that is searched, as text."""
-    return str(getattr(combination.recipe.settings, search.over[0])) if search.over else ""
+    return str(combination.recipe.to_dict()[search.over[0]]) if search.over else ""
 
 
 def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig) -> tuple[list[str], Value]:

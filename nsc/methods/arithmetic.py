@@ -104,7 +104,7 @@ METHODS = {
         SumSettings,
         on_matrices=sum_matrices,
         on_factors=task_arithmetic,
-        spaces=("full", "core", "knots"),
+        spaces=("full", "core", "knots", "ctm"),
         basis_free=True,
         whole_layers=True,
     ),

@@ -39,8 +39,8 @@ class CartSettings:
 
     Attributes:
         ratio: the rank q of what each task keeps of its own, as a fraction of the size.
-        prior: the weight of those parts beside the mean; None: 2 in full and 0.1 in core space.
-        rounding: of that rank, "down" or "up"; None: down in full and up in core space.
+        prior: the weight of those parts beside the mean; None: 2 in full, 0.1 in another space.
+        rounding: of that rank, "down" or "up"; None: down in full, up in another space.
     """
 
     ratio: float = 0.12
@@ -124,7 +124,7 @@ def cart(X: Tensor, settings: CartSettings, layer: LayerInfo) -> Tensor:
     Source: https://arxiv.org/abs/2412.12153
     """
     X = layer.weighted(X)
-    in_core = layer.space == "core"
+    in_core = layer.space != "full"
     up = settings.rounding == "up" if settings.rounding else in_core
     rank = max(1, (math.ceil if up else math.floor)(settings.ratio * layer.size))
     prior = (0.1 if in_core else 2.0) if settings.prior is None else settings.prior
@@ -279,7 +279,7 @@ METHODS = {
         "https://arxiv.org/abs/2412.00081",
         NoSettings,
         on_matrices=tsv,
-        spaces=("full", "core"),
+        spaces=("full", "core", "ctm"),
         basis_free=True,
     ),
     "cart": Method(
@@ -287,7 +287,7 @@ METHODS = {
         "https://arxiv.org/abs/2412.12153",
         CartSettings,
         on_matrices=cart,
-        spaces=("full", "core"),
+        spaces=("full", "core", "ctm"),
         basis_free=True,
     ),
     "iso-c": Method(

@@ -14,6 +14,9 @@ Source: https://arxiv.org/abs/2306.01708. Its implementations differ; each prese
 | mergekit | int(d q)        | matrix | sum of Y     | +                         | agreeing weights  |
 
 Entries as large as the last one kept are kept as well; where an original picks some of them, its pick is arbitrary.
+
+The election "normmass" of KnOTS (https://arxiv.org/abs/2410.19735) counts shares of squared norms, so that no task
+outvotes the others by its size:  g = sign sum_k sign(Y_k) Y_k^2 / |Y_k|^2,  |Y_k| over all entries that compete.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ class TiesSettings:
         preset: a row of the table.
         density: q, the fraction of entries that is kept; 1 keeps all.
         scope: "matrix", or "model": the entries of all layers compete.
-        elect: sign by "mass", the sum of values, by "count", the sum of signs, or "none": every kept entry is joined.
+        elect: sign by "mass", the sum of values; by "normmass", the sum of each task's shares of its squared norm; by
+            "count", the sum of signs; or "none": every kept entry is joined.
         agg: "mean", "sum" or "max" of the entries that agree.
     """
 
@@ -103,7 +107,7 @@ class TiesSettings:
         require_choice("preset", self.preset, PRESETS)
         require_fraction("density", self.density, above_zero=True)
         require_choice("scope", self.scope, (None, "matrix", "model"))
-        require_choice("elect", self.elect, (None, "mass", "count", "none"))
+        require_choice("elect", self.elect, (None, "mass", "normmass", "count", "none"))
         require_choice("agg", self.agg, (None, "mean", "sum", "max"))
         if self.rules.elect == "none" and self.rules.agg == "max":
             raise NSCError("without an election there is no sign for agg max: give another elect, or agg mean or sum")
@@ -123,11 +127,13 @@ class TiesStatistics:
         settings: the settings.
         thresholds: (K,), the least magnitude of each task that is kept; None keeps all.
         majority: (), the sign of most elections: 1, -1 or 0.
+        norms: (K, 1, 1) float64, of what votes, for the election "normmass"; None for others.
     """
 
     settings: TiesSettings
     thresholds: Tensor | None
     majority: Tensor
+    norms: Tensor | None = None
 
 
 def ties(X: Tensor, settings: TiesSettings | TiesStatistics, layer: LayerInfo) -> Tensor:
@@ -175,7 +181,7 @@ def model_wide(matrices: Matrices, settings: TiesSettings) -> bool:
 
 
 def statistics(matrices: Matrices, settings: TiesSettings) -> TiesStatistics:
-    """Find the thresholds and the majority of all entries of these layers, in at most three passes over them.
+    """Find thresholds, norms and the majority of all entries of these layers, in at most four passes over them.
 
     Args:
         matrices: the X of every layer whose entries compete.
@@ -189,14 +195,15 @@ def statistics(matrices: Matrices, settings: TiesSettings) -> TiesStatistics:
         thresholds = kth_largest(
             lambda: map(itemgetter(1), streamed(matrices)), lambda d: rules.count_kept(d, settings.density)
         )
+    norms = _norms(matrices, thresholds, rules) if rules.elect == "normmass" else None
     if rules.no_majority == "positive" or rules.elect == "none":
-        return TiesStatistics(settings, thresholds, torch.tensor(1.0))
+        return TiesStatistics(settings, thresholds, torch.tensor(1.0), norms)
     total: Tensor | float = 0.0
     for layer, X in streamed(matrices):
-        signs = _elected(_weighted_and_votes(X, thresholds, rules, layer)[1], rules.elect)
+        signs = _elected(_weighted_and_votes(X, thresholds, rules, layer)[1], rules.elect, norms)
         total = total + signs.sum(dtype=torch.float64)
         del X  # before the next layer is made
-    return TiesStatistics(settings, thresholds, torch.as_tensor(total).sign())
+    return TiesStatistics(settings, thresholds, torch.as_tensor(total).sign(), norms)
 
 
 def trimmed(X: Tensor, thresholds: Tensor | None) -> Tensor:
@@ -218,7 +225,7 @@ def _elect_and_join(X: Tensor, known: TiesStatistics, layer: LayerInfo) -> Tenso
     if rules.elect == "none":
         agree = votes != 0
     else:
-        sign = _elected(votes, rules.elect)
+        sign = _elected(votes, rules.elect, known.norms)
         sign = torch.where(sign == 0, known.majority.to(sign), sign)
         agree = votes * torch.where(sign > 0, 1, -1).to(sign) > 0  # without any majority too: -
     chosen = weighted * agree
@@ -239,8 +246,21 @@ def _weighted_and_votes(
     return weighted, bare if rules.votes == "bare" else weighted
 
 
-def _elected(votes: Tensor, elect: str) -> Tensor:
+def _norms(matrices: Matrices, thresholds: Tensor | None, rules: TiesRules) -> Tensor:
+    """Return the norm (K, 1, 1) of what each task votes in all these layers, float64."""
+    squares: Tensor | float = 0.0
+    for layer, X in streamed(matrices):
+        votes = _weighted_and_votes(X, thresholds, rules, layer)[1]
+        squares = squares + votes.double().square().sum((1, 2), keepdim=True)
+        del X, votes  # before the next layer is made
+    return torch.as_tensor(squares).sqrt()
+
+
+def _elected(votes: Tensor, elect: str, norms: Tensor | None) -> Tensor:
     """Return the sign of each election, 0 where nothing has a majority."""
+    if norms is not None:
+        shares = (votes / norms.clamp_min(torch.finfo(norms.dtype).tiny)).square()
+        return (votes.sign() * shares).sum(0).sign().to(votes)
     return (votes.sign() if elect == "count" else votes).sum(0).sign()
 
 
@@ -251,7 +271,7 @@ METHODS = {
         TiesSettings,
         on_matrices=ties,
         survey=survey,
-        spaces=("full", "core", "knots"),
+        spaces=("full", "core", "knots", "ctm"),
         whole_layers=True,
     ),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from nsc.config import LEARNED
 from nsc.methods import METHODS
-from nsc.recipes.spec import COMMON
+from nsc.recipes.spec import COMMON, OF_SPACE
 
 
 def list_methods() -> list[dict[str, Any]]:
@@ -73,5 +73,6 @@ def format_methods(methods: Sequence[dict[str, Any]]) -> str:
             "",
             f"{', '.join(LEARNED)} learn coefficients from unlabeled data; nsc+NAME takes them as weights of a method.",
             f"Every method that learns nothing also has {', '.join(COMMON)}.",
+            *(f"Every {space}-NAME also has {', '.join(more)}." for space, more in OF_SPACE.items()),
         ]
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsc.adapters.stack import ModuleStack, Stack
 from nsc.errors import NSCError
 from nsc.methods import METHODS, LayerInfo, LowRank, Updates
+from nsc.methods.aim import relaxed
 from nsc.methods.equations import Solution, solve
 from nsc.methods.inputs import InputMoments, SpanMoments
 from nsc.methods.reconstruction import reconstruction
@@ -34,6 +35,7 @@ class Combination:
             bias (K, 1, m) of a layer fine-tuned whole.
         device: where layers are worked on.
         found: layer -> its update at scale 1, where the method needs rows and had them, as ``solution`` gives it.
+        magnitudes: layer -> (d,) E|x_i| of its inputs in the base, where AIM follows the method.
 
     Attributes:
         names: the layers that are merged, in the base's order.
@@ -52,9 +54,10 @@ class Combination:
         masks: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
         found: Mapping[str, LowRank] | None = None,
+        magnitudes: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.stack, self.recipe, self.device = stack, recipe, torch.device(device)
-        self.found = found or {}
+        self.found, self.magnitudes = found or {}, magnitudes or {}
         self.names, self.whole = stack.names, list(stack.dense)
         self.coefficients, self.masks = coefficients, dict(masks or {})
         self._require_fit()
@@ -79,9 +82,11 @@ class Combination:
             Factors, or dense (m, d), on ``device`` and with the recipe's scale.
         """
         if name in self.stack.dense:
-            return self._on_matrices(self._whole_views(name)[0])
+            return self._relaxed(name, self._on_matrices(self._whole_views(name)[0]))
         merged, scale = self._merged(self.updates(name)), self.recipe.scale
-        return LowRank(merged.B * scale, merged.A) if isinstance(merged, LowRank) else merged * scale
+        return self._relaxed(
+            name, LowRank(merged.B * scale, merged.A) if isinstance(merged, LowRank) else merged * scale
+        )
 
     @torch.no_grad()
     def bias_update(self, name: str) -> Tensor | None:
@@ -170,6 +175,19 @@ class Combination:
         other.found = found
         return other
 
+    def with_magnitudes(self, magnitudes: Mapping[str, Tensor]) -> Combination:
+        """Give every layer what AIM must know of its inputs.
+
+        Args:
+            magnitudes: layer -> (d,) E|x_i| in the base itself.
+
+        Returns:
+            Another combination of the same stack.
+        """
+        other = copy(self)
+        other.magnitudes = magnitudes
+        return other
+
     def in_model(self) -> tuple[Stack, Tensor]:
         """Make all merged updates, to run them in a model by ``merged_layers``.
 
@@ -212,15 +230,30 @@ class Combination:
             )
         return self.found[name]
 
+    def _relaxed(self, name: str, update: LowRank | Tensor) -> LowRank | Tensor:
+        """Follow AIM, where the recipe asks for it."""
+        if self.recipe.aim is None:
+            return update
+        if name not in self.magnitudes:
+            raise NSCError(
+                f"aim is measured on rows, and there are none for {name}: give --data TASK=FILE for each task"
+            )
+        return relaxed(update, self.magnitudes[name], self.recipe.aim)
+
     def _on_matrices(self, view: View) -> Tensor:
         method = self.recipe.method
         assert method.on_matrices is not None
         return method.on_matrices(view.X, self.settings, view.layer) * self.recipe.scale
 
     def _view(self, updates: Updates) -> View:
-        """Show a layer in the recipe's space; a basis-free method sees the full space in the factors' span."""
+        """Show a layer in the recipe's space; a basis-free method sees the full space in the factors' span.
+
+        What is isotropized in the full space is shown in float64, in which a singular matrix is known by its values.
+        """
         in_span = self.recipe.space == "full" and self.recipe.method.basis_free
-        view = SPACES["core" if in_span else self.recipe.space](updates)
+        if self.recipe.isotropize:
+            updates = replace(updates, A=tuple(a.double() for a in updates.A), B=tuple(b.double() for b in updates.B))
+        view = SPACES["core" if in_span else self.recipe.space](updates, **self.recipe.of_space)
         size = min(updates.shape) if in_span else view.layer.size
         return self._with_mask(view, view.layer._replace(size=size, space=self.recipe.space))
 

@@ -3,10 +3,12 @@
 full    X_k = D_k
 core    X_k = U' D_k V,  U, V: singular vectors of the stacked B and A     D = U X V'
 knots   X_k = U' D_k,    U: left singular vectors of [D_1 .. D_K]          D = U X
+ctm     X_k = U' D_k V,  U, V: r columns each, with sum_k c_k^2 |X_k|^2 as large as can be     D = U X V'
 
-Source: Core Space https://arxiv.org/abs/2509.17786, KnOTS https://arxiv.org/abs/2410.19735.
+Source: Core Space https://arxiv.org/abs/2509.17786, KnOTS https://arxiv.org/abs/2410.19735, Compress then Merge
+https://arxiv.org/abs/2606.03723.
 
-Both come from the QR of the tall factors and the SVD of what is left of them, which is R = sum_k r_k wide; nothing as
+All come from the QR of the tall factors and the SVD of what is left of them, which is R = sum_k r_k wide; nothing as
 wide as the layer is decomposed. All of it is float64; directions whose singular value is within its rounding are left
 out.
 """
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 from nsc.methods.protocol import LayerInfo, LowRank, Updates
+
+SWEEPS = 20  # of the alternating iteration that fits the directions of ``ctm``
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,36 @@ def core(updates: Updates) -> View:
 
     Source: https://arxiv.org/abs/2509.17786
     """
-    U, B = _left(torch.cat(updates.scaled(), 1))
-    V, A = _left(torch.cat([a.double() for a in updates.A]).T)
-    ranks = list(updates.ranks)
-    X = torch.stack([b @ a.T for b, a in zip(B.split(ranks, 1), A.split(ranks, 1), strict=True)])
-    (m, d), R, (p, q) = updates.shape, sum(ranks), X.shape[1:]
-    height, width = min(m, R), min(d, R)
-    padded = torch.nn.functional.pad(X, (0, width - q, 0, height - p))
-    layer = updates.layer_info(min(height, width))._replace(space="core")
-    return View(padded, layer, lambda M: LowRank(U @ M[:p, :q], V.T))
+    return _padded(updates, *_coordinates(updates), "core")
+
+
+def ctm(updates: Updates, rank: int | None = None, beta: float = 0.25) -> View:
+    """Compress the updates to r directions that they share, before they are merged: the merge has rank r at most.
+
+    The directions are the Tucker-2 decomposition of [c_1 D_1 .. c_K D_K], by alternating least squares from the
+    leading singular vectors of all c_k D_k side by side. c_k = beta + (1 - beta) |D|/|D_k|, with the mean norm |D| of
+    the updates that are not zero, keeps a large update from having all directions.
+
+    Args:
+        updates: one layer's K updates.
+        rank: r; None for the largest rank of the layer's adapters.
+        beta: 1 fits the updates as they are, 0 as if they had equal norms.
+
+    Returns:
+        X (K, p, q) float64, with p = min(m, r, R), q = min(d, r, R); rows and columns that nothing lies in are zero.
+
+    Source: https://arxiv.org/abs/2606.03723
+    """
+    U, X, V = _coordinates(updates)
+    norms = X.flatten(1).norm(dim=1)[:, None, None]
+    mean = norms.sum() / (norms > 0).sum().clamp_min(1)
+    fitted = X * torch.where(norms > 0, beta + (1 - beta) * mean / norms, 0)
+    r = rank or max(updates.ranks)
+    left, right = _leading(fitted, r), _leading(fitted.mT, r)
+    for _ in range(SWEEPS):
+        left = _leading(fitted @ right, r)
+        right = _leading(fitted.mT @ left, r)
+    return _padded(updates, U @ left, left.T @ X @ right, V @ right, "ctm", r)
 
 
 def knots(updates: Updates) -> View:
@@ -95,6 +120,30 @@ def knots(updates: Updates) -> View:
     return View(X, layer, lambda M: LowRank(Q @ U, M))
 
 
+def _coordinates(updates: Updates) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (m, p), X (K, p, q) and V (d, q) of Core Space, without rows and columns of zeros: D_k = U X_k V'."""
+    U, B = _left(torch.cat(updates.scaled(), 1))
+    V, A = _left(torch.cat([a.double() for a in updates.A]).T)
+    ranks = list(updates.ranks)
+    return U, torch.stack([b @ a.T for b, a in zip(B.split(ranks, 1), A.split(ranks, 1), strict=True)]), V
+
+
+def _padded(updates: Updates, U: Tensor, X: Tensor, V: Tensor, space: str, rank: int | None = None) -> View:
+    """Show X (K, p, q) with rows and columns of zeros where the layer has fewer directions than R, or ``rank``."""
+    (m, d), (p, q) = updates.shape, X.shape[1:]
+    most = min(sum(updates.ranks), rank or sum(updates.ranks))
+    height, width = min(m, most), min(d, most)
+    padded = torch.nn.functional.pad(X, (0, width - q, 0, height - p))
+    layer = updates.layer_info(min(height, width))._replace(space=space)
+    return View(padded, layer, lambda M: LowRank(U @ M[:p, :q], V.T))
+
+
+def _leading(X: Tensor, count: int) -> Tensor:
+    """Return the leading left singular vectors (p, count) of [X_1 .. X_K], through the QR of its transpose."""
+    square = torch.linalg.qr(X.mT.flatten(0, 1), mode="r").R.mT
+    return torch.linalg.svd(square, full_matrices=False).U[:, :count]
+
+
 def _left(tall: Tensor) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors U (n, p) of a stack (n, R), and U' stack (p, R)."""
     Q, R = torch.linalg.qr(tall)
@@ -109,4 +158,4 @@ def _directions(matrix: Tensor) -> Tensor:
     return U[:, : int((floor < S).sum())]
 
 
-SPACES: dict[str, Callable[[Updates], View]] = {"full": full, "core": core, "knots": knots}
+SPACES: dict[str, Callable[..., View]] = {"full": full, "core": core, "knots": knots, "ctm": ctm}

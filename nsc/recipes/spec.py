@@ -11,15 +11,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-from nsc.checks import expected, typed
+from nsc.checks import expected, require_fraction, typed
 from nsc.config import AUTO, LEARNED, MergeConfig
 from nsc.errors import NSCError
 from nsc.methods import METHODS, Method
 from nsc.recipes.spaces import SPACES
 
-COMMON = ("scale", "weights", "isotropize")  # settings of every method that learns nothing
+COMMON = ("scale", "weights", "isotropize", "aim")  # settings of every method that learns nothing
+OF_SPACE = {"ctm": ("rank", "beta")}  # and of every method in a space
 OF_BASE = ("device", "dtype", "keep_modules")  # fields of MergeConfig that methods that learn nothing take too
-OF_ROWS = ("max_length", "modality", "tokens_per_pass")  # and these where the method needs rows
+OF_ROWS = ("max_length", "modality", "tokens_per_pass")  # and these where the merge needs rows
 OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # and these in a scale search
 
 
@@ -33,8 +34,12 @@ class Recipe:
         settings: the method's own.
         scale: lambda; the merge is multiplied by it once.
         weights: task -> w_k, 1 where a task is not named.
-        isotropize: whether all singular values of the merged matrix are set to their mean; in core space, or in the
-            full space where the method is basis-free.
+        isotropize: whether all singular values of the merged matrix are set to their mean, in core or ctm space, or in
+            the full space of a method that also runs in these or is basis-free.
+        aim: omega of AIM, the step after the merge that ``nsc.methods.aim`` defines and rows are needed for; None
+            leaves it out.
+        rank: of the merge in ctm space; None for the largest rank of each layer's adapters.
+        beta: in ctm space, how far norms of the updates count when the common directions are chosen, from 0 to 1.
         learned: a key of LEARNED, whose coefficients are the weights of each layer; None without any.
     """
 
@@ -45,13 +50,22 @@ class Recipe:
     weights: Mapping[str, float] = field(default_factory=dict)
     isotropize: bool = False
     learned: str | None = None
+    aim: float | None = None
+    rank: int | None = None
+    beta: float = 0.25
 
     def __post_init__(self) -> None:
         for name, value in {"scale": self.scale, **{f"the weight of {t}": w for t, w in self.weights.items()}}.items():
             if not math.isfinite(value):
                 raise NSCError(f"{name} must be a finite number, not {value}")
-        if self.isotropize and self.space != "core" and not (self.space == "full" and self.method.basis_free):
-            remedy = f"give core-{self.name}, or leave it out" if "core" in self.method.spaces else "leave it out"
+        if self.rank is not None and self.rank < 1:
+            raise NSCError(f"rank must be at least 1, not {self.rank}")
+        require_fraction("beta", self.beta)
+        if self.aim is not None:
+            require_fraction("aim", self.aim)
+        in_core = "core" in self.method.spaces
+        if self.isotropize and not (self.space != "knots" and (in_core or self.method.basis_free)):
+            remedy = f"give core-{self.name}, or leave it out" if in_core else "leave it out"
             raise NSCError(f"isotropize does not go with {self.full_name}: it needs the core space; {remedy}")
 
     @property
@@ -68,6 +82,16 @@ class Recipe:
     def label(self) -> str:
         """The name as ``nsc.merge`` takes it: "ties" or "nsc+ties"."""
         return f"{self.learned}+{self.full_name}" if self.learned else self.full_name
+
+    @property
+    def of_space(self) -> dict[str, Any]:
+        """The settings of the space, as its function in SPACES takes them."""
+        return {key: getattr(self, key) for key in OF_SPACE.get(self.space, ())}
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it is made from unlabeled rows, without learning."""
+        return self.method.inputs is not None or self.aim is not None
 
     @property
     def is_dense(self) -> bool:
@@ -93,6 +117,8 @@ class Recipe:
             "scale": self.scale,
             "weights": dict(self.weights),
             "isotropize": self.isotropize,
+            "aim": self.aim,
+            **self.of_space,
         }
 
 
@@ -110,7 +136,7 @@ def read_recipe(method: str, **settings: Any) -> Recipe:
 
     Args:
         method: [SPACE-]METHOD.
-        settings: the method's own, and scale, weights and isotropize.
+        settings: the method's own, scale, weights, isotropize and aim, and those of the space.
 
     Returns:
         The recipe, with defaults for the settings that are not given.
@@ -122,14 +148,15 @@ def read_recipe(method: str, **settings: Any) -> Recipe:
     chosen = METHODS[name]
     own = {f.name for f in fields(chosen.settings)}
     kinds = get_type_hints(chosen.settings) | get_type_hints(Recipe)
-    _require_known(method, settings, {*own, *COMMON})
+    common = (*COMMON, *OF_SPACE.get(space, ()))
+    _require_known(method, settings, {*own, *common})
     for key, value in settings.items():
         try:
             settings[key] = typed(value, kinds[key])
         except TypeError:
             raise NSCError(f"{key} must be {expected(kinds[key])}, not {value!r}") from None
     mine = chosen.settings(**{key: value for key, value in settings.items() if key in own})
-    return Recipe(name, space, mine, **{key: value for key, value in settings.items() if key in COMMON})
+    return Recipe(name, space, mine, **{key: value for key, value in settings.items() if key in common})
 
 
 def split_learned(method: str) -> tuple[str | None, str | None]:
@@ -176,17 +203,18 @@ def method_of(method: str) -> Method:
     return METHODS[_split(method)[1]]
 
 
-def config_fields(method: str, searches: bool) -> tuple[str, ...]:
+def config_fields(method: str, searches: bool, aims: bool) -> tuple[str, ...]:
     """Return which fields of MergeConfig a method takes that learns no coefficients.
 
     Args:
         method: [SPACE-]METHOD.
         searches: whether its scale is searched.
+        aims: whether AIM follows it.
 
     Returns:
         Names of fields.
     """
-    of_rows = OF_ROWS if method_of(method).inputs else ()
+    of_rows = OF_ROWS if method_of(method).inputs or aims else ()
     return tuple(dict.fromkeys((*OF_BASE, *of_rows, *(OF_SEARCH if searches else ()))))
 
 
@@ -204,11 +232,11 @@ def settings_of(method: str) -> dict[str, Any]:
     """
     learned, name = split_learned(method)
     kinds = get_type_hints(MergeConfig)
-    kinds = kinds if learned else {key: kinds[key] for key in config_fields(method, searches=True)}
+    kinds = kinds if learned else {key: kinds[key] for key in config_fields(method, searches=True, aims=True)}
     if name:
-        of_recipe = get_type_hints(Recipe)
+        of_recipe, common = get_type_hints(Recipe), (*COMMON, *OF_SPACE.get(_split(name)[0], ()))
         own = get_type_hints(method_of(name).settings)
-        kinds = own | {key: of_recipe[key] for key in COMMON} | kinds
+        kinds = own | {key: of_recipe[key] for key in common} | kinds
     return kinds
 
 
@@ -233,8 +261,9 @@ def read_settings(
         NSCError: if the method has no such setting, or a value does not fit.
     """
     learned, name = split_learned(method)
-    config = {f.name for f in fields(MergeConfig)} if learned else {*config_fields(method, searches)}
-    kinds = set(settings_of(method)) - (set() if learned else {*config_fields(method, searches=True)} - config)
+    aims = settings.get("aim") is not None
+    config = {f.name for f in fields(MergeConfig)} if learned else {*config_fields(method, searches, aims)}
+    kinds = set(settings_of(method)) - (set() if learned else {*config_fields(method, True, True)} - config)
     _require_known(method, settings, kinds)
     ours = {key: value for key, value in settings.items() if key in config}
     if name is None:
@@ -259,7 +288,7 @@ def write_settings(recipe: Recipe | None, config: MergeConfig) -> dict[str, Any]
         return of_config
     own = {key: value for key, value in recipe.to_dict().items() if key != "method"}
     kept = of_config if recipe.learned else {key: of_config[key] for key in OF_BASE}
-    kept |= {key: of_config[key] for key in OF_ROWS} if recipe.method.inputs else {}
+    kept |= {key: of_config[key] for key in OF_ROWS} if recipe.needs_rows else {}
     return own | kept
 
 

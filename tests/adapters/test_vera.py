@@ -182,7 +182,7 @@ def test_inspection(saved, tmp_path):
 
 
 # Two adapters that share A span half of the core's columns.
-SINGULAR = {"tsv", "core-tsv", "iso-c", "iso-cts", "zero-interference"}
+SINGULAR = {"tsv", "core-tsv", "ctm-tsv", "iso-c", "iso-cts", "zero-interference"}
 
 
 @pytest.mark.parametrize("method", names())

@@ -13,7 +13,7 @@ from nsc.adapters.stack import Stack
 from nsc.batch import Batch
 from nsc.data.packing import pack
 from nsc.errors import NonFiniteError, NSCError, TargetError
-from nsc.learning.moments import Rows, fit
+from nsc.learning.moments import Rows, fit, mean_magnitudes
 from nsc.learning.passes import in_passes
 from nsc.methods import METHODS, LowRank
 from nsc.methods.equations import Gram
@@ -272,3 +272,24 @@ def test_what_cannot_be_collected():
     model.first = nn.Sequential(model.first)
     with pytest.raises(NSCError, match="first is quantised or offloaded"):
         fit(model, stack, few(), METHODS["iteris"].inputs, lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
+def test_mean_magnitudes_are_those_of_the_base_on_single_samples(kind, tmp_path):
+    """Every task the same, every sample of a task the same, every token of a sample the same; no adapter is in it."""
+    model, names, rows, alone = case(kind)
+    found = mean_magnitudes(model, stack_on(model, names, tmp_path), rows)
+    assert set(found) == set(names)
+    for name in names:
+        of_tasks = [
+            torch.stack([listen(model, [name], sample)[name].abs().mean(0) for sample in alone[task]]).mean(0)
+            for task in TASKS
+        ]
+        torch.testing.assert_close(found[name], torch.stack(of_tasks).mean(0), rtol=1e-7, atol=0)  # weights are float32
+
+
+def test_magnitudes_that_are_not_finite_are_refused(tmp_path):
+    model, names, rows, _ = case("llama")
+    model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinite activations enter layers"):
+        mean_magnitudes(model, stack_on(model, names, tmp_path), rows)

@@ -156,7 +156,7 @@ REFUSED = {
     "drop must be a fraction at least 0 and below 1": ("dare-ties", dict(drop=1.0)),
     "preset must be one of default": ("ties", dict(preset="Ties")),
     "scope must be one of matrix, model, not layer": ("ties", dict(scope="layer")),
-    "elect must be one of mass, count, none, not sign": ("ties", dict(elect="sign")),
+    "elect must be one of mass, normmass, count, none, not sign": ("ties", dict(elect="sign")),
     "agg must be one of mean, sum, max, not median": ("ties", dict(agg="median")),
     "no sign for agg max": ("ties", dict(elect="none", agg="max")),
     "rescale must be one of inverse, l1, none, not l2": ("dare", dict(rescale="l2")),

@@ -25,8 +25,8 @@ from nsc.recipes.spec import names, read_recipe
 from tests.merging_goldens import dense
 from tests.regressions import with_rows
 
-ISOTROPIZED = "core-task-arithmetic, isotropized"
-NAMES = [*names(), ISOTROPIZED]
+ISOTROPIZED = ("core-task-arithmetic, isotropized", "ctm-task-arithmetic, isotropized", "ties, isotropized")
+NAMES = [*names(), *ISOTROPIZED]
 TASKS, LAYERS = tuple("abc"), {"first": (26, 40), "second": (40, 26)}
 SCALES = (2.0, 4.0, 1.0)
 WEIGHTS = {"a": 0.7, "b": 1.3, "c": 1.0}
@@ -37,6 +37,7 @@ NEUTRAL = {
     "dare": {"drop": 0.0},
     "dare-ties": {"drop": 0.0},
     "robustmerge": {"density": 1.0, "fuse": 1.0},
+    "ties, isotropized": {"density": 0.5},
     "ssr": {"ridge": 0.0},
     "featcal": {"p": 1.0, "t": 1.0},
 }
@@ -54,7 +55,7 @@ JOINT = {"lego": "the largest entry of a unit is looked for in A and B together"
 CHANGES_ONE = {
     "iso-c": "all singular values become their mean",
     "iso-cts": "all singular values become their mean",
-    ISOTROPIZED: "all singular values become their mean",
+    **dict.fromkeys(ISOTROPIZED, "all singular values become their mean"),
     "fr": "frequencies are taken out, and those on the inner ring count twice",
 }
 NOT_FOLDED = {"linear": "half of each scale is in either factor, so that cross terms have the mean of two"}
@@ -66,7 +67,7 @@ NO_ZEROS = {
     "core-cart": "ranks are fractions of the core's size, to which an adapter without effect adds its own",
     "iso-c": ROOM,
     "iso-cts": ROOM,
-    ISOTROPIZED: ROOM,
+    ISOTROPIZED[0]: ROOM,
     "linear": "adapters without the layer are left out, and one without effect has cross terms",
     "lego": "adapters without the layer are left out, and one without effect has units",
     "robustmerge": "adapters without the layer are left out, and one without effect is averaged over",
@@ -80,12 +81,12 @@ everyone = pytest.mark.parametrize("name", NAMES)
 
 def method_of(name: str) -> str:
     """Without the space."""
-    return next((name[len(prefix) :] for prefix in ("core-", "knots-") if name.startswith(prefix)), name)
+    return next((name[len(prefix) :] for prefix in ("core-", "knots-", "ctm-") if name.startswith(prefix)), name)
 
 
 def recipe(name: str, **settings):
-    if name == ISOTROPIZED:
-        return read_recipe("core-task-arithmetic", isotropize=True, **settings)
+    if name in ISOTROPIZED:
+        return read_recipe(name.partition(",")[0], isotropize=True, **settings)
     return read_recipe(name, **settings)
 
 

@@ -1,6 +1,7 @@
 """No method decomposes anything as wide as a layer, and none that has factors makes a dense update of them.
 
-Least squares on a layer's inputs are as wide as the layer by definition; ``WIDE_INPUTS`` are those methods.
+Least squares on a layer's inputs are as wide as the layer by definition; ``WIDE_INPUTS`` are those methods. So is the
+SVD of what TIES makes of dense updates, ``DENSE_SVD``.
 """
 
 from functools import cache
@@ -20,6 +21,7 @@ from tests.regressions import inputs_of, moments_of
 DECOMPOSITIONS = ("svd", "eig", "linalg_qr", "geqrf", "cholesky", "solve", "inv_ex")
 WIDE = {"wide": (1200, 800)}
 R = 12
+DENSE_SVD = "ties, isotropized"  # of a matrix that has no factors
 WIDE_INPUTS = ("regmean", "regmean++", "iteris", "featcal")
 everyone = pytest.mark.parametrize("name", [name for name in NAMES if name not in WIDE_INPUTS])
 
@@ -54,10 +56,13 @@ def seen(name: str) -> tuple[Largest, LowRank | Tensor]:
 def test_no_decomposition_of_anything_d_sized(name):
     """A QR of stacked factors is as tall as the layer; everything else is R x R at most."""
     for decomposition, (p, q) in seen(name)[0].decomposed:
+        if name == DENSE_SVD:
+            assert (p, q) == WIDE["wide"]
+            continue
         assert (min if "linalg_qr" in decomposition else max)(p, q) <= R, (decomposition, p, q)
 
 
-ENTRIES = ("ties", "dare", "dare-ties", "emr", "fr")  # element-wise on the dense update
+ENTRIES = ("ties", "dare", "dare-ties", "emr", "fr", DENSE_SVD)  # element-wise on the dense update
 
 
 @everyone

@@ -203,6 +203,31 @@ def test_isotropic_merges_have_one_singular_value():
     torch.testing.assert_close(merged("iso-cts", updates, common=1.0), merged("iso-c", updates), **EXACT)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare-ties", "cart"])
+def test_a_method_in_full_space_made_isotropic(method):
+    """In float64: all singular values of what it makes become their mean; not the same as in Core Space."""
+    updates = factors((30, 24), (8, 8, 8))
+    settings = {"ties": {"density": 0.5}, "dare-ties": {"drop": 0.5}}.get(method, {})
+    U, S, Vh = torch.linalg.svd(merged(method, updates, **settings), full_matrices=False)
+    expected = 0.3 * S.mean() * U @ Vh
+    found = merged(method, updates, isotropize=True, scale=0.3, **settings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+    other = merged(f"core-{method}", updates, isotropize=True, scale=0.3, **settings)
+    assert (other - expected).abs().max() > 1e-3 or method == "cart"
+    stored = replace(updates, A=tuple(a.float() for a in updates.A), B=tuple(b.float() for b in updates.B))
+    assert merged(method, stored, isotropize=True, **settings).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_that_is_singular_is_not_made_isotropic(dtype):
+    """A lone adapter of which nothing is trimmed, or one so trimmed that a row is zero."""
+    alone = factors((30, 24), (4,), dtype=dtype)
+    with pytest.raises(NSCError, match=re.escape("singular (rank 4 of 24)")):
+        merged("ties", alone, density=1.0, isotropize=True)
+    with pytest.raises(NSCError, match="singular"):
+        merged("ties", factors((30, 24), (8, 8, 8), dtype=dtype), density=0.01, isotropize=True)
+
+
 def test_a_task_of_weight_0_takes_no_slots():
     updates = factors((30, 24), (4, 4, 4))
     without = replace(updates, weights=(1.0, 0.0, 0.4))

@@ -38,6 +38,45 @@ def test_ties_is_by_matrix_unless_told_or_in_knots(kind):
     torch.testing.assert_close(run_all("ties", layers, "knots", density=0.3, scope="matrix"), apart)
 
 
+def plain_normmass(flat: torch.Tensor, density: float) -> torch.Tensor:
+    """As KnOTS has it: (K, d) -> (d,)."""
+    d = flat.shape[1]
+    kept = flat * (flat.abs() >= flat.abs().sort(1).values[:, [d - int(d * density) - 1]])
+    shares = kept**2 / kept.norm(dim=1, keepdim=True) ** 2
+    sign = (kept.sign() * shares).sum(0).sign()
+    sign = torch.where(sign == 0, sign.sum().sign(), sign)
+    agree = torch.where(sign > 0, kept > 0, kept < 0)
+    return (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def test_the_election_by_shares_of_squared_norms():
+    """In each matrix, and in a whole model, whose norms are of all layers; it is another election than by mass."""
+    sizes = torch.tensor([1.0, 5.0, 0.2, 2.0]).double()[:, None, None]
+    layers = [X * sizes for X in layers_of("noise", torch.float64)]
+    flat = torch.cat([X.flatten(1) for X in layers], 1)
+    exactly = dict(rtol=1e-12, atol=1e-12)
+    joint = torch.cat([D.flatten() for D in run_all("ties", layers, scope="model", elect="normmass", density=0.6)])
+    torch.testing.assert_close(joint, plain_normmass(flat, 0.6), **exactly)
+    apart = run_all("ties", layers, elect="normmass", density=0.6)
+    for D, X in zip(apart, layers, strict=True):
+        torch.testing.assert_close(D.flatten(), plain_normmass(X.flatten(1), 0.6), **exactly)
+    assert any((D - M).abs().max() > 0.1 for D, M in zip(apart, run_all("ties", layers, density=0.6), strict=True))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare-ties"])
+def test_shares_do_not_depend_on_the_size_of_a_task(method):
+    X, sizes = noise(3, 30, 40), torch.tensor([1.0, 50.0, 1e-3]).double()[:, None, None]
+    signs = [run(method, Y, elect="normmass", density=1.0, agg="max", preset="peft").sign() for Y in (X, X * sizes)]
+    assert torch.equal(*signs) and signs[0].any()
+    silent = run(method, X, layer_info(3, [1.0, 0.0, 1.0]), elect="normmass", agg="sum", density=1.0)
+    torch.testing.assert_close(silent, run_without_second(method, X))
+
+
+def run_without_second(method: str, X: torch.Tensor) -> torch.Tensor:
+    layer = layer_info(3)._replace(tasks=("a", "c"), weights=torch.ones(2).double())
+    return run(method, X[[0, 2]], layer, elect="normmass", agg="sum", density=1.0)
+
+
 def test_a_model_of_two_dtypes_is_trimmed_exactly():
     layers = layers_of("noise", torch.float64)
     layers[1] = layers[1].float()
