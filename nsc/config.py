@@ -77,6 +77,7 @@ _MATCH: dict[str, Any] = {
     "schedule": "linear",
     "batch_size": 4,
     "stop": "match",
+    "borrow_rows": True,
 }
 LEARNED = {
     "nsc": LearnedMethod(
@@ -172,6 +173,8 @@ class MergeConfig:
         reduction: "mean" or "sum" over the entropies of a sample's generated tokens.
         quantile: quantile over the ratios of a sample's tokens, in place of their mean; from 0 to 1.
         unseen: tasks whose adapters are merged without any data.
+        borrow_rows: whether every second sample of a task is another task's, which its expert is asked about as well; for
+            matching.
         start_from: folder of a merged adapter, or the name of a method, from whose merge matching starts.
     """
 
@@ -212,6 +215,7 @@ class MergeConfig:
     reduction: str = "mean"
     quantile: float | None = None
     unseen: tuple[str, ...] = ()
+    borrow_rows: bool = False
     start_from: str | None = None
 
     def __post_init__(self) -> None:
@@ -268,6 +272,11 @@ class MergeConfig:
             _require(value >= 0, f"the preference for {task} must be 0 or more, not {value}")
         self._check_factors()
         self._check_start_from()
+        _require(
+            not self.borrow_rows or "match" in self.objective,
+            f"borrow_rows is for matching, and the objective is {self.objective}: give match or null-space+match, or"
+            " leave borrow_rows out",
+        )
 
     def _check_factors(self) -> None:
         fitted = self.granularity == "factors"

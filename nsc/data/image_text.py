@@ -20,7 +20,7 @@ from nsc.batch import Batch
 from nsc.data.expected import Output
 from nsc.data.images import IMAGE_FIELDS, Image, as_image
 from nsc.data.packing import pack
-from nsc.data.sampling import draw
+from nsc.data.sampling import draw_each
 from nsc.data.sources import Fields, Kind, read_samples, text_of
 from nsc.data.text import Pick, with_answer
 from nsc.errors import DataError
@@ -170,6 +170,7 @@ class PromptBatches:
         batch_size: samples of each task in a step.
         seed: seed of the permutations.
         outputs: task and number of a sample -> what its expert says about it, where the batches hold it.
+        borrowed: task -> how many of its last samples are those of other tasks; every second one drawn is one of them.
 
     Raises:
         DataError: naming an image of which no token counts.
@@ -180,6 +181,7 @@ class PromptBatches:
     batch_size: int
     seed: int = 0
     outputs: Mapping[Pick, Output] | None = None
+    borrowed: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         for rows in self.samples.values():
@@ -280,7 +282,8 @@ class PromptBatches:
         Returns:
             Task -> numbers of samples.
         """
-        return {task: draw(len(x), self.batch_size, step, f"{self.seed}/{task}") for task, x in self.samples.items()}
+        counts = {task: len(rows) for task, rows in self.samples.items()}
+        return draw_each(counts, self.borrowed or {}, self.batch_size, step, self.seed)
 
 
 def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt:

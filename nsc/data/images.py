@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nsc.batch import Batch
 from nsc.data.expected import Output, expected
-from nsc.data.sampling import draw
+from nsc.data.sampling import draw_each
 from nsc.data.sources import FOLDER, Fields, Kind, naming_errors, optional_module, read_samples
 from nsc.errors import DataError, TargetError
 from nsc.runtime.placement import input_device
@@ -83,6 +83,7 @@ class ImageBatches:
         batch_size: images of each task in a step, drawn as in ``TextBatches``.
         seed: seed of the permutations.
         outputs: task and number of an image -> what its expert says about it, where the batches hold it.
+        borrowed: task -> how many of its last images are those of other tasks; every second one drawn is one of them.
     """
 
     images: Mapping[str, Sequence[Image]]
@@ -92,6 +93,7 @@ class ImageBatches:
     seed: int = 0
 
     outputs: Mapping[tuple[str, int], Output] | None = None
+    borrowed: Mapping[str, int] | None = None
 
     shares_rows = False
 
@@ -156,9 +158,8 @@ class ImageBatches:
         Returns:
             Task -> numbers of images.
         """
-        return {
-            task: draw(len(rows), self.batch_size, step, f"{self.seed}/{task}") for task, rows in self.images.items()
-        }
+        counts = {task: len(rows) for task, rows in self.images.items()}
+        return draw_each(counts, self.borrowed or {}, self.batch_size, step, self.seed)
 
 
 def collate_images(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def draw(count: int, batch_size: int, step: int, key: str) -> list[int]:
@@ -24,6 +26,55 @@ def draw(count: int, batch_size: int, step: int, key: str) -> list[int]:
         turn, index = divmod(position, count)
         drawn.append(_permutation(f"{key}/{turn}", count)[index])
     return drawn
+
+
+def draw_each(
+    counts: Mapping[str, int], borrowed: Mapping[str, int], batch_size: int, step: int, seed: int
+) -> dict[str, list[int]]:
+    """Return which samples of each task a step takes; every second one is borrowed, where a task has such.
+
+    Args:
+        counts: task -> number of its samples.
+        borrowed: task -> how many of these, the last ones, are borrowed from other tasks.
+        batch_size: samples of each task in a step.
+        step: from 0.
+        seed: seed of the permutations.
+
+    Returns:
+        Task -> numbers of samples.
+    """
+    drawn = {}
+    for task, count in counts.items():
+        others, key = borrowed.get(task, 0), f"{seed}/{task}"
+        if not others:
+            drawn[task] = draw(count, batch_size, step, key)
+            continue
+        own = count - others
+        places = range(step * batch_size, (step + 1) * batch_size)
+        drawn[task] = [
+            own + draw(others, 1, place // 2, f"{key}/borrowed")[0] if place % 2 else draw(own, 1, place // 2, key)[0]
+            for place in places
+        ]
+    return drawn
+
+
+def borrow(samples: Mapping[str, Sequence[Any]], most: int, seed: int) -> tuple[dict[str, list[Any]], dict[str, int]]:
+    """Give each task with samples some of the other tasks' as well, behind its own.
+
+    Args:
+        samples: task -> its samples.
+        most: how many a task borrows, at most.
+        seed: seed of the choice.
+
+    Returns:
+        Task -> samples, and task -> how many of them, the last ones, are borrowed.
+    """
+    together, borrowed = {}, {}
+    for task, own in samples.items():
+        others = [row for other, rows in samples.items() if other != task for row in rows] if own else []
+        chosen = random.Random(f"{seed}/{task}/borrowed").sample(others, min(most, len(others)))
+        together[task], borrowed[task] = [*own, *chosen], len(chosen)
+    return together, borrowed
 
 
 def _permutation(key: str, count: int) -> list[int]:

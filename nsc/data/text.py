@@ -10,7 +10,7 @@ from typing import Any
 from nsc.batch import Batch
 from nsc.data.expected import Output
 from nsc.data.packing import pack
-from nsc.data.sampling import draw
+from nsc.data.sampling import draw_each
 from nsc.data.sources import Fields, Kind, read_samples, text_of
 from nsc.errors import DataError
 
@@ -60,6 +60,7 @@ class TextBatches:
         few_shapes: whether steps are replayed where their shapes recur.
         counted: task -> which tokens of each sample count; None for all.
         outputs: task and number of a sample -> what its expert says about it, where the batches hold it.
+        borrowed: task -> how many of its last samples are those of other tasks; every second one drawn is one of them.
     """
 
     tokens: dict[str, list[list[int]]]
@@ -71,6 +72,7 @@ class TextBatches:
     few_shapes: bool = False
     counted: dict[str, list[slice]] | None = None
     outputs: Mapping[Pick, Output] | None = None
+    borrowed: Mapping[str, int] | None = None
 
     def __call__(self, step: int) -> list[Batch]:
         """Return the batches of a step.
@@ -169,9 +171,8 @@ class TextBatches:
         Returns:
             Task -> numbers of samples.
         """
-        return {
-            task: draw(len(rows), self.batch_size, step, f"{self.seed}/{task}") for task, rows in self.tokens.items()
-        }
+        counts = {task: len(rows) for task, rows in self.tokens.items()}
+        return draw_each(counts, self.borrowed or {}, self.batch_size, step, self.seed)
 
 
 def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int) -> dict[str, list[list[int]]]:

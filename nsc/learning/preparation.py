@@ -18,6 +18,7 @@ from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.modalities import Batches, feed_of
+from nsc.data.sampling import borrow
 from nsc.data.text import Pick
 from nsc.errors import NSCError
 from nsc.learning.agreement import Agreement
@@ -182,19 +183,40 @@ def _with_experts(
     """The problem where the experts' outputs are learned from, or choose the step that is kept."""
     rest, held, warnings = hold_back(samples, config.seed)
     learned = rest if config.stop == "match" else samples
-    batches, evaluation = feed_of(base).batches(base, targets, learned, replace(config, positions="prompt"))
+    own = {task: len(rows) for task, rows in learned.items()}
+    batches, evaluation = _borrowing(base, targets, learned, replace(config, positions="prompt"))
     experts = experts_of(base, matched.adapters, matched.stack, config)
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))
     drawn = [batches.drawn(step).items() for step in range(max(1, config.steps))]
     picks = sorted({(task, i) for step in drawn for task, row in step for i in row})
     batches = experts.teach(batches, picks, limit)
-    agreement = experts.agreement(batches, picks, limit)
+    agreement = experts.agreement(batches, _measured(picks, own), limit)
     output: Entropy | Agreement | None = agreement if "match" in config.objective else None
     output = entropy_in(base, matched, config) if config.needs_entropy else output
     chosen = None
     if config.stop == "match":
         chosen = HeldBack(agreement, _told(experts, base, targets, held, config, limit)[0])
     return Problem(base, stack, targets, batches, evaluation, output, config, chosen, warnings=tuple(warnings))
+
+
+def _borrowing(
+    base: Base, targets: Sequence[str], samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> tuple[Any, list[Batch]]:
+    """The batches to learn from, in which tasks borrow one another's rows where that is asked for; and evaluation."""
+    if not config.borrow_rows:
+        return feed_of(base).batches(base, targets, samples, config)
+    together, borrowed = borrow(samples, config.steps * config.batch_size // 2, config.seed)
+    evaluated = min([config.evaluation_samples, *(len(rows) for rows in samples.values() if rows)])
+    config = replace(config, evaluation_samples=evaluated)
+    batches, evaluation = feed_of(base).batches(base, targets, together, config)
+    return replace(batches, borrowed=borrowed), evaluation  # type: ignore[type-var]  # all feeds' are dataclasses
+
+
+def _measured(picks: Sequence[Pick], own: Mapping[str, int]) -> list[Pick]:
+    """The samples on which experts and base are compared: a task's own rows, where any of them is drawn."""
+    mine = [(task, i) for task, i in picks if i < own[task]]
+    there = {task for task, _ in mine}
+    return mine + [(task, i) for task, i in picks if task not in there]
 
 
 def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config: MergeConfig) -> Experts:
