@@ -4,6 +4,8 @@ transformers' own class for the task, such as BertForSequenceClassification, is 
 that hands over given states; so poolers, several layers and activations are followed as that class has them. Which
 states it pools is read off the gradient of its output, and checked: "first" or "last" token of a sample, their "mean",
 or, of images, whatever it does with "all" of them.
+
+Where a task has no output at all, its pooled states stand for one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.heads import Head
-from nsc.bases.structure import replace_module
+from nsc.bases.structure import is_causal, replace_module
 from nsc.bases.weights import checkpoint_folder, read_tensors, shapes_in, shard_names
 from nsc.errors import NSCError, first_line
 
@@ -38,12 +40,19 @@ class TaskHead:
         module: pooled states (n, d), or for "all" (n, L, d) -> outputs (n, C), in at least float32.
         outputs: C.
         generating: the layer by which a causal base names its next token, where the head is that.
+        states: whether the outputs are the pooled states themselves.
     """
 
     pooling: str
     module: nn.Module
     outputs: int
     generating: Head | None = None
+    states: bool = False
+
+    @property
+    def numbers(self) -> bool:
+        """Whether the outputs are numbers, and no logits."""
+        return self.states or self.outputs == 1
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the outputs.
@@ -105,6 +114,28 @@ def vocabulary_head(head: Head) -> TaskHead:
         The head, which reads each token, in the dtype of its states.
     """
     return TaskHead("each", _Vocabulary(head), len(head.weight), head)
+
+
+def state_head(base: Base) -> TaskHead:
+    """Return what stands for the head of a task without an output: the pooled last hidden states themselves.
+
+    Args:
+        base: with weights.
+
+    Returns:
+        A head whose outputs are the last state of a sample where the base is causal, else the mean of all.
+    """
+    pooling = "all" if base.takes == "pixel_values" else "last" if is_causal(base.model) else "mean"
+    return TaskHead(pooling, _States(), base.body_config.hidden_size, states=True)
+
+
+class _States(nn.Module):
+    """Pooled states in at least float32."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(n, d) or (n, L, d) -> (n, d)."""
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        return states.mean(1) if states.ndim == 3 else states
 
 
 class _Vocabulary(nn.Module):

@@ -71,6 +71,12 @@ class Problem:
         """The stack whitened: the form in which a step is cheapest."""
         return whitened(self.stack)
 
+    @property
+    def by_states(self) -> list[str]:
+        """Tasks without an output, which are matched by their pooled states."""
+        agreement = self.held.agreement if self.held else self.output
+        return agreement.by_states(self.stack.tasks) if isinstance(agreement, Agreement) else []
+
     def learn(self, **running: Any) -> Learned:
         """Learn the coefficients.
 

@@ -2,7 +2,7 @@
 
 A task's head is the one that its adapter carries. Where it carries none, a causal base's own head over its vocabulary
 is: then the expert's greedy answer stands behind each prompt, and what it says at the places that computed the answer
-counts.
+counts. Where the base has none either, there is no output, and its pooled last hidden states count instead.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nsc.adapters.modules_to_save import without_body
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.bases.base_model import Base
-from nsc.bases.heads import load_generating_head
-from nsc.bases.task_head import TaskHead, load_task_head, vocabulary_head
+from nsc.bases.heads import NoHeadError, load_generating_head
+from nsc.bases.task_head import TaskHead, load_task_head, state_head, vocabulary_head
 from nsc.batch import Batch
 from nsc.data.expected import Output
 from nsc.data.text import Pick
@@ -49,7 +49,7 @@ class Experts:
         heads: the head of each task; None for an unseen one.
 
     Raises:
-        NSCError: naming the task, for a head that is not followed, or where there is none.
+        NSCError: naming the task, for a head that is not followed, or without one where positions are generated.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Experts:
         by_sample = torch.cat(values)[order].split(sizes), torch.cat(ids)[order].split(sizes)
         outputs = {}
         for pick, places, value, chosen in zip(picks, spans, *by_sample, strict=True):
-            if value.isnan().any() or value.isposinf().any() or (head.outputs == 1 and value.isinf().any()):
+            if value.isnan().any() or value.isposinf().any() or (head.numbers and value.isinf().any()):
                 raise DataError(
                     f"the expert of task {task} says NaN or infinity about row {pick[1] + 1} of its data; check the"
                     " base's dtype (float16 overflows: use bfloat16) and the adapter"
@@ -193,9 +193,9 @@ def spans_of(head: TaskHead, counted: slice) -> list[tuple[int, int]]:
 def _heads(
     base: Base, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str]
 ) -> list[TaskHead | None]:
-    """The head that each adapter carries, or the base's own over its vocabulary, the same for all."""
+    """The head that each adapter carries, or one that all others share: the base's own, or its states."""
     heads: list[TaskHead | None] = []
-    vocabulary: TaskHead | None = None
+    shared: TaskHead | None = None
     for task, adapter in adapters.items():
         saved = without_body(base.model, adapter).saved if positions == "prompt" else {}
         if task in unseen:
@@ -203,24 +203,27 @@ def _heads(
         elif saved:
             heads.append(load_task_head(base, saved, task))
         else:
-            vocabulary = vocabulary or _vocabulary(base, task)
-            heads.append(vocabulary)
+            shared = shared or _without_own(base, task, positions)
+            heads.append(shared)
     return heads
 
 
-def _vocabulary(base: Base, task: str) -> TaskHead:
+def _without_own(base: Base, task: str, positions: str) -> TaskHead:
+    """The base's head over its vocabulary; or its states, where it has none and no answers are asked for."""
     try:
         return vocabulary_head(load_generating_head(base))
     except NSCError as error:
+        if isinstance(error, NoHeadError) and positions == "prompt":
+            return state_head(base)
         raise NSCError(
-            f"adapter {task} carries no head, and the base has none that generates, so there is no output to match"
-            f" ({error}); merge by nsc, or name this task as unseen"
+            f"adapter {task} carries no head that is followed, and the base's own cannot be matched ({error}); merge by"
+            " nsc, or name this task as unseen"
         ) from error
 
 
 def _as_target(head: TaskHead, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """What is kept of outputs (n, C), on the CPU: numbers, or log-probabilities, and of a vocabulary their ids."""
-    if head.outputs == 1:
+    if head.numbers:
         return outputs.cpu(), torch.zeros(len(outputs), 0)
     logs = outputs.log_softmax(-1)
     if head.pooling != "each":

@@ -73,7 +73,7 @@ def merge_automatically(
     say(f"match: {_told(tried['match'])}")
     best = min((name for name in tried if "distance" in tried[name]), key=lambda name: tried[name]["distance"])
     result = matched if best == "match" else made[best].result(base, adapters, config, tried[best]["scale"], say)
-    return replace(result, report=replace(result.report, tried=tried))
+    return replace(result, report=replace(result.report, tried=tried, by_states=matched.report.by_states))
 
 
 class _Trial:

@@ -136,6 +136,8 @@ def _tell(
         say(f"fine-tuned whole, merged as differences: {', '.join(stack.dense)}")
     measured = f"measured at {len(targets)}: {', '.join(targets)}"
     say(f"base {problem.base.id}: {len(stack.modules)} modules carry LoRA; {measured}")
+    if problem.by_states:
+        say(f"without an output, matched by pooled states: {', '.join(problem.by_states)}")
     for task, adapter in adapters.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
     tokens = sum(batch.tokens for batch in first_step)
@@ -170,7 +172,8 @@ def _report(
     report = describe_merge(
         problem.base.id, problem.stack, problem.targets, learned, coefficients, before, after, problem.config, name
     )
-    return replace(report, warnings=report.warnings + list(problem.warnings) + base_warnings(problem.base.id, read))
+    warnings = report.warnings + list(problem.warnings) + base_warnings(problem.base.id, read)
+    return replace(report, by_states=problem.by_states, warnings=warnings)
 
 
 def _identity(

@@ -30,6 +30,7 @@ from nsc.evaluation.scale_search import (
 )
 from nsc.evaluation.scoring import exams_of
 from nsc.export.result import MergeResult
+from nsc.learning.held_back import HeldBack
 from nsc.learning.preparation import distance_from_experts, evaluation_ratio
 from nsc.merging.report_builder import describe_recipe
 from nsc.recipes.combination import Combination, as_one
@@ -179,6 +180,9 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
         found.append((combination, search_scale(base.model, merged, value, search.grid)))
     combination, best = min(found, key=lambda pair: pair[1].curve[pair[1].scale])
     tried = {_setting(c, search): s.curve[s.scale] for c, s in found} if search.over else {}
+    if isinstance(value, HeldBack):
+        by_states = value.agreement.by_states(result.stack.tasks)
+        result = replace(result, report=replace(result.report, by_states=by_states))
     combination = combination.at_scale(best.scale)
     return _described(replace(result, model=base.model, combination=combination), best, search, targets, config, tried)
 
