@@ -152,6 +152,7 @@ def prepare(
     samples: Mapping[str, Sequence[Any]],
     config: MergeConfig,
     factors: Factors | None = None,
+    team: Team = ALONE,
 ) -> Problem:
     """Put together what is learned from these rows: targets, batches and loss.
 
@@ -161,6 +162,7 @@ def prepare(
         samples: task -> what its feed read.
         config: granularity, targets, rows and objective.
         factors: layer -> A (r, d), B (m, r) at which fitted factors start, for the granularity "factors".
+        team: the processes that ask the experts together.
 
     Returns:
         The problem, of which nothing has run but what answers prompts, where generated positions count.
@@ -171,7 +173,7 @@ def prepare(
     stack = by_rank(matched.stack) if config.granularity == "rank" else matched.stack
     targets = targets_of(base, stack, config.target_modules, config.target_blocks)
     if config.needs_outputs:
-        return replace(_with_experts(base, matched, stack, targets, samples, config), factors=factors)
+        return replace(_with_experts(base, matched, stack, targets, samples, config, team), factors=factors)
     batches, evaluation = batches_of(base, stack, targets, samples, config)
     output = entropy_in(base, matched, config) if config.needs_entropy else None
     return Problem(base, stack, targets, batches, evaluation, output, config)
@@ -184,12 +186,13 @@ def _with_experts(
     targets: list[str],
     samples: Mapping[str, Sequence[Any]],
     config: MergeConfig,
+    team: Team,
 ) -> Problem:
     """The problem where the experts' outputs are learned from, or choose the step that is kept."""
     rest, held, warnings = hold_back(samples, config.seed)
     learned = rest if config.stop == "match" else samples
     batches, evaluation = feed_of(base).batches(base, targets, learned, replace(config, positions="prompt"))
-    experts = experts_of(base, matched.adapters, matched.stack, config)
+    experts = experts_of(base, matched.adapters, matched.stack, config, team)
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))
     drawn = [batches.drawn(step).items() for step in range(max(1, config.steps))]
     picks = sorted({(task, i) for step in drawn for task, row in step for i in row})
@@ -199,11 +202,13 @@ def _with_experts(
     output = entropy_in(base, matched, config) if config.needs_entropy else output
     chosen = None
     if config.stop == "match":
-        chosen = HeldBack(agreement, _told(experts, base, targets, held, config, limit)[0])
+        chosen = HeldBack(agreement, _told(experts, base, targets, held, config, limit)[0], team)
     return Problem(base, stack, targets, batches, evaluation, output, config, chosen, warnings=tuple(warnings))
 
 
-def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config: MergeConfig) -> Experts:
+def experts_of(
+    base: Base, adapters: Mapping[str, Adapter], stack: Stack, config: MergeConfig, team: Team = ALONE
+) -> Experts:
     """Return the experts of a merge.
 
     Args:
@@ -211,6 +216,7 @@ def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config
         adapters: task -> adapter.
         stack: the adapters on the base, with one coefficient for each layer and task.
         config: positions, unseen and the length of answers.
+        team: the processes that share the rows.
 
     Returns:
         The experts.
@@ -218,7 +224,7 @@ def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config
     Raises:
         NSCError: naming a task whose output is not followed.
     """
-    return Experts(base, adapters, stack, config.positions, config.unseen, config.max_new_tokens)
+    return Experts(base, adapters, stack, config.positions, config.unseen, config.max_new_tokens, team)
 
 
 def distance_from_experts(
@@ -227,6 +233,7 @@ def distance_from_experts(
     stack: Stack,
     samples: Mapping[str, Sequence[Any]],
     config: MergeConfig,
+    team: Team = ALONE,
 ) -> HeldBack:
     """Return what measures any merge, without labels, by its distance from the experts on some rows of each task.
 
@@ -236,6 +243,7 @@ def distance_from_experts(
         stack: the adapters on the base, with one coefficient for each layer and task.
         samples: task -> what its feed read, of which at most ``MEASURED`` rows are taken.
         config: settings of the rows.
+        team: the processes that share the rows.
 
     Returns:
         The measure.
@@ -244,11 +252,11 @@ def distance_from_experts(
         NSCError: a subclass, for rows and heads that do not go together.
     """
     targets = targets_of(base, stack, config.target_modules, config.target_blocks)
-    experts = experts_of(base, adapters, stack, config)
+    experts = experts_of(base, adapters, stack, config, team)
     some = {task: some_of(rows, MEASURED, f"{config.seed}/{task}/measured") for task, rows in samples.items()}
     limit = config.tokens_per_pass or TOKENS
     parts, batches, picks = _told(experts, base, targets, some, config, limit)
-    return HeldBack(experts.agreement(batches, picks, limit), parts)
+    return HeldBack(experts.agreement(batches, picks, limit), parts, team)
 
 
 def _told(

@@ -27,6 +27,7 @@ from nsc.merging.from_recipe import combine
 from nsc.merging.from_rows import settled
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import OF_BASE, read_recipe, with_scale
+from nsc.runtime.distributed import join
 from nsc.runtime.placement import input_device
 
 TRIED = ("task-arithmetic", "tsv", "ssr", "core-ties")  # exact in factors, so that an adapter holds each of them
@@ -63,7 +64,8 @@ def merge_automatically(
     loaded = Base(base.id, matched.model)
     samples = read_data(data, matched.adapters, feed_of(base).read, config.unseen)
     learned, held, _ = hold_back(samples, config.seed)
-    distance = distance_from_experts(loaded, matched.adapters, matched.by_layer, held, config)
+    team = join(config.device)
+    distance = distance_from_experts(loaded, matched.adapters, matched.by_layer, held, config, team)
     with merged_layers(matched.model, *_placed(matched)):
         tried: dict[str, dict[str, Any]] = {"match": {"distance": distance(matched.model)}}
     made = {name: _Trial(name, matched) for name in TRIED}

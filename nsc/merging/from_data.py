@@ -80,7 +80,7 @@ def merge_by_learning(
     team = join(config.device)
     say = printer(progress and team.first)
     base, matched = stack_on(base, read, config, team)
-    problem = prepare(base, matched, samples, config, factors_to_fit(matched.stack, config))
+    problem = prepare(base, matched, samples, config, factors_to_fit(matched.stack, config), team)
     first_step = problem.batches(0)
     _tell(problem, matched.adapters, samples, first_step, say)
     identity = _identity(base.id, matched.adapters, samples, problem.targets, config)

@@ -35,6 +35,7 @@ from nsc.learning.preparation import distance_from_experts, evaluation_ratio
 from nsc.merging.report_builder import describe_recipe
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import OF_SEARCH, read_recipe, split_learned, write_settings
+from nsc.runtime.distributed import join
 
 
 class Search(NamedTuple):
@@ -215,7 +216,8 @@ def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig)
         return result.record.targets, LabelledLoss(base.model, exams)
     samples = read_data(search.sources, adapters, feed_of(base).read, config.unseen)
     if search.by == "match":
-        return result.record.targets, distance_from_experts(base, adapters, result.by_layer, samples, config)
+        team = join(config.device)
+        return result.record.targets, distance_from_experts(base, adapters, result.by_layer, samples, config, team)
     ratio = evaluation_ratio(base, result.stack, samples, config)
     return ratio.targets, ratio
 

@@ -37,11 +37,10 @@ from nsc.learning.preparation import Problem, prepare, stack_on
 from nsc.learning.state import State
 from nsc.recipes.merged_factors import factors_to_fit, starting_factors
 from nsc.recipes.updates import WeightedSum
-from nsc.runtime.distributed import ALONE, join
+from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.memory import kept_bytes
 from tests.learning.test_loop import HostReads
 from tests.plain_options import merged_parameters
-from tests.runtime.ranks import together
 from tests.runtime.test_cuda_graphs import Traced, taped  # noqa: F401
 from tests.tiny import (
     WORDS,
@@ -101,7 +100,7 @@ def exact(model: nn.Module) -> nn.Module:
     return model.double().requires_grad_(False).eval()
 
 
-def problem_of(setting: Setting, **settings: Any) -> Problem:
+def problem_of(setting: Setting, team: Team = ALONE, **settings: Any) -> Problem:
     """What ``nsc.merge`` learns, before it does."""
     ours = dict(dtype="float64", device="cpu", start=START, batch_size=3, steps=2, max_new_tokens=NEW, graphs=False)
     config = MergeConfig(**{**learned_settings("match", settings), **ours, **settings})
@@ -110,7 +109,7 @@ def problem_of(setting: Setting, **settings: Any) -> Problem:
     exact(base.model)
     data = {task: rows for task, rows in setting.texts.items() if task not in config.unseen}
     samples = read_data(data, read, read_texts, config.unseen)
-    return prepare(base, matched, samples, config, factors_to_fit(matched.stack, config))
+    return prepare(base, matched, samples, config, factors_to_fit(matched.stack, config), team)
 
 
 # --- the plain loop ---------------------------------------------------------------------------------------------------
@@ -609,19 +608,6 @@ def test_a_merge_is_not_resumed_with_more_steps(setting, tmp_path):
     merge(setting, **settings | dict(steps=1))
     with pytest.raises(ResumeError, match="other adapters, data or settings"):
         merge(setting, **settings | dict(steps=4), resume=True)
-
-
-@pytest.mark.parametrize("name", ["rank", "factors"])
-def test_processes_learn_what_one_does(setting, tmp_path, name):
-    problem = problem_of(setting, granularity=name, steps=6, lr=0.01)
-    alone = problem.learn(progress=False)
-    outcomes = together(tmp_path, 2, lambda rank: problem.learn(progress=False, team=join()))
-    for one in outcomes:
-        assert not isinstance(one, BaseException), one
-        assert torch.equal(one.coefficients, outcomes[0].coefficients) and one.curve == outcomes[0].curve
-        assert one.kept == alone.kept
-        torch.testing.assert_close(one.coefficients, alone.coefficients, rtol=0, atol=1e-9)
-        torch.testing.assert_close(one.losses, alone.losses, rtol=0, atol=1e-9)
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
