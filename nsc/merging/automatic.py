@@ -91,7 +91,7 @@ class _Trial:
         """The best scale of the method and its distance, or why it does not merge these adapters."""
         try:
             if self.findings:
-                found = found_on(base, self.findings, rows, config)
+                found = found_on(base, self.findings, rows, config, join(config.device))
                 self.combination = self.combination.with_found(found)
             merged = as_one(self.combination.at_scale(1.0))
             require_finite(merged)

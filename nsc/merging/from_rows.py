@@ -16,6 +16,7 @@ from nsc.evaluation.solving import Findings, found_on
 from nsc.export.result import MergeResult
 from nsc.methods import LowRank
 from nsc.recipes.updates import FixedFactors
+from nsc.runtime.distributed import join
 
 
 def find_updates(
@@ -40,7 +41,7 @@ def find_updates(
     samples = read_data(data, result.adapters, feed_of(base).read)
     base = base if result.model else loading.load(base, config.dtype, config.device)
     started, findings = time.perf_counter(), Findings(result.combination)
-    found = found_on(base, findings, samples, config)
+    found = found_on(base, findings, samples, config, join(config.device))
     say(f"{len(found)} layers solved from rows in {time.perf_counter() - started:.1f} s")
     combination = result.combination.with_found(found)
     record = replace(result.record, data={task: place_of(source) for task, source in data.items()})
