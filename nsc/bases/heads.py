@@ -70,9 +70,11 @@ def load_generating_head(base: Base) -> Head:
     except ValueError as error:
         raise NoHeadError(f"base {base.id!r} has no head that generates tokens: {error}") from error
     head = whole.get_output_embeddings()
-    if head.weight is whole.get_input_embeddings().weight:
-        body: Any = getattr(model, "text", model)
+    body: Any = getattr(model, "text", model)
+    tied = head.weight is whole.get_input_embeddings().weight
+    if tied and not body.get_input_embeddings().weight.is_meta:
         return Head(body.get_input_embeddings().weight.detach())
+    head = whole.get_input_embeddings() if tied else head  # which is offloaded, and read again
     place = next(name for name, module in whole.named_modules() if module is head)
     places = ["lm_head", "language_model.lm_head"] if images else [place]  # LLaVA's, in new and old checkpoints
     stored = read_tensors(base, [f"{place}.{kind}" for place in places for kind in ("weight", "bias")])

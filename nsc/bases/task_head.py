@@ -26,6 +26,7 @@ from nsc.bases.heads import Head
 from nsc.bases.structure import is_causal, replace_module
 from nsc.bases.weights import checkpoint_folder, read_tensors, shapes_in, shard_names
 from nsc.errors import NSCError, first_line
+from nsc.runtime.placement import input_device
 
 UNLIKELY = 7919  # a number of outputs that is no other size of a model, to see where that number stands
 PROBE = 5  # tokens of the sample by which pooling is seen
@@ -77,7 +78,7 @@ def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHe
         task: name, for errors.
 
     Returns:
-        The head, on the device of the body.
+        The head, on the device of the body's inputs.
 
     Raises:
         NSCError: if transformers has no class with such a head for this base, a weight of it is nowhere, or it pools in
@@ -86,8 +87,8 @@ def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHe
     images = base.takes == "pixel_values"
     whole, outputs = _without_body(base, saved, task, images)
     _fill(whole, base, saved, task)
-    like = next(base.model.parameters())
-    whole = whole.to(like.device, torch.promote_types(like.dtype, torch.float32)).requires_grad_(False).eval()
+    dtype = torch.promote_types(next(base.model.parameters()).dtype, torch.float32)
+    whole = whole.to(input_device(base.model), dtype).requires_grad_(False).eval()
     module = _Head(whole, images)
     try:
         pooling = _pooling(module, base.body_config.hidden_size)

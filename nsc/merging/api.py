@@ -79,7 +79,7 @@ def merge(
     scaled = "scale" in settings or (isinstance(method, Recipe) and method.scale != 1)
     refuse_search(search, recipe.label if recipe else name, scaled, config, data, validation, scales)
     if recipe and recipe.method.inputs:
-        refuse_without_rows(recipe.label, data)
+        refuse_without_rows(recipe.label, data, config)
     home = Base(absolute(base))
     chosen = read_search(search, home, adapters, data, validation, scales, over)
     say = printer(progress and join(config.device).first)

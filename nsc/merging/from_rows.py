@@ -39,14 +39,16 @@ def find_updates(
     assert result.combination is not None
     base = Base(result.record.base, result.model)
     samples = read_data(data, result.adapters, feed_of(base).read)
-    base = base if result.model else loading.load(base, config.dtype, config.device)
+    if not result.model:
+        base = loading.load(base, config.dtype, config.device, config.weights, config.device_map)
     started, findings = time.perf_counter(), Findings(result.combination)
     found = found_on(base, findings, samples, config, join(config.device))
     say(f"{len(found)} layers solved from rows in {time.perf_counter() - started:.1f} s")
     combination = result.combination.with_found(found)
     record = replace(result.record, data={task: place_of(source) for task, source in data.items()})
     batch = result.batch or feed_of(base).example(base)
-    told = replace(result, combination=combination, record=record, model=base.model, batch=batch)
+    model = base.model if config.whole_base else None
+    told = replace(result, combination=combination, record=record, model=model, batch=batch)
     return told, findings
 
 
@@ -69,15 +71,21 @@ def settled(result: MergeResult, findings: Findings) -> MergeResult:
     return replace(result, fixed=fixed, record=record, report=report)
 
 
-def refuse_without_rows(method: str, data: Mapping[str, Source]) -> None:
-    """Refuse a method that needs rows where there are none.
+def refuse_without_rows(method: str, data: Mapping[str, Source], config: MergeConfig) -> None:
+    """Refuse a method that needs rows where there are none, or where the base is not one that can read them.
 
     Args:
         method: its name.
         data: task -> unlabeled rows.
+        config: settings of the base.
 
     Raises:
         NSCError: naming the remedy.
     """
     if not data:
         raise NSCError(f"method {method} is made from unlabeled rows: give --data TASK=FILE for each task")
+    if config.shard or (config.device_map and join(config.device).size > 1):
+        raise NSCError(
+            f"method {method} runs the experts on a whole base in each process: leave out shard, and give device_map"
+            " to one process alone"
+        )

@@ -19,7 +19,7 @@ from nsc.recipes.spaces import SPACES
 
 COMMON = ("scale", "weights", "isotropize")  # settings of every method that learns nothing
 OF_BASE = ("device", "dtype", "keep_modules")  # fields of MergeConfig that methods that learn nothing take too
-OF_ROWS = ("max_length", "modality", "tokens_per_pass")  # and these where the method needs rows
+OF_ROWS = ("max_length", "modality", "tokens_per_pass", "device_map")  # and these where the method needs rows
 OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # and these in a scale search
 
 
