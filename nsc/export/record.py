@@ -52,6 +52,7 @@ class Record:
         masks: layer -> mask that the caller gave.
         searched: how the scale in the settings was found, if it was searched.
         factors: layer -> what was found for it from rows, where adapters and coefficients alone do not give it.
+        fitted: what a method that needs rows was made from, as the report has it.
     """
 
     base: str
@@ -69,6 +70,7 @@ class Record:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     searched: Mapping[str, Any] = field(default_factory=dict)
     factors: Mapping[str, LowRank] = field(default_factory=dict)
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -147,6 +149,7 @@ class Record:
             "masks": bool(self.masks),
             **({"factors": True} if self.factors else {}),
             **({"searched": dict(self.searched)} if self.searched else {}),
+            **({"fitted": json.dumps(self.fitted)} if self.fitted else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
         }
@@ -178,7 +181,7 @@ class Record:
             factors = _read_factors(folder / FACTORS) if text.get("factors") else {}
             dense, method = tuple(text.get("dense", ())), text["method"]
             record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
-            record = replace(record, factors=factors)
+            record = replace(record, factors=factors, fitted=json.loads(text.get("fitted", "{}")))
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"

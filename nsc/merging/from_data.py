@@ -85,8 +85,10 @@ def merge_by_learning(
     _tell(problem, matched.adapters, samples, first_step, say)
     identity = _identity(base.id, matched.adapters, samples, problem.targets, config)
     evaluation = _own_evaluation(problem, first_step, identity, team)
-    start = torch.full(problem.stack.owned.shape, config.start)
-    before = problem.ratios(evaluation, start, team)
+    if problem.factors:
+        before = _ratios_of(problem, fitted(problem.stack, problem.factors))
+    else:
+        before = problem.ratios(evaluation, torch.full(problem.stack.owned.shape, config.start), team)
     learned = problem.learn(checkpoint=checkpoint, resume=resume, identity=identity, progress=progress, team=team)
     fixed = fitted(problem.stack, learned.factors) if learned.factors else None
     coefficients = None if fixed else learned.coefficients

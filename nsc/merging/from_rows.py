@@ -66,9 +66,9 @@ def settled(result: MergeResult, findings: Findings) -> MergeResult:
     combination = result.combination
     factors = {name: update for name in combination.names if isinstance(update := combination.update(name), LowRank)}
     fixed = FixedFactors(factors, combination)
-    record = replace(result.record, factors=fixed.factors)
-    report = replace(result.report, fitted=findings.to_dict(combination.recipe.scale))
-    return replace(result, fixed=fixed, record=record, report=report)
+    told = findings.to_dict(combination.recipe.scale)
+    record = replace(result.record, factors=fixed.factors, fitted=told)
+    return replace(result, fixed=fixed, record=record, report=replace(result.report, fitted=told))
 
 
 def refuse_without_rows(method: str, data: Mapping[str, Source], config: MergeConfig) -> None:

@@ -41,6 +41,7 @@ def test_written_proven_and_replayed_without_rows(base, three, data, tmp_path, m
     again = nsc.apply(tmp_path / "out")
     again.save(tmp_path / "again")
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert again.report.fitted == result.report.fitted and again.report.fitted["rows"]
     assert again.report.settings == result.report.settings and again.report.line == METHODS[method].line
     record = described(tmp_path / "out")
     assert record["method"] == method and record["factors"] and set(record["data"]) == set(TASKS)
