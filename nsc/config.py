@@ -173,7 +173,7 @@ class MergeConfig:
         reduction: "mean" or "sum" over the entropies of a sample's generated tokens.
         quantile: quantile over the ratios of a sample's tokens, in place of their mean; from 0 to 1.
         unseen: tasks whose adapters are merged without any data.
-        borrow_rows: whether every second sample of a task is another task's, which its expert is asked about as well; for
+        borrow_rows: whether every second sample of a task is another task's, on which it is matched too; for
             matching.
         start_from: folder of a merged adapter, or the name of a method, from whose merge matching starts.
     """

@@ -48,8 +48,8 @@ class TrainableLoRALinear(nn.Module):
             (..., m) in the dtype of the base's output. Differentiable in z and both factors.
         """
         y = self.base(z)
-        u = F.linear(z, self.lora_A.to(z.dtype))
-        added = torch.addmm(y.flatten(0, -2), u.flatten(0, -2).to(y.dtype), self.lora_B.to(y.dtype).mT)
+        u = F.linear(z, self.lora_A.to(z))
+        added = torch.addmm(y.flatten(0, -2), u.flatten(0, -2).to(y.dtype), self.lora_B.to(y).mT)
         return added.view_as(y)
 
     @property

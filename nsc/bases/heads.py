@@ -17,6 +17,10 @@ from nsc.bases.weights import read_tensors
 from nsc.errors import NSCError
 
 
+class NoHeadError(NSCError):
+    """The base has no layer that names tokens."""
+
+
 class Head(NamedTuple):
     """A linear layer over the body's last hidden states.
 
@@ -50,11 +54,12 @@ def load_generating_head(base: Base) -> Head:
         The head.
 
     Raises:
-        NSCError: if the base does not generate, its checkpoint has no such layer, or it changes its logits afterwards.
+        NoHeadError: if the base does not generate, or its checkpoint has no such layer.
+        NSCError: if it changes its logits afterwards.
     """
     model, config = base.model, base.config
     if not is_causal(model):
-        raise NSCError(f"base {base.id!r} generates no tokens: its attention is not causal; give positions prompt")
+        raise NoHeadError(f"base {base.id!r} generates no tokens: its attention is not causal; give positions prompt")
     text, images = getattr(config, "text_config", config), takes_images_and_text(config)
     changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, n, None)]
     if changed:
@@ -63,17 +68,19 @@ def load_generating_head(base: Base) -> Head:
         with torch.device("meta"):
             whole = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(deepcopy(config))
     except ValueError as error:
-        raise NSCError(f"base {base.id!r} has no head that generates tokens: {error}") from error
+        raise NoHeadError(f"base {base.id!r} has no head that generates tokens: {error}") from error
     head = whole.get_output_embeddings()
-    if head.weight is whole.get_input_embeddings().weight:
-        body: Any = getattr(model, "text", model)
+    body: Any = getattr(model, "text", model)
+    tied = head.weight is whole.get_input_embeddings().weight
+    if tied and not body.get_input_embeddings().weight.is_meta:
         return Head(body.get_input_embeddings().weight.detach())
+    head = whole.get_input_embeddings() if tied else head  # which is offloaded, and read again
     place = next(name for name, module in whole.named_modules() if module is head)
     places = ["lm_head", "language_model.lm_head"] if images else [place]  # LLaVA's, in new and old checkpoints
     stored = read_tensors(base, [f"{place}.{kind}" for place in places for kind in ("weight", "bias")])
     there = next((place for place in places if f"{place}.weight" in stored), None)
     if there is None:
-        raise NSCError(
+        raise NoHeadError(
             f"base {base.id!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
         )
     return Head(stored[f"{there}.weight"], stored.get(f"{there}.bias"))

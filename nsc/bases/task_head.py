@@ -4,6 +4,8 @@ transformers' own class for the task, such as BertForSequenceClassification, is 
 that hands over given states; so poolers, several layers and activations are followed as that class has them. Which
 states it pools is read off the gradient of its output, and checked: "first" or "last" token of a sample, their "mean",
 or, of images, whatever it does with "all" of them.
+
+Where a task has no output at all, its pooled states stand for one.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.heads import Head
-from nsc.bases.structure import replace_module
+from nsc.bases.structure import is_causal, replace_module
 from nsc.bases.weights import checkpoint_folder, read_tensors, shapes_in, shard_names
 from nsc.errors import NSCError, first_line
+from nsc.runtime.placement import input_device
 
 UNLIKELY = 7919  # a number of outputs that is no other size of a model, to see where that number stands
 PROBE = 5  # tokens of the sample by which pooling is seen
@@ -38,12 +41,19 @@ class TaskHead:
         module: pooled states (n, d), or for "all" (n, L, d) -> outputs (n, C), in at least float32.
         outputs: C.
         generating: the layer by which a causal base names its next token, where the head is that.
+        states: whether the outputs are the pooled states themselves.
     """
 
     pooling: str
     module: nn.Module
     outputs: int
     generating: Head | None = None
+    states: bool = False
+
+    @property
+    def numbers(self) -> bool:
+        """Whether the outputs are numbers, and no logits."""
+        return self.states or self.outputs == 1
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the outputs.
@@ -68,7 +78,7 @@ def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHe
         task: name, for errors.
 
     Returns:
-        The head, on the device of the body.
+        The head, on the device of the body's inputs.
 
     Raises:
         NSCError: if transformers has no class with such a head for this base, a weight of it is nowhere, or it pools in
@@ -77,8 +87,8 @@ def load_task_head(base: Base, saved: Mapping[str, Tensor], task: str) -> TaskHe
     images = base.takes == "pixel_values"
     whole, outputs = _without_body(base, saved, task, images)
     _fill(whole, base, saved, task)
-    like = next(base.model.parameters())
-    whole = whole.to(like.device, torch.promote_types(like.dtype, torch.float32)).requires_grad_(False).eval()
+    dtype = torch.promote_types(next(base.model.parameters()).dtype, torch.float32)
+    whole = whole.to(input_device(base.model), dtype).requires_grad_(False).eval()
     module = _Head(whole, images)
     try:
         pooling = _pooling(module, base.body_config.hidden_size)
@@ -105,6 +115,28 @@ def vocabulary_head(head: Head) -> TaskHead:
         The head, which reads each token, in the dtype of its states.
     """
     return TaskHead("each", _Vocabulary(head), len(head.weight), head)
+
+
+def state_head(base: Base) -> TaskHead:
+    """Return what stands for the head of a task without an output: the pooled last hidden states themselves.
+
+    Args:
+        base: with weights.
+
+    Returns:
+        A head whose outputs are the last state of a sample where the base is causal, else the mean of all.
+    """
+    pooling = "all" if base.takes == "pixel_values" else "last" if is_causal(base.model) else "mean"
+    return TaskHead(pooling, _States(), base.body_config.hidden_size, states=True)
+
+
+class _States(nn.Module):
+    """Pooled states in at least float32."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(n, d) or (n, L, d) -> (n, d)."""
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        return states.mean(1) if states.ndim == 3 else states
 
 
 class _Vocabulary(nn.Module):

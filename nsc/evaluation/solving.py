@@ -17,6 +17,7 @@ from nsc.learning.preparation import all_rows
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, SpanMoments
 from nsc.recipes.combination import Combination
+from nsc.runtime.distributed import ALONE, Team
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Findings:
 
 
 def found_on(
-    base: Base, findings: Findings, samples: Mapping[str, Sequence[Any]], config: MergeConfig
+    base: Base, findings: Findings, samples: Mapping[str, Sequence[Any]], config: MergeConfig, team: Team = ALONE
 ) -> dict[str, LowRank]:
     """Find the updates of a method on a base in memory.
 
@@ -93,6 +94,7 @@ def found_on(
         findings: the method on the adapters; what is told of it is added.
         samples: task -> what its feed read.
         config: settings of the rows.
+        team: the processes that share the rows; all find the same.
 
     Returns:
         Layer -> its update at scale 1.
@@ -105,8 +107,10 @@ def found_on(
     rows = all_rows(base, stack, samples, config)
     findings.rows = {task: len(samples[task]) for task in stack.tasks}
     findings.tokens = count_tokens(rows)
+    team.require_same((stack.tasks, stack.names, findings.tokens), "base, adapters or data")
     rounds = recipe.settings.rounds if recipe.method.inputs.run == "merge" else 1
-    return fit(base.model, stack, rows, recipe.method.inputs, findings.solve, rounds, sum(findings.tokens.values()))
+    tokens = sum(findings.tokens.values())
+    return fit(base.model, stack, rows, recipe.method.inputs, findings.solve, rounds, tokens, team=team)
 
 
 def magnitudes_on(

@@ -116,7 +116,10 @@ class Stage:
         Returns:
             A function of the model.
         """
-        return distance_from_experts(self.base, self.matched.adapters, self.stack, self.samples, self.config)
+        held = distance_from_experts(self.base, self.matched.adapters, self.stack, self.samples, self.config)
+        if by_states := held.agreement.by_states(self.stack.tasks):
+            self.say(f"without an output, compared by pooled states: {', '.join(by_states)}")
+        return held
 
     def combination(self, recipe: Recipe, coefficients: Tensor | None) -> Combination:
         """Return what a recipe makes of the adapters, from the rows where it needs them.

@@ -55,6 +55,7 @@ class Record:
         started: which merge was started from, and how it was made, if any was.
         start_factors: layer -> its update in that merge, to which the last coefficients belong.
         magnitudes: layer -> (d,) what was measured of its inputs, where AIM followed the method.
+        fitted: what a method that needs rows was made from, as the report has it.
     """
 
     base: str
@@ -75,6 +76,7 @@ class Record:
     started: Mapping[str, Any] = field(default_factory=dict)
     start_factors: Mapping[str, LowRank] = field(default_factory=dict)
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -156,6 +158,7 @@ class Record:
             **({"started": dict(self.started)} if self.started else {}),
             **({"magnitudes": True} if self.magnitudes else {}),
             **({"searched": dict(self.searched)} if self.searched else {}),
+            **({"fitted": json.dumps(self.fitted)} if self.fitted else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
         }
@@ -191,6 +194,7 @@ class Record:
             record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
             magnitudes = load_file(folder / MAGNITUDES) if text.get("magnitudes") else {}
             record = replace(record, factors=factors, magnitudes=magnitudes, started=started, start_factors=begun)
+            record = replace(record, fitted=json.loads(text.get("fitted", "{}")))
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"

@@ -39,6 +39,7 @@ class Report:
         ratios_by_target: target -> ratios by task, after learning.
         granularity: "layer", "task", "rank" or "factors".
         unseen: tasks merged without any data.
+        by_states: tasks without an output, which were compared with their experts by pooled last hidden states.
         untrained: coefficients that no gradient reaches, left at ``start``.
         bounded: coefficients stopped by ``drift_bound``.
         max_drift: largest distance of a coefficient from ``start``.
@@ -87,6 +88,7 @@ class Report:
     ratios_by_target: dict[str, list[float]] = field(default_factory=dict)
     granularity: str = "layer"
     unseen: list[str] = field(default_factory=list)
+    by_states: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
     bounded: list[str] = field(default_factory=list)
     max_drift: float = 0.0
@@ -227,6 +229,8 @@ def _facts(report: Report) -> str:
         lines.append("- the merged adapter's own factors are fitted to what the experts say: the experts are distilled")
     if unseen := [task for task in report.unseen if task != START]:
         lines.append(f"- unseen, merged without data of their own: {', '.join(unseen)}")
+    if report.by_states:
+        lines.append(f"- without an output, compared by pooled last hidden states: {', '.join(report.by_states)}")
     lines += [_started(report.started)] if report.started else []
     if report.targets:
         lines += [

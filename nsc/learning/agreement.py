@@ -1,11 +1,11 @@
 """How far the merged model's outputs are from those of each task's own expert, the base with that adapter alone.
 
     e_k(x) = head_k(h(x; W0 + s_k B_k A_k))        y_k(x) = head_k(h(x; merged))
-    d_k    = KL(softmax e || softmax y) in nats for classes and tokens        (y - e)^2 for numbers
+    d_k    = KL(softmax e || softmax y) in nats for classes and tokens        |y - e|^2 for numbers
     loss   = sum_k p_k mean_x d_k(x) / D_k,        D_k: the same mean of the base without any adapter
 
 So 1 is a merge that knows nothing and 0 one that says what the experts say. Of a vocabulary the expert's likeliest
-tokens are kept, and all others as one.
+tokens are kept, and all others as one. Where a task has no output, e_k and y_k are the pooled last hidden states.
 
 Source: Hinton et al., https://arxiv.org/abs/1503.02531 (distillation); docs/methods.md, "Matching the experts".
 """
@@ -81,6 +81,17 @@ class Agreement:
             total = total + torch.where(mine, each * weight, 0) @ own
         return total * self.scales.to(total)
 
+    def by_states(self, tasks: Sequence[str]) -> list[str]:
+        """Return the tasks without an output, whose pooled states are compared.
+
+        Args:
+            tasks: names of all tasks.
+
+        Returns:
+            Some of them.
+        """
+        return [task for task, head in zip(tasks, self.heads, strict=True) if head is not None and head.states]
+
     @cached_property
     def groups(self) -> list[tuple[TaskHead, Tensor]]:
         """Each head once, with (K,) bool: the tasks that it is the head of."""
@@ -146,7 +157,7 @@ def distance(head: TaskHead, outputs: Tensor, there: Expected, mine: Tensor) -> 
 
     Args:
         head: whose outputs they are.
-        outputs: (n, C), n being all places of a batch; C is 1 for numbers.
+        outputs: (n, C), n being all places of a batch.
         there: what the experts say: numbers; log-probabilities of C classes; of a vocabulary, those of the ids named
             and, last, of all others together.
         mine: (n,) bool, the places of this head; others give anything finite.
@@ -155,8 +166,8 @@ def distance(head: TaskHead, outputs: Tensor, there: Expected, mine: Tensor) -> 
         (n,) in at least float32: squared error, or KL in nats.
     """
     values = torch.where(mine[:, None], there.values.flatten(0, 1), 0)
-    if head.outputs == 1:
-        return (outputs[:, 0] - values[:, 0]).square()
+    if head.numbers:
+        return (outputs - values[:, : head.outputs]).square().sum(-1)
     logs = outputs.log_softmax(-1)
     if head.pooling == "each":
         assert there.ids is not None

@@ -25,6 +25,7 @@ from nsc.bases.llava import ImageTextBody, places
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.modalities import Batches, Features, Generate, feed_of
+from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device
 
 TOKENS = 4096  # of prompts of one length that are continued together
@@ -77,6 +78,7 @@ def continue_prompts(
     most: int,
     ends: Collection[int] = (),
     features: Features | None = None,
+    team: Team = ALONE,
 ) -> list[list[int]]:
     """Continue prompts greedily.
 
@@ -87,12 +89,13 @@ def continue_prompts(
         most: tokens of an answer, at most.
         ends: ids after which an answer ends; the end token is part of it.
         features: number of a prompt -> (P, h) features of its image, where ``model`` is an ImageTextBody.
+        team: the processes that share the prompts.
 
     Returns:
         The answer to each prompt, as token ids.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    for alike in _of_one_length(prompts):
+    answers: dict[int, list[int]] = {}
+    for alike in _of_one_length(prompts)[team.rank :: team.size]:
         inputs = {"input_ids": torch.tensor([list(prompts[i]) for i in alike])}
         if features:
             assert isinstance(model, ImageTextBody)
@@ -102,7 +105,8 @@ def continue_prompts(
         for i, row in zip(alike, tokens.tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(row) if token in ends), most)
             answers[i] = row[:end]
-    return answers
+    said = {i: answer for share in team.gather(answers) for i, answer in share.items()}
+    return [said[i] for i in range(len(prompts))]
 
 
 def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsc.batch import Batch
 from nsc.learning.agreement import Agreement
+from nsc.learning.passes import on_each
+from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import shards_of
 
@@ -26,11 +27,13 @@ class HeldBack:
 
     Attributes:
         agreement: how far the merged model is from the experts.
-        batches: the rows, with what the experts say about them.
+        batches: the rows in passes, with what the experts say about them.
+        team: the processes that share them; all of them must measure the same models in the same order.
     """
 
     agreement: Agreement
     batches: Sequence[Batch]
+    team: Team = ALONE
 
     @torch.no_grad()
     def distances(self, model: nn.Module) -> list[float]:
@@ -42,13 +45,16 @@ class HeldBack:
         Returns:
             Each task's distance from its expert, relative to the bare base's; 0 for a task without rows.
         """
-        device, shards = input_device(model), shards_of(model)
-        dtype = next(model.parameters()).dtype
-        total = torch.zeros(len(self.agreement.heads), dtype=torch.float64, device=device)
-        for batch in self.batches:
+        device, dtype = input_device(model), next(model.parameters()).dtype
+
+        def measure(batch: Batch) -> tuple[Tensor]:
             batch = batch.to(device)
-            with shards.one_pass() if shards else nullcontext():
-                total += self.agreement.by_task(model(**batch.arguments(dtype))[0], batch)
+            return (self.agreement.by_task(model(**batch.arguments(dtype))[0], batch).double(),)
+
+        parts = on_each(self.batches, measure, self.team, shards_of(model))
+        total = torch.zeros(len(self.agreement.heads), dtype=torch.float64, device=parts[0][0].device)
+        for (part,) in parts:
+            total += part
         return total.tolist()
 
     def __call__(self, model: nn.Module) -> float:

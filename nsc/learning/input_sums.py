@@ -12,6 +12,7 @@ from nsc.adapters.stack import ModuleStack
 from nsc.learning.sums import require_finite
 from nsc.methods.equations import Gram
 from nsc.methods.inputs import InputMoments, Inputs
+from nsc.runtime.distributed import Team
 from nsc_kernels import lora_moments
 
 
@@ -118,6 +119,23 @@ class InputSums:
             parts["cross"] = parts["second"] if one else (seen.mT @ made).double()
         for key, part in parts.items():
             self.task[key] = self.task[key] + part if key in self.task else part
+
+    def add_up(self, k: int, team: Team) -> None:
+        """Add up what the ranks know of a task, and bring its tokens together, if they are kept.
+
+        Args:
+            k: number of the task.
+            team: the processes.
+
+        Raises:
+            RankError: if a rank is lost.
+        """
+        if team.size == 1:
+            return
+        team.add_up(*{id(x): x for x in self.task.values()}.values())  # two of them may be one tensor
+        device = next(iter(self.task.values())).device
+        shares = team.gather([(x.cpu(), y.cpu()) for x, y in self.rows])
+        self.rows = [(x.to(device), y.to(device)) for share in shares for x, y in share]
 
     def close(self, k: int, task: str) -> None:
         """End a task: what is known of it becomes products with A_k and a part of the sum.

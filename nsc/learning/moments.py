@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,15 @@ from nsc.bases.structure import block_of
 from nsc.batch import Batch
 from nsc.errors import NSCError, TargetError
 from nsc.learning.input_sums import InputSums
+from nsc.learning.passes import own_share
 from nsc.learning.sums import SpanSums, Sums, require_finite
 from nsc.learning.watch import LastTargetSeen
 from nsc.methods import LowRank
 from nsc.methods.inputs import InputMoments, Inputs, SpanMoments
+from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.memory import free_memory
 from nsc.runtime.placement import input_device, is_plain
+from nsc.runtime.sharding import weightless
 from nsc_kernels import MergedLoRALinear
 
 SHARE = 0.4  # of free memory, for the sums of a group
@@ -49,6 +52,7 @@ class Readings:
         runs: layer -> how often it runs in a forward.
         weights: layer -> the base's weight, where the unit of a task depends on it.
         tokens: how many tokens of all tasks count.
+        team: the processes that share the rows.
     """
 
     model: nn.Module
@@ -58,6 +62,7 @@ class Readings:
     runs: Mapping[str, int]
     weights: Mapping[str, Tensor]
     tokens: int
+    team: Team = ALONE
 
     def sums(self, names: Sequence[str]) -> Sums:
         """Return empty sums of layers that read one tensor.
@@ -93,6 +98,7 @@ def fit(
     rounds: int = 1,
     tokens: int | None = None,
     budget: int | None = None,
+    team: Team = ALONE,
 ) -> dict[str, LowRank]:
     """Collect the moments of every layer's inputs, and solve each layer as soon as they are known.
 
@@ -106,6 +112,7 @@ def fit(
         tokens: how many tokens of all tasks count; None to count them.
         budget: bytes of sums that may be held at once; None for ``SHARE`` of the free memory. A group has at least one
             sum.
+        team: the processes that share the rows; all find the same.
 
     Returns:
         Layer -> its update.
@@ -114,9 +121,10 @@ def fit(
         NSCError: a subclass, for a layer that does not run or sees other rows than the batch's, and for inputs that
             are not finite.
     """
-    seen = _readings(model, stack, rows, inputs, sum(count_tokens(rows).values()) if tokens is None else tokens)
+    tokens = sum(count_tokens(rows).values()) if tokens is None else tokens
+    seen = replace(_readings(model, stack, rows, inputs, tokens), team=team)
     if budget is None:
-        budget = int(SHARE * (free_memory(input_device(model)) or 1 << 30))
+        budget = -team.most(-int(SHARE * (free_memory(input_device(model)) or 1 << 30)))  # the least of any rank
     merge: dict[str, LowRank] = {}
     for _ in range(rounds):
         found: dict[str, LowRank] = {}
@@ -218,12 +226,21 @@ def _collected(
         lone = _one_expert(seen.stack, k, below, merge)
         alone = torch.tensor([1.0, 0.0], device=device).expand(len(lone.names), 2)
         with merged_layers(seen.model, lone, alone) as layers:
-            for batch in rows[task]():
+            for batch in _own(rows[task](), seen.team):
                 _add_batch(seen, sums, k, batch, layers, alone if merge else None)
         for of in sums.values():
+            of.add_up(k, seen.team)
             of.close(k, task)
     for of in sums.values():
         yield from of.moments().items()
+
+
+def _own(batches: Iterable[Batch], team: Team) -> Iterable[Batch]:
+    """This rank's share of a task's rows, or a row that weighs nothing."""
+    if team.size == 1:
+        return batches
+    batches = list(batches)
+    return own_share(batches, team) or [weightless(batches[0])]
 
 
 def _add_batch(

@@ -1,4 +1,4 @@
-"""A step's gradient in as few forwards and backwards as memory allows, and each rank's share of a step."""
+"""A step's gradient in as few forwards and backwards as memory allows, and each rank's share of passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.learning.objective import Objective
 from nsc.runtime.cuda_graphs import Graphs
-from nsc.runtime.distributed import Team
+from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.memory import kept_bytes
 from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import LostPass, Shards, shards_of, weightless
@@ -66,6 +66,39 @@ def in_passes(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
         The passes, in the order of the batches.
     """
     return [part for batch in batches for part in (batch.within(tokens) if tokens else [batch])]
+
+
+def on_each(
+    passes: Sequence[Batch],
+    run: Callable[[Batch], tuple[Tensor, ...]],
+    team: Team = ALONE,
+    shards: Shards | None = None,
+) -> list[tuple[Tensor, ...]]:
+    """Run each pass on one of the ranks, and tell all of them what came of it.
+
+    The passes are those of a single process, so however many ranks there are, the results have the same bits.
+
+    Args:
+        passes: the same on all ranks.
+        run: pass -> what comes of it.
+        team: the processes.
+        shards: shards of a sharded base, for which all ranks run equally many passes.
+
+    Returns:
+        The result of each pass in their order, on the CPU where there are several ranks.
+
+    Raises:
+        RankError: if a rank is lost.
+    """
+    idle = -len(passes) % team.size if shards else 0
+    mine = []
+    for i in range(team.rank, len(passes) + idle, team.size):
+        with shards.one_pass() if shards else nullcontext():
+            mine.append(run(passes[i] if i < len(passes) else weightless(passes[0])))
+    if team.size == 1:
+        return mine
+    shares = team.gather([tuple(x.cpu() for x in made) for made in mine])
+    return [shares[i % team.size][i // team.size] for i in range(len(passes))]
 
 
 class Passes:

@@ -72,6 +72,12 @@ class Problem:
         """The stack whitened: the form in which a step is cheapest."""
         return whitened(self.stack)
 
+    @property
+    def by_states(self) -> list[str]:
+        """Tasks without an output, which are matched by their pooled states."""
+        agreement = self.held.agreement if self.held else self.output
+        return agreement.by_states(self.stack.tasks) if isinstance(agreement, Agreement) else []
+
     def learn(self, **running: Any) -> Learned:
         """Learn the coefficients.
 
@@ -147,6 +153,7 @@ def prepare(
     samples: Mapping[str, Sequence[Any]],
     config: MergeConfig,
     factors: Factors | None = None,
+    team: Team = ALONE,
 ) -> Problem:
     """Put together what is learned from these rows: targets, batches and loss.
 
@@ -156,6 +163,7 @@ def prepare(
         samples: task -> what its feed read.
         config: granularity, targets, rows and objective.
         factors: layer -> A (r, d), B (m, r) at which fitted factors start, for the granularity "factors".
+        team: the processes that ask the experts together.
 
     Returns:
         The problem, of which nothing has run but what answers prompts, where generated positions count.
@@ -166,7 +174,7 @@ def prepare(
     stack = by_rank(matched.stack) if config.granularity == "rank" else matched.stack
     targets = targets_of(base, stack, config.target_modules, config.target_blocks)
     if config.needs_outputs:
-        return replace(_with_experts(base, matched, stack, targets, samples, config), factors=factors)
+        return replace(_with_experts(base, matched, stack, targets, samples, config, team), factors=factors)
     batches, evaluation = batches_of(base, stack, targets, samples, config)
     output = entropy_in(base, matched, config) if config.needs_entropy else None
     return Problem(base, stack, targets, batches, evaluation, output, config)
@@ -179,13 +187,14 @@ def _with_experts(
     targets: list[str],
     samples: Mapping[str, Sequence[Any]],
     config: MergeConfig,
+    team: Team,
 ) -> Problem:
     """The problem where the experts' outputs are learned from, or choose the step that is kept."""
     rest, held, warnings = hold_back(samples, config.seed)
     learned = rest if config.stop == "match" else samples
     own = {task: len(rows) for task, rows in learned.items()}
     batches, evaluation = _borrowing(base, targets, learned, replace(config, positions="prompt"))
-    experts = experts_of(base, matched.adapters, matched.stack, config)
+    experts = experts_of(base, matched.adapters, matched.stack, config, team)
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))
     drawn = [batches.drawn(step).items() for step in range(max(1, config.steps))]
     picks = sorted({(task, i) for step in drawn for task, row in step for i in row})
@@ -195,7 +204,7 @@ def _with_experts(
     output = entropy_in(base, matched, config) if config.needs_entropy else output
     chosen = None
     if config.stop == "match":
-        chosen = HeldBack(agreement, _told(experts, base, targets, held, config, limit)[0])
+        chosen = HeldBack(agreement, _told(experts, base, targets, held, config, limit)[0], team)
     return Problem(base, stack, targets, batches, evaluation, output, config, chosen, warnings=tuple(warnings))
 
 
@@ -219,7 +228,9 @@ def _measured(picks: Sequence[Pick], own: Mapping[str, int]) -> list[Pick]:
     return mine + [(task, i) for task, i in picks if task not in there]
 
 
-def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config: MergeConfig) -> Experts:
+def experts_of(
+    base: Base, adapters: Mapping[str, Adapter], stack: Stack, config: MergeConfig, team: Team = ALONE
+) -> Experts:
     """Return the experts of a merge.
 
     Args:
@@ -227,6 +238,7 @@ def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config
         adapters: task -> adapter.
         stack: the adapters on the base, with one coefficient for each layer and task.
         config: positions, unseen and the length of answers.
+        team: the processes that share the rows.
 
     Returns:
         The experts.
@@ -234,7 +246,7 @@ def experts_of(base: Base, adapters: Mapping[str, Adapter], stack: Stack, config
     Raises:
         NSCError: naming a task whose output is not followed.
     """
-    return Experts(base, adapters, stack, config.positions, config.without_rows, config.max_new_tokens)
+    return Experts(base, adapters, stack, config.positions, config.without_rows, config.max_new_tokens, team)
 
 
 def distance_from_experts(
@@ -243,6 +255,7 @@ def distance_from_experts(
     stack: Stack,
     samples: Mapping[str, Sequence[Any]],
     config: MergeConfig,
+    team: Team = ALONE,
 ) -> HeldBack:
     """Return what measures any merge, without labels, by its distance from the experts on some rows of each task.
 
@@ -252,6 +265,7 @@ def distance_from_experts(
         stack: the adapters on the base, with one coefficient for each layer and task.
         samples: task -> what its feed read, of which at most ``MEASURED`` rows are taken.
         config: settings of the rows.
+        team: the processes that share the rows.
 
     Returns:
         The measure.
@@ -260,11 +274,11 @@ def distance_from_experts(
         NSCError: a subclass, for rows and heads that do not go together.
     """
     targets = targets_of(base, stack, config.target_modules, config.target_blocks)
-    experts = experts_of(base, adapters, stack, config)
+    experts = experts_of(base, adapters, stack, config, team)
     some = {task: some_of(rows, MEASURED, f"{config.seed}/{task}/measured") for task, rows in samples.items()}
     limit = config.tokens_per_pass or TOKENS
     parts, batches, picks = _told(experts, base, targets, some, config, limit)
-    return HeldBack(experts.agreement(batches, picks, limit), parts)
+    return HeldBack(experts.agreement(batches, picks, limit), parts, team)
 
 
 def _told(

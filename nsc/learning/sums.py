@@ -11,6 +11,7 @@ from torch import Tensor
 from nsc.adapters.stack import ModuleStack
 from nsc.errors import NonFiniteError
 from nsc.methods.inputs import InputMoments, SpanMoments
+from nsc.runtime.distributed import Team
 from nsc_kernels import lora_moments
 
 
@@ -29,6 +30,17 @@ class Sums(Protocol):
             x: (t, d) inputs in the expert.
             merged: (t, d) inputs in the merge so far, or x itself.
             weight: (t,).
+        """
+
+    def add_up(self, k: int, team: Team) -> None:
+        """Add up what the ranks know of a task; each has added tokens of it, perhaps none.
+
+        Args:
+            k: number of the task.
+            team: the processes.
+
+        Raises:
+            RankError: if a rank is lost.
         """
 
     def close(self, k: int, task: str) -> None:
@@ -81,6 +93,18 @@ class SpanSums:
             if name not in self.second:
                 self.second[name] = second.new_zeros(len(module.ranks), *second.shape[1:])
             self.second[name][k] += second[0]
+
+    def add_up(self, k: int, team: Team) -> None:
+        """Add up what the ranks know of a task.
+
+        Args:
+            k: number of the task.
+            team: the processes.
+
+        Raises:
+            RankError: if a rank is lost.
+        """
+        team.add_up(*(second[k] for second in self.second.values()))
 
     def close(self, k: int, task: str) -> None:
         """End a task.

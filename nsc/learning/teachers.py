@@ -2,7 +2,7 @@
 
 A task's head is the one that its adapter carries. Where it carries none, a causal base's own head over its vocabulary
 is: then the expert's greedy answer stands behind each prompt, and what it says at the places that computed the answer
-counts.
+counts. Where the base has none either, there is no output, and its pooled last hidden states count instead.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from nsc.adapters.modules_to_save import without_body
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.bases.base_model import Base
-from nsc.bases.heads import load_generating_head
-from nsc.bases.task_head import TaskHead, load_task_head, vocabulary_head
+from nsc.bases.heads import NoHeadError, load_generating_head
+from nsc.bases.task_head import TaskHead, load_task_head, state_head, vocabulary_head
 from nsc.batch import Batch
 from nsc.data.expected import Output
 from nsc.data.text import Pick
 from nsc.errors import DataError, NSCError
 from nsc.learning.agreement import Agreement, likeliest, of_likeliest, outputs_of
 from nsc.learning.generation import continue_prompts, end_tokens
-from nsc.learning.passes import in_passes
+from nsc.learning.passes import in_passes, on_each
+from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device
+from nsc.runtime.sharding import shards_of
 
 AnyBatches = Any  # TextBatches, ImageBatches or PromptBatches
 
@@ -44,12 +46,13 @@ class Experts:
             in full.
         unseen: tasks without rows.
         max_new_tokens: length of an answer, at most.
+        team: the processes that share the rows.
 
     Attributes:
         heads: the head of each task; None for an unseen one.
 
     Raises:
-        NSCError: naming the task, for a head that is not followed, or where there is none.
+        NSCError: naming the task, for a head that is not followed, or without one where positions are generated.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class Experts:
         positions: str = "prompt",
         unseen: Collection[str] = (),
         max_new_tokens: int = 16,
+        team: Team = ALONE,
     ) -> None:
         self.base, self.stack = base, stack
         self.positions, self.most = positions, max_new_tokens
+        self.team, self.shards = team, shards_of(base.model)
         self.heads = _heads(base, adapters, positions, unseen)
 
     @torch.no_grad()
@@ -80,7 +85,6 @@ class Experts:
         Raises:
             DataError: naming a sample of which an expert says NaN or infinity.
         """
-        outputs: dict[Pick, Output] = {}
         answers: dict[Pick, Sequence[int]] = {}
         for task, head in zip(self.stack.tasks, self.heads, strict=True):
             mine = [pick for pick in picks if pick[0] == task]
@@ -88,10 +92,7 @@ class Experts:
                 answers |= dict(zip(mine, self._answers(task, head, batches.prompts_of(mine)), strict=True))
         if answers:
             batches = batches.with_answers(answers, "last" if self.positions == "last" else "full")
-        for k, task in enumerate(self.stack.tasks):
-            if mine := [pick for pick in picks if pick[0] == task]:
-                outputs |= self._outputs(k, batches, mine, tokens)
-        return batches.with_outputs(outputs)
+        return batches.with_outputs(self._outputs(batches, picks, tokens))
 
     @torch.no_grad()
     def agreement(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> Agreement:
@@ -111,8 +112,9 @@ class Experts:
         device = input_device(self.base.model)
         plain = Agreement(self.heads, torch.ones(len(self.heads), device=device))
         bare = torch.zeros(len(self.heads), dtype=torch.float64, device=device)
-        for part in in_passes(batches.packed(picks), tokens):
-            bare += plain.by_task(*self._states(part))
+        passes = in_passes(batches.packed(picks), tokens)
+        for (part,) in on_each(passes, lambda part: (plain.by_task(*self._states(part)),), self.team, self.shards):
+            bare += part.to(bare)
         for task, head, value in zip(self.stack.tasks, self.heads, bare.tolist(), strict=True):
             if head is not None and not value > 0:
                 raise NSCError(
@@ -133,8 +135,9 @@ class Experts:
     def _answers(self, task: str, head: TaskHead, prompts: Any) -> list[list[int]]:
         model = self.base.model
         assert head.generating is not None
+        team = ALONE if self.shards else self.team  # ranks with a part of each weight run the same groups of prompts
         with self._alone(task):
-            return continue_prompts(model, head.generating, prompts[0], self.most, end_tokens(model), prompts[1])
+            return continue_prompts(model, head.generating, prompts[0], self.most, end_tokens(model), prompts[1], team)
 
     def _states(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Last hidden states of a batch, and the batch on their device."""
@@ -142,36 +145,57 @@ class Experts:
         batch = batch.to(input_device(model))
         return model(**batch.arguments(next(model.parameters()).dtype))[0], batch
 
-    def _outputs(self, k: int, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> dict[Pick, Output]:
-        """What the expert of task k says about samples, each place found again by its number."""
-        task, head = self.stack.tasks[k], self.heads[k]
-        assert head is not None
-        spans = [spans_of(head, batches.counted_of(pick)) for pick in picks]
-        numbers = torch.arange(sum(map(len, spans)), dtype=torch.float64)[:, None].split([*map(len, spans)])
-        blank = {pick: Output(*given) for pick, *given in zip(picks, spans, numbers, strict=True)}
-        at, values, ids = [], [], []
-        with self._alone(task):
-            for part in in_passes(batches.with_outputs(blank).packed(picks), tokens):
-                states, batch = self._states(part)
-                assert part.expected is not None
-                there = (part.expected.weight > 0).flatten()
-                made = outputs_of(head, states, batch)[there.to(states.device)]
-                at.append(part.expected.values.flatten()[there].long())
-                kept = _as_target(head, made)
-                values.append(kept[0])
-                ids.append(kept[1])
-        order = torch.cat(at).argsort()
-        sizes = [len(places) for places in spans]
-        by_sample = torch.cat(values)[order].split(sizes), torch.cat(ids)[order].split(sizes)
+    def _outputs(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> dict[Pick, Output]:
+        """What each task's expert says about samples of the task."""
+        of = {k: [pick for pick in picks if pick[0] == task] for k, task in enumerate(self.stack.tasks)}
+        spans = {pick: spans_of(self._head(k), batches.counted_of(pick)) for k, mine in of.items() for pick in mine}
+        passes = [part for mine in of.values() if mine for part in _numbered(batches, mine, spans, tokens)]
+        said = on_each(passes, self._said, self.team, self.shards)
         outputs = {}
-        for pick, places, value, chosen in zip(picks, spans, *by_sample, strict=True):
-            if value.isnan().any() or value.isposinf().any() or (head.outputs == 1 and value.isinf().any()):
-                raise DataError(
-                    f"the expert of task {task} says NaN or infinity about row {pick[1] + 1} of its data; check the"
-                    " base's dtype (float16 overflows: use bfloat16) and the adapter"
-                )
-            outputs[pick] = Output(places, value, chosen if head.pooling == "each" else None)
+        for k, mine in of.items():
+            parts = [made for part, made in zip(passes, said, strict=True) if _task_of(part) == k]
+            at, values, ids = (torch.cat(side) for side in zip(*parts, strict=True)) if parts else [torch.empty(0)] * 3
+            sizes, order = [len(spans[pick]) for pick in mine], at.argsort()
+            for pick, value, chosen in zip(mine, values[order].split(sizes), ids[order].split(sizes), strict=True):
+                self._require_finite(k, pick, value)
+                outputs[pick] = Output(spans[pick], value, chosen if self._head(k).pooling == "each" else None)
         return outputs
+
+    def _said(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of the places of a pass, whose rows are of one task, and what is kept of the outputs there."""
+        k = _task_of(part)
+        assert part.expected is not None
+        there = (part.expected.weight > 0).flatten()
+        with self._alone(self.stack.tasks[k]):  # the head may run a pooler of the body, which the adapter changes
+            states, batch = self._states(part)
+            made = outputs_of(self._head(k), states, batch)[there.to(states.device)]
+        return part.expected.values.flatten()[there].long(), *_as_target(self._head(k), made)
+
+    def _head(self, k: int) -> TaskHead:
+        head = self.heads[k]
+        assert head is not None  # unseen tasks have no rows
+        return head
+
+    def _require_finite(self, k: int, pick: Pick, values: Tensor) -> None:
+        if values.isnan().any() or values.isposinf().any() or (self._head(k).numbers and values.isinf().any()):
+            raise DataError(
+                f"the expert of task {pick[0]} says NaN or infinity about row {pick[1] + 1} of its data; check the"
+                " base's dtype (float16 overflows: use bfloat16) and the adapter"
+            )
+
+
+def _numbered(
+    batches: AnyBatches, picks: Sequence[Pick], spans: Mapping[Pick, Sequence[tuple[int, int]]], tokens: int
+) -> list[Batch]:
+    """Samples in passes, each place holding its number in the order of the samples, by which it is found again."""
+    sizes = [len(spans[pick]) for pick in picks]
+    numbers = torch.arange(sum(sizes), dtype=torch.float64)[:, None].split(sizes)
+    blank = {pick: Output(spans[pick], given) for pick, given in zip(picks, numbers, strict=True)}
+    return in_passes(batches.with_outputs(blank).packed(picks), tokens)
+
+
+def _task_of(part: Batch) -> int:
+    return int(part.task[0, 0])
 
 
 def spans_of(head: TaskHead, counted: slice) -> list[tuple[int, int]]:
@@ -193,9 +217,9 @@ def spans_of(head: TaskHead, counted: slice) -> list[tuple[int, int]]:
 def _heads(
     base: Base, adapters: Mapping[str, Adapter], positions: str, unseen: Collection[str]
 ) -> list[TaskHead | None]:
-    """The head that each adapter carries, or the base's own over its vocabulary, the same for all."""
+    """The head that each adapter carries, or one that all others share: the base's own, or its states."""
     heads: list[TaskHead | None] = []
-    vocabulary: TaskHead | None = None
+    shared: TaskHead | None = None
     for task, adapter in adapters.items():
         saved = without_body(base.model, adapter).saved if positions == "prompt" else {}
         if task in unseen:
@@ -203,24 +227,27 @@ def _heads(
         elif saved:
             heads.append(load_task_head(base, saved, task))
         else:
-            vocabulary = vocabulary or _vocabulary(base, task)
-            heads.append(vocabulary)
+            shared = shared or _without_own(base, task, positions)
+            heads.append(shared)
     return heads
 
 
-def _vocabulary(base: Base, task: str) -> TaskHead:
+def _without_own(base: Base, task: str, positions: str) -> TaskHead:
+    """The base's head over its vocabulary; or its states, where it has none and no answers are asked for."""
     try:
         return vocabulary_head(load_generating_head(base))
     except NSCError as error:
+        if isinstance(error, NoHeadError) and positions == "prompt":
+            return state_head(base)
         raise NSCError(
-            f"adapter {task} carries no head, and the base has none that generates, so there is no output to match"
-            f" ({error}); merge by nsc, or name this task as unseen"
+            f"adapter {task} carries no head that is followed, and the base's own cannot be matched ({error}); merge by"
+            " nsc, or name this task as unseen"
         ) from error
 
 
 def _as_target(head: TaskHead, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """What is kept of outputs (n, C), on the CPU: numbers, or log-probabilities, and of a vocabulary their ids."""
-    if head.outputs == 1:
+    if head.numbers:
         return outputs.cpu(), torch.zeros(len(outputs), 0)
     logs = outputs.log_softmax(-1)
     if head.pooling != "each":

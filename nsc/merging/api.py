@@ -86,7 +86,7 @@ def merge(
     if asked and searches:
         refuse_base(search, config)
     if recipe and recipe.needs_rows:
-        refuse_without_rows(recipe, data)
+        refuse_without_rows(recipe, data, config)
     home = Base(absolute(base))
     chosen = read_search(search, home, adapters, data, validation, scales, over, not asked)
     say = printer(progress and join(config.device).first)

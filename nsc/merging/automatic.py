@@ -27,6 +27,7 @@ from nsc.merging.from_recipe import combine
 from nsc.merging.from_rows import settled
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import OF_BASE, read_recipe, with_scale
+from nsc.runtime.distributed import join
 from nsc.runtime.placement import input_device
 
 TRIED = ("task-arithmetic", "tsv", "ssr", "core-ties")  # exact in factors, so that an adapter holds each of them
@@ -63,7 +64,8 @@ def merge_automatically(
     loaded = Base(base.id, matched.model)
     samples = read_data(data, matched.adapters, feed_of(base).read, config.unseen)
     learned, held, _ = hold_back(samples, config.seed)
-    distance = distance_from_experts(loaded, matched.adapters, matched.by_layer, held, config)
+    team = join(config.device)
+    distance = distance_from_experts(loaded, matched.adapters, matched.by_layer, held, config, team)
     with merged_layers(matched.model, *_placed(matched)):
         tried: dict[str, dict[str, Any]] = {"match": {"distance": distance(matched.model)}}
     made = {name: _Trial(name, matched) for name in TRIED}
@@ -73,7 +75,7 @@ def merge_automatically(
     say(f"match: {_told(tried['match'])}")
     best = min((name for name in tried if "distance" in tried[name]), key=lambda name: tried[name]["distance"])
     result = matched if best == "match" else made[best].result(base, adapters, config, tried[best]["scale"], say)
-    return replace(result, report=replace(result.report, tried=tried))
+    return replace(result, report=replace(result.report, tried=tried, by_states=matched.report.by_states))
 
 
 class _Trial:
@@ -89,7 +91,7 @@ class _Trial:
         """The best scale of the method and its distance, or why it does not merge these adapters."""
         try:
             if self.findings:
-                found = found_on(base, self.findings, rows, config)
+                found = found_on(base, self.findings, rows, config, join(config.device))
                 self.combination = self.combination.with_found(found)
             merged = as_one(self.combination.at_scale(1.0))
             require_finite(merged)

@@ -83,12 +83,16 @@ def merge_by_learning(
     say = printer(progress and team.first)
     base, matched = stack_on(base, read, config, team)
     begun = started(base, matched, samples, config, say)
-    problem = prepare(base, begun.matched, begun.samples, config, factors_to_fit(begun.matched.stack, config))
+    factors = factors_to_fit(begun.matched.stack, config)
+    problem = prepare(base, begun.matched, begun.samples, config, factors, team)
     first_step = problem.batches(0)
     _tell(problem, matched.adapters, samples, first_step, say)
     identity = _identity(base.id, begun.matched.adapters, samples, problem.targets, config)
     evaluation = _own_evaluation(problem, first_step, identity, team)
-    before = problem.ratios(evaluation, starts(problem.stack, config), team)
+    if problem.factors:
+        before = _ratios_of(problem, fitted(problem.stack, problem.factors))
+    else:
+        before = problem.ratios(evaluation, starts(problem.stack, config), team)
     learned = problem.learn(checkpoint=checkpoint, resume=resume, identity=identity, progress=progress, team=team)
     fixed = fitted(problem.stack, learned.factors) if learned.factors else None
     coefficients = None if fixed else learned.coefficients
@@ -141,6 +145,8 @@ def _tell(
         say(f"fine-tuned whole, merged as differences: {', '.join(stack.dense)}")
     measured = f"measured at {len(targets)}: {', '.join(targets)}"
     say(f"base {problem.base.id}: {len(stack.modules)} modules carry LoRA; {measured}")
+    if problem.by_states:
+        say(f"without an output, matched by pooled states: {', '.join(problem.by_states)}")
     for task, adapter in adapters.items():
         say(f"adapter {task}: {len(adapter.factors)} modules matched, {len(samples[task])} unlabeled samples")
     tokens = sum(batch.tokens for batch in first_step)
@@ -175,7 +181,8 @@ def _report(
     report = describe_merge(
         problem.base.id, problem.stack, problem.targets, learned, coefficients, before, after, problem.config, name
     )
-    return replace(report, warnings=report.warnings + list(problem.warnings) + base_warnings(problem.base.id, read))
+    warnings = report.warnings + list(problem.warnings) + base_warnings(problem.base.id, read)
+    return replace(report, by_states=problem.by_states, warnings=warnings)
 
 
 def _identity(

@@ -36,7 +36,8 @@ def replay(result: MergeResult) -> MergeResult:
     record = result.record
     recipe = record.recipe
     if recipe is not None:
-        result = replace(result, report=replace(describe_recipe(result.report, recipe), searched=record.searched))
+        report = describe_recipe(result.report, recipe)
+        result = replace(result, report=replace(report, searched=record.searched, fitted=record.fitted))
     if record.factors:
         return replace(result, fixed=_recorded(result))
     if recipe is None:

@@ -22,6 +22,7 @@ from nsc.methods import LowRank
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import FixedFactors
+from nsc.runtime.distributed import join
 
 
 def find_updates(
@@ -44,9 +45,10 @@ def find_updates(
     assert result.combination is not None
     base, samples = _read(result, data, config)
     started, findings = time.perf_counter(), Findings(result.combination)
-    found = found_on(base, findings, samples, config)
+    found = found_on(base, findings, samples, config, join(config.device))
     say(f"{len(found)} layers solved from rows in {time.perf_counter() - started:.1f} s")
-    return _with_base(result, base, result.combination.with_found(found), data), findings
+    combination = result.combination.with_found(found)
+    return _with_base(result, base, combination, data, config), findings
 
 
 def find_magnitudes(result: MergeResult, data: Mapping[str, Source], config: MergeConfig) -> MergeResult:
@@ -68,7 +70,7 @@ def find_magnitudes(result: MergeResult, data: Mapping[str, Source], config: Mer
     magnitudes = magnitudes_on(base, result.by_layer, samples, config)
     combination = result.combination.with_magnitudes(magnitudes)
     result = replace(result, record=replace(result.record, magnitudes=magnitudes))
-    return _with_base(result, base, combination, data)
+    return _with_base(result, base, combination, data, config)
 
 
 def settled(result: MergeResult, findings: Findings) -> MergeResult:
@@ -85,17 +87,18 @@ def settled(result: MergeResult, findings: Findings) -> MergeResult:
     combination = result.combination
     factors = {name: update for name in combination.names if isinstance(update := combination.update(name), LowRank)}
     fixed = FixedFactors(factors, combination)
-    record = replace(result.record, factors=fixed.factors)
-    report = replace(result.report, fitted=findings.to_dict(combination.recipe.scale))
-    return replace(result, fixed=fixed, record=record, report=report)
+    told = findings.to_dict(combination.recipe.scale)
+    record = replace(result.record, factors=fixed.factors, fitted=told)
+    return replace(result, fixed=fixed, record=record, report=replace(result.report, fitted=told))
 
 
-def refuse_without_rows(recipe: Recipe, data: Mapping[str, Source]) -> None:
-    """Refuse a method that needs rows where there are none.
+def refuse_without_rows(recipe: Recipe, data: Mapping[str, Source], config: MergeConfig) -> None:
+    """Refuse a method that needs rows where there are none, or where the base is not one that can read them.
 
     Args:
         recipe: the method with its settings.
         data: task -> unlabeled rows.
+        config: settings of the base.
 
     Raises:
         NSCError: naming the remedy.
@@ -103,17 +106,28 @@ def refuse_without_rows(recipe: Recipe, data: Mapping[str, Source]) -> None:
     if not data:
         what = f"method {recipe.label} is made from" if recipe.method.inputs else "aim is measured on"
         raise NSCError(f"{what} unlabeled rows: give --data TASK=FILE for each task")
+    if config.shard or (config.device_map and join(config.device).size > 1):
+        raise NSCError(
+            f"method {recipe.label} runs the experts on a whole base in each process: leave out shard, and give"
+            " device_map to one process alone"
+        )
 
 
 def _read(result: MergeResult, data: Mapping[str, Source], config: MergeConfig) -> tuple[Base, dict[str, Any]]:
     """The base with its weights, and the rows of each task."""
     base = Base(result.record.base, result.model)
     samples = read_data(data, result.adapters, feed_of(base).read, config.unseen)
-    return base if result.model else loading.load(base, config.dtype, config.device), samples
+    if result.model:
+        return base, samples
+    return loading.load(base, config.dtype, config.device, config.weights, config.device_map), samples
 
 
-def _with_base(result: MergeResult, base: Base, combination: Combination, data: Mapping[str, Source]) -> MergeResult:
-    """The merge as it is now, with the base in memory and where the rows were in its record."""
+def _with_base(
+    result: MergeResult, base: Base, combination: Combination, data: Mapping[str, Source], config: MergeConfig
+) -> MergeResult:
+    """The merge as it is now, with the base in memory if it is whole, and where the rows were in its record."""
     record = replace(result.record, data={task: place_of(source) for task, source in data.items()})
     batch = result.batch or feed_of(base).example(base)
-    return replace(result, combination=combination, record=record, model=base.model, batch=batch)
+    return replace(
+        result, combination=combination, record=record, model=base.model if config.whole_base else None, batch=batch
+    )

@@ -30,10 +30,12 @@ from nsc.evaluation.scale_search import (
 )
 from nsc.evaluation.scoring import exams_of
 from nsc.export.result import MergeResult
+from nsc.learning.held_back import HeldBack
 from nsc.learning.preparation import distance_from_experts, evaluation_ratio
 from nsc.merging.report_builder import describe_recipe
 from nsc.recipes.combination import Combination, as_one
 from nsc.recipes.spec import OF_SEARCH, read_recipe, split_learned, write_settings
+from nsc.runtime.distributed import join
 
 
 class Search(NamedTuple):
@@ -219,6 +221,9 @@ def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Ca
         found.append((combination, search_scale(base.model, merged, value, search.grid)))
     combination, best = min(found, key=lambda pair: pair[1].curve[pair[1].scale])
     tried = {_setting(c, search): s.curve[s.scale] for c, s in found} if search.over else {}
+    if isinstance(value, HeldBack):
+        by_states = value.agreement.by_states(result.stack.tasks)
+        result = replace(result, report=replace(result.report, by_states=by_states))
     combination = combination.at_scale(best.scale)
     return _described(replace(result, model=base.model, combination=combination), best, search, targets, config, tried)
 
@@ -253,7 +258,8 @@ def _value(result: MergeResult, base: Base, search: Search, config: MergeConfig)
         return result.record.targets, LabelledLoss(base.model, exams)
     samples = read_data(search.sources, adapters, feed_of(base).read, config.unseen)
     if search.by == "match":
-        return result.record.targets, distance_from_experts(base, adapters, result.by_layer, samples, config)
+        team = join(config.device)
+        return result.record.targets, distance_from_experts(base, adapters, result.by_layer, samples, config, team)
     ratio = evaluation_ratio(base, result.stack, samples, config)
     return ratio.targets, ratio
 

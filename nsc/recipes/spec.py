@@ -20,7 +20,7 @@ from nsc.recipes.spaces import SPACES
 COMMON = ("scale", "weights", "isotropize", "aim")  # settings of every method that learns nothing
 OF_SPACE = {"ctm": ("rank", "beta")}  # and of every method in a space
 OF_BASE = ("device", "dtype", "keep_modules")  # fields of MergeConfig that methods that learn nothing take too
-OF_ROWS = ("max_length", "modality", "tokens_per_pass")  # and these where the merge needs rows
+OF_ROWS = ("max_length", "modality", "tokens_per_pass", "device_map")  # and these where the merge needs rows
 OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # and these in a scale search
 
 

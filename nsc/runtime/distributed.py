@@ -132,6 +132,24 @@ class Team:
             raise box[0]
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Give the value of every rank to all of them.
+
+        Args:
+            value: this rank's; it can be pickled, and its tensors are on the CPU.
+
+        Returns:
+            All values, in the order of the ranks.
+
+        Raises:
+            RankError: if a rank is lost.
+        """
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with self._in_touch():
+                dist.all_gather_object(values, value)
+        return values
+
     def require_same(self, value: Any, what: str) -> None:
         """Refuse ranks that were not started alike.
 
@@ -142,11 +160,7 @@ class Team:
         Raises:
             RankError: on every rank, naming the ranks whose value differs from that of rank 0; or if a rank is lost.
         """
-        if self.size == 1:
-            return
-        values: list[Any] = [None] * self.size
-        with self._in_touch():
-            dist.all_gather_object(values, value)
+        values = self.gather(value)
         if different := [str(rank) for rank, other in enumerate(values) if other != values[0]]:
             raise RankError(f"{what} of rank {', '.join(different)} differ from those of rank 0; start all ranks alike")
 

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -39,18 +40,25 @@ def kept_bytes(work: Callable[[], Any], model: nn.Module) -> int:
     Returns:
         Bytes, each storage counted once and whole.
     """
-    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    own = {storage.data_ptr() for x in (*model.parameters(), *model.buffers()) for storage in _storages(x)}
     kept: dict[int, Any] = {}
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other storage gets its address
+        for storage in _storages(x):
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage  # held, so that no other storage gets its address
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         work()
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _storages(x: Any) -> list[torch.UntypedStorage]:
+    """The storages of a tensor; a quantised one of torchao has none of its own, but those of the tensors in it."""
+    if not is_traceable_wrapper_subclass(x):
+        return [x.untyped_storage()]
+    return [storage for name in x.__tensor_flatten__()[0] for storage in _storages(getattr(x, name))]
 
 
 def peak_memory(device: torch.device) -> int:

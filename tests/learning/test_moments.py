@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from nsc.methods.equations import Gram
 from nsc.methods.inputs import Inputs
 from nsc.recipes.combination import Combination, stack_of, updates_of
 from nsc.recipes.spec import read_recipe
+from nsc.runtime.distributed import join
 from tests.methods.test_method_laws import layers
 from tests.regressions import moments_of
+from tests.runtime.ranks import together
 from tests.stacks import random_stack, random_tokens
 from tests.tiny import tiny_llama, tiny_vit
 
@@ -204,6 +207,20 @@ def test_a_sweep_for_each_layer_gives_the_same(method, tmp_path):
     solve = solver(stack, method)
     whole = collected(model, stack, rows, INPUTS[method], solve, rounds)[1]
     require_same(collected(model, stack, rows, INPUTS[method], solve, rounds, budget=1)[1], whole, 1e-13)
+
+
+@pytest.mark.parametrize("method", INPUTS)
+@pytest.mark.parametrize(("tokens", "size"), [(None, 4), (10**9, 2)], ids=["few tokens", "many"])
+def test_processes_find_what_one_does(method, tokens, size, tmp_path):
+    """Four of them have more ranks than task b has rows."""
+    model, names, rows, _ = case("llama")
+    stack = stack_on(model, names, tmp_path)
+    rounds = 2 if INPUTS[method].run == "merge" else 1
+    find = partial(collected, model, stack, rows, INPUTS[method], solver(stack, method), rounds, tokens=tokens)
+    wanted, outcomes = find()[1], together(tmp_path, size, lambda rank: find(team=join())[1])
+    for told in outcomes:
+        require_same(told, outcomes[0], 0.0)
+        require_same(told, wanted, 1e-12)
 
 
 def test_layers_that_read_one_tensor_share_one_sum(tmp_path):

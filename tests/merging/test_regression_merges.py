@@ -13,6 +13,7 @@ from nsc.methods import METHODS
 from nsc.recipes.updates import dense
 from tests.cli.test_cli import refused, run
 from tests.merging.test_method_merges import command, described, weights
+from tests.runtime.ranks import together
 from tests.tiny import random_factors, rewrite, write_adapter
 
 TASKS = ("plain", "rslora", "pattern")
@@ -43,6 +44,7 @@ def test_written_proven_and_replayed_without_rows(base, three, data, tmp_path, m
     again = nsc.apply(tmp_path / "out")
     again.save(tmp_path / "again")
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert again.report.fitted == result.report.fitted and again.report.fitted["rows"]
     assert again.report.settings == result.report.settings and again.report.line == METHODS[method].line
     record = described(tmp_path / "out")
     assert record["method"] == method and record["factors"] and set(record["data"]) == set(TASKS)
@@ -68,6 +70,21 @@ def test_the_report_says_what_it_was_made_from(base, three, data, tmp_path, meth
     text = result.report.summary()
     assert "fitted on 5 rows of plain (25 tokens)" in text and "condition number of the equations: at most" in text
     assert ("error |D x - D_k x|^2 / |D_k x|^2 on these rows: " + ("plain" if of_tasks else "all tasks")) in text
+
+
+def test_processes_merge_as_one_does_and_others_are_refused(base, three, data, tmp_path):
+    def work(rank):
+        result = merge(base, three, data, "regmean", search="match")
+        with pytest.raises(NSCError, match="rank 1 differ from those of rank 0"):
+            merge(base, three, {task: rows[: 5 - rank] for task, rows in data.items()}, "ssr", scale=1)
+        return {name: dense(result.merged.update(name)).numpy() for name in result.modules}, result.report.fitted
+
+    expected = merge(base, three, data, "regmean", search="match")
+    first, second = together(tmp_path, 2, work, environment=True)
+    for name in expected.modules:
+        torch.testing.assert_close(torch.tensor(first[0][name]), dense(expected.merged.update(name)), rtol=0, atol=1e-5)
+        assert (first[0][name] == second[0][name]).all()
+    assert first[1] == second[1] and first[1]["rows"] == expected.report.fitted["rows"]
 
 
 def test_errors_are_those_at_the_scale(base, three, data):

@@ -1,6 +1,7 @@
 """Bases that fit no device, offloaded by accelerate or quantised, on a CPU; the proof always takes the full base."""
 
 import copy
+import shutil
 import sys
 from dataclasses import replace
 
@@ -13,19 +14,31 @@ from safetensors.torch import load_file
 from torch import nn
 
 import nsc
+from nsc.adapters.lora import read_adapters
 from nsc.adapters.surgery import choose_plans
 from nsc.bases import loading, structure
 from nsc.bases.base_model import Base
+from nsc.bases.heads import load_generating_head
+from nsc.config import learned_settings
+from nsc.data.sources import read_data
+from nsc.data.text import read_texts
 from nsc.errors import NSCError
 from nsc.learning.assembly import initial_gradient
+from nsc.learning.preparation import prepare, stack_on
 from nsc.merging.from_data import _identity
+from nsc.recipes.merged_factors import factors_to_fit
+from nsc.recipes.updates import dense
+from nsc.runtime.distributed import Team
 from nsc.runtime.placement import fetched_linear, input_device, is_plain, reload_in_backward, run_device
 from nsc.runtime.quantization import dequantise_where_used, dequantised
 from tests.conftest import ADAPTERS
+from tests.learning.test_match import found as gradient
+from tests.learning.test_match import setting as experts_setting  # noqa: F401
 from tests.runtime.ranks import TARGETS
 from tests.tiny import WORDS, peft_adapter, save_base, tiny_llama
 
 CPU = torch.device("cpu")
+NEAR = {"rtol": 0, "atol": 1e-4}
 BITS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
 
@@ -117,6 +130,77 @@ def test_what_is_learned_depends_on_the_bits_of_the_base_but_not_on_its_places()
     assert identity[0] == identity[2] == identity[3] != identity[1]
 
 
+# --- matching and regressions -----------------------------------------------------------------------------------------
+
+
+def expert_problem(setting, offload, **settings):
+    """A problem of matching, on a base that may be offloaded; two tasks have heads, one writes tokens."""
+    config = nsc.MergeConfig(
+        **{**learned_settings("match", settings), "device": "cpu", "steps": 1, "max_new_tokens": 4, **settings}
+    )
+    read = read_adapters(setting.adapters)
+    base, matched = stack_on(Base(str(setting.base)), read, config)
+    if offload:
+        accelerate.cpu_offload(base.model, CPU)
+        reload_in_backward(base.model)
+    samples = read_data(setting.texts, read, read_texts)
+    return prepare(base, matched, samples, config, factors_to_fit(matched.stack, config))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "rank", "factors"])
+def test_experts_are_matched_on_an_offloaded_base_as_on_a_resident_one(experts_setting, granularity):  # noqa: F811
+    resident, away = (expert_problem(experts_setting, offload, granularity=granularity) for offload in (False, True))
+    assert all(parameter.is_meta for parameter in away.base.model.parameters())
+    for pick, output in resident.batches.outputs.items():
+        torch.testing.assert_close(away.batches.outputs[pick].values, output.values, rtol=0, atol=1e-5)
+    for one, other in zip(gradient(resident), gradient(away), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert gradient(away)[1].abs().max() > 1e-3
+
+
+def test_a_head_that_is_tied_to_offloaded_embeddings_is_read_again(tmp_path):
+    folder = save_base(tmp_path / "base", tie_word_embeddings=True)
+    base = loading.load(Base(str(folder)))
+    resident = load_generating_head(base).weight.clone()
+    accelerate.cpu_offload(base.model, CPU)
+    assert torch.equal(load_generating_head(base).weight, resident)
+
+
+@pytest.mark.parametrize("method", ["ssr", "regmean", "regmean++", "featcal"])
+def test_a_regression_on_a_dispatched_base(base, adapters, texts, method, tmp_path, monkeypatch):
+    """What accelerate would keep on the disk is kept on the CPU."""
+    load_body = loading.load_body
+
+    def offloading(*args):
+        model = load_body(*args)
+        if args[-1]:
+            accelerate.cpu_offload(model, CPU)
+        return model
+
+    expected = nsc.merge(base, adapters, texts, method=method, progress=False)
+    monkeypatch.setattr(loading, "load_body", offloading)
+    spread = nsc.merge(base, adapters, texts, method=method, progress=False, device_map="auto")
+    for name in expected.modules:
+        torch.testing.assert_close(dense(spread.merged.update(name)), dense(expected.merged.update(name)), **NEAR)
+    assert spread.model is None and "hidden states to" in str(spread.save(tmp_path / "out"))
+    assert nsc.apply(tmp_path / "out").record.settings["device_map"] == "auto"
+    with pytest.raises(NSCError, match="is quantised or offloaded, but this method needs the norms"):
+        nsc.merge(base, adapters, texts, method="iteris", progress=False, device_map="auto")
+
+
+@pytest.mark.parametrize("base_as", [{"shard": True}, {"device_map": "auto"}])
+def test_a_regression_asks_for_a_whole_base_in_each_process(base, adapters, texts, base_as, monkeypatch):
+    monkeypatch.setattr("nsc.merging.from_rows.join", lambda device: Team(0, 2))
+    with pytest.raises(NSCError, match="runs the experts on a whole base in each process: leave out shard"):
+        nsc.merge(base, adapters, texts, method="nsc+ssr", progress=False, **base_as)
+
+
+def test_bits_are_no_setting_of_a_regression(base, adapters, texts):
+    """Its weights are those of tasks."""
+    with pytest.raises(NSCError, match="weights"):
+        nsc.merge(base, adapters, texts, method="ssr", progress=False, weights="int8")
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -200,3 +284,26 @@ def test_coefficients_learned_on_fewer_bits_are_written_and_proven_in_full(quant
     assert "hidden states to" in str(result.save(tmp_path / "full", full=True))
     written, stored = (load_file(place / "model.safetensors") for place in (tmp_path / "full", folder))
     assert {k: (v.dtype, v.shape) for k, v in written.items()} == {k: (v.dtype, v.shape) for k, v in stored.items()}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "rank", "factors"])
+def test_experts_are_matched_on_fewer_bits_as_on_the_weights_that_they_stand_for(quantised, tmp_path, granularity):
+    bits, folder, _, fewer = quantised
+    size = dict(hidden_size=128, intermediate_size=192)
+    kinds = {"plain": "AutoModelForCausalLM", "double": "AutoModelForSequenceClassification"}
+    adapters = {
+        task: peft_adapter(tmp_path / task, tiny_llama(kind, **size), seed=k, **ADAPTERS[task])
+        for k, (task, kind) in enumerate(kinds.items())
+    }
+    texts = {task: [" ".join(WORDS[i : i + 4 + k]) for i in range(8)] for k, task in enumerate(adapters)}
+    full = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name in structure.linear_shapes(fewer):
+        full.model.get_submodule(name).weight.data = dequantised(fewer.get_submodule(name)).to(torch.float32)
+    shutil.copytree(folder, tmp_path / "stands")
+    full.save_pretrained(tmp_path / "stands")
+    settings = dict(method="match", granularity=granularity, steps=3, max_new_tokens=2, stop="last", progress=False)
+    settings |= {"layers": "factors"} if granularity != "factors" else {}
+    expected = nsc.merge(tmp_path / "stands", adapters, texts, **settings)
+    result = nsc.merge(folder, adapters, texts, weights=bits, **settings)
+    assert result.report.losses == pytest.approx(expected.report.losses, rel=1e-2)
+    assert result.model is None and "hidden states to" in str(result.save(tmp_path / "out"))
