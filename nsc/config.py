@@ -399,6 +399,8 @@ def learned_settings(name: str, given: Mapping[str, Any] = {}) -> dict[str, Any]
     if settings.get("objective") == "match":
         granularity = given.get("granularity", settings["granularity"])
         settings |= MATCHING.get(granularity, {})
+    if "match" not in given.get("objective", settings.get("objective", "")):
+        settings.pop("borrow_rows", None)
     if given.get("start_from") is not None:
         settings["start"] = 0.0
     return settings
