@@ -876,6 +876,7 @@ FITTED = dict(granularity="factors", objective="match", max_drift=None)
             dict(granularity="factors", objective="match", max_drift=None, factor_rank=0),
             "factor_rank must be 1 or more",
         ),
+        (dict(objective="match", max_new_tokens=0), "max_new_tokens must be 1 or more, not 0"),
         (dict(objective="match", quantile=0.5), "quantile applies to null-space ratios"),
         (dict(objective="match", reduction="sum"), "reduction sum applies to entropies"),
         (dict(objective="match", modality="text"), "measures the model's output.*leave modality at both"),
