@@ -32,6 +32,7 @@ from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import shards_of
 
+OF_EACH_TOKEN = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT's task types whose head may be named as one of whole texts is
 AnyBatches = Any  # TextBatches, ImageBatches or PromptBatches
 
 
@@ -224,6 +225,11 @@ def _heads(
         saved = without_body(base.model, adapter).saved if positions == "prompt" else {}
         if task in unseen:
             heads.append(None)
+        elif saved and (kind := adapter.config.get("task_type")) in OF_EACH_TOKEN:
+            raise NSCError(
+                f"adapter {task} carries a head for each token of a text ({kind}), which is not followed; merge this"
+                " task by nsc, or name it as unseen"
+            )
         elif saved:
             heads.append(load_task_head(base, saved, task))
         else:

@@ -853,6 +853,15 @@ def test_an_adapter_that_changes_nothing_on_its_rows_is_refused(setting, tmp_pat
         merge(setting, adapters, texts, target_modules=["q_proj"], max_new_tokens=1)
 
 
+def test_a_head_for_each_token_is_refused(setting, tmp_path):
+    """It has the name and shape of one for whole texts."""
+    copy = shutil.copytree(setting.adapters["classes"], tmp_path / "changed")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"task_type": "TOKEN_CLS"}))
+    with pytest.raises(NSCError, match=r"adapter tags carries a head for each token of a text \(TOKEN_CLS\)"):
+        merge(setting, {"tags": copy}, {"tags": setting.texts["classes"]})
+
+
 def test_factors_of_a_layer_fine_tuned_whole_are_refused(setting, tmp_path):
     names = [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
     factors = {n: (a, b[:16]) for n, (a, b) in random_factors(names).items()}
@@ -885,6 +894,7 @@ FITTED = dict(granularity="factors", objective="match", max_drift=None)
             dict(granularity="factors", objective="match", max_drift=None, factor_rank=0),
             "factor_rank must be 1 or more",
         ),
+        (dict(objective="match", max_new_tokens=0), "max_new_tokens must be 1 or more, not 0"),
         (dict(objective="match", quantile=0.5), "quantile applies to null-space ratios"),
         (dict(objective="match", reduction="sum"), "reduction sum applies to entropies"),
         (dict(objective="match", modality="text"), "measures the model's output.*leave modality at both"),
