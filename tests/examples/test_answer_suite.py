@@ -25,7 +25,7 @@ from nsc.data.text import read_texts, tokenize
 
 TASKS = {
     "kind": suite.Task("texts", "word0 word1", ("word50", "word51", "word52"), 12),
-    "echo": suite.Task("pairs", "word2", suite.Pair("text_b", "text_a", 1), 12),
+    "echo": suite.Task("pairs", "word2", suite.Pair("text_b", "text_a", 1), 12, "ROUGE-L"),
 }
 CHAT = (
     "{% for message in messages %}<s>{{ message['content'] }}</s>\n{% endfor %}"
