@@ -63,7 +63,7 @@ TASKS = {
         ("description", "thing", "abbreviation", "person", "place", "number"),
         1,
     ),
-    "emotion": Task("tweet_emotion", "Anger, joy, optimism or sadness?", ("anger", "joy", "optimism", "sadness"), 2),
+    "emotion": Task("tweet_emotion", "Anger, joy, optimism or sadness?", ("anger", "joy", "optimism", "sadness"), 1),
     "question": Task("qnli", "Write a question that this sentence answers.", Pair("text_b", "text_a", 0), 3, "ROUGE-L"),
     "negation": Task("sick", "Write a sentence that contradicts this one.", Pair("text_a", "text_b", 2), 6),
 }
