@@ -26,7 +26,7 @@ from torch import Tensor
 import nsc
 
 RECORD = "seconds.json"
-SCALES = {"task-arithmetic": (0.3, 0.5, 0.7, 0.9, 1.1), "tsv": (0.6, 0.9, 1.2, 1.5, 1.8)}
+SCALES = {"task-arithmetic": (0.3, 0.5, 0.7, 0.9), "tsv": (0.6, 0.9, 1.2, 1.5)}
 
 
 class Merge(NamedTuple):
@@ -43,9 +43,9 @@ MERGES = {
     "sum-match": Merge({"method": "task-arithmetic", "search": "match"}, 32),
     "tsv-match": Merge({"method": "tsv", "search": "match"}, 32),
     "nsc": Merge({"method": "nsc", "steps": 50, "lr": 3e-3}),  # the fast preset
-    "match-layer": Merge({"method": "match-layer"}),
-    "match": Merge({"method": "match"}),
-    "factors-16": Merge({"method": "match-factors", "factor_rank": 16}),
+    "match-layer": Merge({"method": "match-layer", "steps": 60}),
+    "match": Merge({"method": "match", "steps": 120}),
+    "factors-16": Merge({"method": "match-factors", "factor_rank": 16, "steps": 160}),
 }
 
 

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
 LEARNING_RATE, BATCH, ANSWERED = 1e-3, 16, 50  # rows of a step, and prompts continued together
 MAX_LENGTH, MAX_NEW_TOKENS = 80, 24  # tokens of a prompt, and of an answer
-TEST, VALIDATION = 200, 32
+TRAIN, TEST, VALIDATION = 1280, 200, 32  # rows of a task, at most
 EXPERT, BARE = "fine-tuned", "base alone"
 
 
@@ -83,7 +83,7 @@ def split(data: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> Split:
     rows = shuffled(data / f"{task.dataset}_train.jsonl", task, tokenizer)
     once = list({row.text: row for row in rows if row.text not in asked}.values())
     train, held = once[: len(once) // 2], once[len(once) // 2 :]
-    return Split(train, held[VALIDATION:], held[:VALIDATION], test[:TEST])
+    return Split(train[:TRAIN], held[VALIDATION:], held[:VALIDATION], test[:TEST])
 
 
 def shuffled(file: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
