@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 
-.PHONY: demo encoder test check docs interpret aot bench tables gpu gpu-methods clean
+.PHONY: demo encoder answers test check docs interpret aot bench tables gpu gpu-methods clean
 
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
 
 encoder: $(VENV)/encoder     ## train the eight adapters of a real encoder on the text files in DATA, into out/encoder
 	$(RUN) examples/encoder_suite.py train --data $(DATA)
+
+answers: $(VENV)/demo        ## train four adapters that answer in words on the text files in DATA, into out/answers
+	$(RUN) examples/answer_suite.py --data $(DATA)
 
 test: $(VENV)/test check     ## every test, one process and thread to a core, and the static checks
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist worksteal

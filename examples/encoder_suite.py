@@ -192,12 +192,12 @@ def train(
     return fit([lora, head], task.epochs)
 
 
-def epoch(rows: list[Row], rng: random.Random) -> Iterator[list[Row]]:
+def epoch(rows: list[Row], rng: random.Random, size: int = BATCH) -> Iterator[list[Row]]:
     """Yield every row once, in batches of texts of similar length, so that little is padding."""
     order = rng.sample(rows, len(rows))
-    for start in range(0, len(order), 16 * BATCH):
-        chunk = sorted(order[start : start + 16 * BATCH], key=lambda row: len(row.text))
-        yield from rng.sample(batches := [chunk[i : i + BATCH] for i in range(0, len(chunk), BATCH)], len(batches))
+    for start in range(0, len(order), 16 * size):
+        chunk = sorted(order[start : start + 16 * size], key=lambda row: len(row.text))
+        yield from rng.sample(batches := [chunk[i : i + size] for i in range(0, len(chunk), size)], len(batches))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> BatchEncoding:

@@ -101,7 +101,7 @@ def continue_prompts(
             assert isinstance(model, ImageTextBody)
             inputs["features"] = torch.stack([features(i)[None] for i in alike])
             inputs["place"] = places(inputs["input_ids"] == model.image_token)
-        tokens = _greedy(model, head, inputs, most)
+        tokens = _greedy(model, head, inputs, most, ends)
         for i, row in zip(alike, tokens.tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(row) if token in ends), most)
             answers[i] = row[:end]
@@ -121,14 +121,20 @@ def _of_one_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return groups
 
 
-def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: int) -> Tensor:
-    """(b, most) on the CPU; inputs: of rows of one length. What is said is text, also behind an image."""
+def _greedy(model: nn.Module, head: Head, inputs: Mapping[str, Tensor], most: int, ends: Collection[int]) -> Tensor:
+    """(b, at most ``most``) on the CPU; inputs: of rows of one length. What is said is text, also behind an image.
+
+    It goes on until every row has ended.
+    """
     device, text = input_device(model), getattr(model, "text", model)
+    stops = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     output = model(**{name: x.to(device) for name, x in inputs.items()}, use_cache=True)
     said = [head.logits(output[0][:, -1]).argmax(-1, keepdim=True)]
-    while len(said) < most:
+    ended = torch.isin(said[-1], stops)
+    while len(said) < most and not ended.all():
         output = text(input_ids=said[-1], past_key_values=output.past_key_values, use_cache=True)
         said.append(head.logits(output[0][:, -1]).argmax(-1, keepdim=True))
+        ended |= torch.isin(said[-1], stops)
     return torch.cat(said, 1).cpu()
 
 

@@ -38,6 +38,18 @@ def test_answers_are_those_of_transformers(tmp_path, tied):
     assert continue_prompts(body, head, PROMPTS[:1], 6, ends={stop})[0] == answers[0][: answers[0].index(stop) + 1]
 
 
+def test_nothing_is_computed_when_every_row_of_one_length_has_ended(base):
+    body = loading.load_body(Base(str(base)), device="cpu")
+    head, prompts = load_generating_head(Base(str(base), body)), [[5, 6], [8, 9], [10, 11]]
+    full = continue_prompts(body, head, prompts, 8)
+    ends = {answer[place] for answer, place in zip(full, (1, 4, 2), strict=True)}
+    expected = [answer[: 1 + next(i for i, token in enumerate(answer) if token in ends)] for answer in full]
+    calls: list[nn.Module] = []
+    body.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    assert continue_prompts(body, head, prompts, 8, ends) == expected
+    assert len(calls) == max(map(len, expected)) < 8 and len(set(map(len, expected))) > 1
+
+
 def test_the_places_that_computed_the_answer_count():
     assert with_answer([5, 6, 7], [8], "full") == with_answer([5, 6, 7], [8], "last") == ([5, 6, 7], slice(2, 3))
     assert with_answer([5, 6, 7], [8, 9, 2], "full") == ([5, 6, 7, 8, 9], slice(2, 5))
