@@ -66,6 +66,7 @@ KINDS = {  # task -> class of transformers, its outputs, LoRA
     "tokens": (CAUSAL, 0, dict(r=4, lora_alpha=20, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM")),
 }
 TASKS = list(KINDS)
+ONCE = {"granularity": "layer", "steps": 1, "stop": "last", "borrow_rows": False}  # all own rows in one step
 SINGLE = {"rtol": 0, "atol": 1e-10}
 
 
@@ -183,7 +184,7 @@ def rows_of(setting: Setting, problem: Problem) -> tuple[dict[str, list[str]], d
     drawn = [problem.batches.drawn(step) for step in range(config.steps)]
     first = {task: [together[task][i] for i in drawn[0][task]] for task in TASKS}
     own = {task: sorted({i for d in drawn for i in d[task] if i < len(learned[task])}) for task in TASKS}
-    assert not most or all(own[t] and borrowed[t] and drawn[0][t][1] >= len(learned[t]) for t in TASKS if texts[t])
+    assert not any(borrowed.values()) or all(own[t] and drawn[0][t][1] >= len(texts[t]) // 2 for t in TASKS if texts[t])
     return first, {task: [learned[task][i] for i in rows] for task, rows in own.items()}
 
 
@@ -392,8 +393,9 @@ def distances(problem: Problem, lam: Tensor) -> list[float]:
     return total.tolist()
 
 
-def test_the_bare_base_is_1_and_an_expert_alone_is_0(problems):
-    problem, _ = problems("layer")
+def test_the_bare_base_is_1_and_an_expert_alone_is_0(setting):
+    """On a task's own rows; of those of others that it borrows, the mean is another."""
+    problem = problem_of(setting, granularity="layer", borrow_rows=False)
     zero = torch.zeros(len(problem.stack.names), len(TASKS), dtype=torch.float64)
     assert distances(problem, zero) == pytest.approx([1.0] * 3, rel=0, abs=1e-12)
     for k in range(len(TASKS)):
@@ -458,7 +460,7 @@ def test_the_step_with_the_least_mean_distance_is_kept(setting, monkeypatch, gra
 
     monkeypatch.setattr(State, "note", noting)
     settings = dict(granularity=granularity, steps=20, lr={"rank": 0.05, "factors": 0.01}[granularity])
-    settings |= dict(method="match", progress=False, max_new_tokens=NEW, schedule="constant")
+    settings |= dict(method="match", progress=False, max_new_tokens=NEW, schedule="constant", borrow_rows=False)
     result = nsc.merge(setting.base, setting.adapters, setting.texts, **settings)
     report = result.report
     curve = {int(step): sum(values) / 3 for step, values in report.distances.items()}
@@ -519,6 +521,7 @@ def long(setting) -> Callable[[str], tuple[Problem, Learned]]:
     def of(name: str) -> tuple[Problem, Learned]:
         if name not in known:
             fast = dict(steps=STEPS, lr={"rank": 0.05, "factors": 0.005}[name], dtype="float32", batch_size=2)
+            fast |= dict(borrow_rows=False)  # so that some step is better than the start
             problem = float32(setting, granularity=name, **fast)
             known[name] = problem, problem.learn(progress=False)
         return known[name]
@@ -662,9 +665,7 @@ def test_encoders_are_the_plain_classes_of_transformers(setting, tmp_path, kind,
         updates.append({n.removeprefix("base_model.model."): m.get_delta_weight("default") for n, m in layers})
     texts = {task: setting.texts[task] for task in outputs}
     targets = {"target_modules": modules[:1]}
-    result = merge(
-        setting, adapters, texts, tmp_path / "base", **targets, granularity="layer", steps=1, batch_size=8, stop="last"
-    )
+    result = merge(setting, adapters, texts, tmp_path / "base", **targets, **ONCE, batch_size=8)
     tokenizer, total = word_tokenizer(), 0.0
     assert {len(rows) for rows in texts.values()} == {8}
     for expert, rows in zip(experts.values(), texts.values(), strict=True):
@@ -771,7 +772,7 @@ def test_images_from_rows_to_replay(vision, tmp_path, granularity):
 def test_images_are_the_plain_classes_of_transformers(vision):
     """The first loss of a merge, over all rows that are learned from, one batch a task."""
     base, adapters, images = vision
-    result = nsc.merge(*vision, method="match", granularity="layer", steps=1, batch_size=8, stop="last", progress=False)
+    result = nsc.merge(*vision, method="match", **ONCE, batch_size=8, progress=False)
     assert {len(rows) for rows in images.values()} == {8}
     processor = transformers.AutoImageProcessor.from_pretrained(base)
     total = 0.0
