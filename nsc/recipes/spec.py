@@ -21,7 +21,7 @@ COMMON = ("scale", "weights", "isotropize", "aim")  # settings of every method t
 OF_SPACE = {"ctm": ("rank", "beta")}  # and of every method in a space
 OF_BASE = ("device", "dtype", "keep_modules")  # fields of MergeConfig that methods that learn nothing take too
 OF_ROWS = ("max_length", "modality", "tokens_per_pass", "device_map")  # and these where the merge needs rows
-OF_SEARCH = ("max_length", "evaluation_samples", "target_modules", "target_blocks")  # and these in a scale search
+OF_SEARCH = ("max_length", "max_new_tokens", "evaluation_samples", "target_modules", "target_blocks")  # and in a search
 
 
 @dataclass(frozen=True)
