@@ -115,3 +115,12 @@ def questions(tmp_path_factory, llava_adapters) -> dict[str, Path]:
 def ratio(request):
     """Each ratio op in turn, as a function of z, u and the rest."""
     return RATIOS[request.param]
+
+
+@pytest.fixture
+def one_thread():
+    """As other processes have, for the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -58,20 +58,24 @@ def draw_each(
     return drawn
 
 
-def borrow(samples: Mapping[str, Sequence[Any]], most: int, seed: int) -> tuple[dict[str, list[Any]], dict[str, int]]:
+def borrow(
+    samples: Mapping[str, Sequence[Any]], most: int, seed: int, without: Collection[str] = ()
+) -> tuple[dict[str, list[Any]], dict[str, int]]:
     """Give each task with samples some of the other tasks' as well, behind its own.
 
     Args:
         samples: task -> its samples.
         most: how many a task borrows, at most.
         seed: seed of the choice.
+        without: tasks that borrow none.
 
     Returns:
         Task -> samples, and task -> how many of them, the last ones, are borrowed.
     """
     together, borrowed = {}, {}
     for task, own in samples.items():
-        others = [row for other, rows in samples.items() if other != task for row in rows] if own else []
+        borrows = own and task not in without
+        others = [row for other, rows in samples.items() if other != task for row in rows] if borrows else []
         chosen = random.Random(f"{seed}/{task}/borrowed").sample(others, min(most, len(others)))
         together[task], borrowed[task] = [*own, *chosen], len(chosen)
     return together, borrowed

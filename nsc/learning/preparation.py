@@ -193,8 +193,8 @@ def _with_experts(
     rest, held, warnings = hold_back(samples, config.seed)
     learned = rest if config.stop == "match" else samples
     own = {task: len(rows) for task, rows in learned.items()}
-    batches, evaluation = _borrowing(base, targets, learned, replace(config, positions="prompt"))
     experts = experts_of(base, matched.adapters, matched.stack, config, team)
+    batches, evaluation = _borrowing(base, targets, learned, replace(config, positions="prompt"), experts.in_words)
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))
     drawn = [batches.drawn(step).items() for step in range(max(1, config.steps))]
     picks = sorted({(task, i) for step in drawn for task, row in step for i in row})
@@ -209,12 +209,12 @@ def _with_experts(
 
 
 def _borrowing(
-    base: Base, targets: Sequence[str], samples: Mapping[str, Sequence[Any]], config: MergeConfig
+    base: Base, targets: Sequence[str], samples: Mapping[str, Sequence[Any]], config: MergeConfig, in_words: set[str]
 ) -> tuple[Any, list[Batch]]:
     """The batches to learn from, in which tasks borrow one another's rows where that is asked for; and evaluation."""
     if not config.borrow_rows:
         return feed_of(base).batches(base, targets, samples, config)
-    together, borrowed = borrow(samples, config.steps * config.batch_size // 2, config.seed)
+    together, borrowed = borrow(samples, config.steps * config.batch_size // 2, config.seed, in_words)
     evaluated = min([config.evaluation_samples, *(len(rows) for rows in samples.values() if rows)])
     config = replace(config, evaluation_samples=evaluated)
     batches, evaluation = feed_of(base).batches(base, targets, together, config)

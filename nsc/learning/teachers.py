@@ -71,6 +71,12 @@ class Experts:
         self.team, self.shards = team, shards_of(base.model)
         self.heads = _heads(base, adapters, positions, unseen)
 
+    @property
+    def in_words(self) -> set[str]:
+        """The tasks whose experts answer in words, token by token."""
+        pairs = zip(self.stack.tasks, self.heads, strict=True)
+        return {task for task, head in pairs if head is not None and head.pooling == "each"}
+
     @torch.no_grad()
     def teach(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> AnyBatches:
         """Run each task's expert on samples of the task.
@@ -158,7 +164,9 @@ class Experts:
             at, values, ids = (torch.cat(side) for side in zip(*parts, strict=True)) if parts else [torch.empty(0)] * 3
             sizes, order = [len(spans[pick]) for pick in mine], at.argsort()
             for pick, value, chosen in zip(mine, values[order].split(sizes), ids[order].split(sizes), strict=True):
-                self._require_finite(k, pick, value)
+                own = len(batches.rows[pick[0]]) - (batches.borrowed or {}).get(pick[0], 0)
+                where = f"row {pick[1] + 1} of its data" if pick[1] < own else "a row that it borrows (borrow_rows)"
+                self._require_finite(k, pick[0], where, value)
                 outputs[pick] = Output(spans[pick], value, chosen if self._head(k).pooling == "each" else None)
         return outputs
 
@@ -177,10 +185,10 @@ class Experts:
         assert head is not None  # unseen tasks have no rows
         return head
 
-    def _require_finite(self, k: int, pick: Pick, values: Tensor) -> None:
+    def _require_finite(self, k: int, task: str, where: str, values: Tensor) -> None:
         if values.isnan().any() or values.isposinf().any() or (self._head(k).numbers and values.isinf().any()):
             raise DataError(
-                f"the expert of task {pick[0]} says NaN or infinity about row {pick[1] + 1} of its data; check the"
+                f"the expert of task {task} says NaN or infinity about {where}; check the"
                 " base's dtype (float16 overflows: use bfloat16) and the adapter"
             )
 

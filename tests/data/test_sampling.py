@@ -43,3 +43,9 @@ def test_every_second_sample_is_borrowed_and_both_kinds_go_round(batch_size):
 def test_without_borrowed_samples_the_draws_are_those_of_the_task_alone():
     counts = {task: len(rows) for task, rows in ROWS.items()}
     assert draw_each(counts, {}, 3, 5, 7) == {task: draw(count, 3, 5, f"7/{task}") for task, count in counts.items()}
+
+
+def test_a_task_that_borrows_none_still_lends():
+    together, borrowed = borrow(ROWS, 100, 0, {"a"})
+    assert borrowed == {"a": 0, "b": 11, "none": 0, "c": 13}
+    assert together["a"] == ROWS["a"] and set(ROWS["a"]) < set(together["b"])

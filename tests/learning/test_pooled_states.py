@@ -144,7 +144,7 @@ class Plain:
 
 def loaded(setting: Setting, **settings: Any) -> tuple:
     ours = dict(dtype="float64", device="cpu", start=START, batch_size=8, steps=1, stop="last", graphs=False)
-    config = MergeConfig(**{**learned_settings("match", settings), **ours, **settings})
+    config = MergeConfig(**{**learned_settings("match", settings), "borrow_rows": False, **ours, **settings})
     read = read_adapters(setting.adapters)
     base, matched = stack_on(Base(str(setting.base)), read, config)
     exact(base.model)
@@ -194,7 +194,7 @@ def test_the_bare_base_is_1_and_an_expert_alone_is_0(setting):
 @pytest.mark.parametrize("granularity", ["rank", "factors"])
 def test_merged_told_and_replayed(setting, tmp_path, granularity):
     said = "without an output, compared by pooled last hidden states: one, two"
-    settings = dict(method="match", granularity=granularity, steps=20, progress=False)
+    settings = dict(method="match", granularity=granularity, steps=20, borrow_rows=False, progress=False)
     result = nsc.merge(setting.base, setting.adapters, setting.rows, **settings)
     report = result.report
     assert report.by_states == ["one", "two"] and said in report.summary() and said in report.to_markdown()
@@ -231,7 +231,16 @@ def test_an_output_that_is_not_followed_is_no_missing_one(setting, monkeypatch):
     def capped(base):
         raise NSCError("base changes its logits (final_logit_softcapping), which nsc does not follow")
 
-    merge = partial(nsc.merge, setting.base, setting.adapters, setting.rows, method="match", steps=1, progress=False)
+    merge = partial(
+        nsc.merge,
+        setting.base,
+        setting.adapters,
+        setting.rows,
+        method="match",
+        steps=1,
+        borrow_rows=False,
+        progress=False,
+    )
     if "pixel_values" not in inputs(setting, setting.rows["one"][0]):
         with pytest.raises(NSCError, match="adapter one carries no head that is followed, and the base's own cannot"):
             merge(positions="full")
@@ -246,4 +255,6 @@ def test_an_infinite_state_is_named(setting, monkeypatch):
         lambda self, x: x.mean(1).fill_(float("-inf")) if x.ndim == 3 else x - torch.inf,
     )
     with pytest.raises(nsc.NSCError, match="the expert of task one says NaN or infinity about row 1 of its data"):
-        nsc.merge(setting.base, setting.adapters, setting.rows, method="match", steps=1, progress=False)
+        nsc.merge(
+            setting.base, setting.adapters, setting.rows, method="match", steps=1, borrow_rows=False, progress=False
+        )
