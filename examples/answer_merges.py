@@ -44,7 +44,6 @@ MERGES = {
     "tsv-match": Merge({"method": "tsv", "search": "match"}, 32),
     "nsc": Merge({"method": "nsc", "steps": 50, "lr": 3e-3}),  # the fast preset
     "match-layer": Merge({"method": "match-layer", "steps": 60}),
-    "match-own-rows": Merge({"method": "match", "steps": 120, "borrow_rows": False}),
     "match": Merge({"method": "match", "steps": 120}),
     "factors-16": Merge({"method": "match-factors", "factor_rank": 16, "steps": 160}),
 }

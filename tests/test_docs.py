@@ -53,7 +53,7 @@ def test_matching_page(base, adapters, texts):
     names |= {"adapters": {task: adapters[name] for task, name in of.items()}}
     names |= {"data": {task: texts[name] for task, name in of.items()}}
     blocks = snippets("docs/matching.md")
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     exec("\n".join(blocks), names)
     tried = names["best"].report.searched["tried"]
     assert names["better"].report.started["from"] == "ssr" and names["better"].coefficients.shape[1] == 3
