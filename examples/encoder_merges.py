@@ -53,20 +53,25 @@ MERGES = {
     "iteris": Merge({"method": "iteris", "rounds": 3, "search": "none"}),
     "featcal": Merge({"method": "featcal"}),
     "match-layer": Merge({"method": "match-layer"}),
+    "match-layer-borrowing": Merge({"method": "match-layer", "borrow_rows": 256}),
     "match-layer-from-regmean": Merge({"method": "match-layer", "start_from": "regmean"}),
     "match": Merge({"method": "match"}),
-    "match-own-rows": Merge({"method": "match", "borrow_rows": False}),
+    "match-borrowing": Merge({"method": "match", "borrow_rows": 256}),
     "match-from-ssr": Merge({"method": "match", "start_from": "ssr"}),
     "match-64": Merge({"method": "match"}, 64),
-    "match-64-own-rows": Merge({"method": "match", "borrow_rows": False}, 64),
+    "match-64-own-rows": Merge({"method": "match", "borrow_rows": 0}, 64),
     "match-16": Merge({"method": "match"}, 16),
-    "match-16-own-rows": Merge({"method": "match", "borrow_rows": False}, 16),
+    "match-16-own-rows": Merge({"method": "match", "borrow_rows": 0}, 16),
     "match-4": Merge({"method": "match"}, 4),
     "match-layer-16": Merge({"method": "match-layer"}, 16),
     "factors-32": Merge({"method": "match-factors", "factor_rank": 32}),
+    "factors-32-borrowing": Merge({"method": "match-factors", "factor_rank": 32, "borrow_rows": 256}),
     "factors-32-from-ssr": Merge({"method": "match-factors", "factor_rank": 32, "start_from": "ssr"}),
     "factors-32-16": Merge({"method": "match-factors", "factor_rank": 32}, 16),
     "factors-16-1024": Merge({"method": "match-factors", "factor_rank": 16, "steps": 480}, 1024),
+    "factors-16-1024-borrowing": Merge(
+        {"method": "match-factors", "factor_rank": 16, "steps": 480, "borrow_rows": 1024}, 1024
+    ),
     "auto": Merge({"method": "auto"}),
 }
 

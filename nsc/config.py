@@ -67,6 +67,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "rank": {"lr": 6e-2, "steps": 240},
     "factors": {"lr": 1e-3, "steps": 320},
 }
+FEW_ROWS = 64  # of a task: where it has no more, matching gains by the rows of other tasks
 AUTO = "auto"
 START = "start"  # the name among the tasks of the merge that ``start_from`` names
 DISTILLATION = "https://arxiv.org/abs/1503.02531"
@@ -77,7 +78,7 @@ _MATCH: dict[str, Any] = {
     "schedule": "linear",
     "batch_size": 4,
     "stop": "match",
-    "borrow_rows": True,
+    "borrow_rows": FEW_ROWS,
 }
 LEARNED = {
     "nsc": LearnedMethod(
@@ -173,8 +174,8 @@ class MergeConfig:
         reduction: "mean" or "sum" over the entropies of a sample's generated tokens.
         quantile: quantile over the ratios of a sample's tokens, in place of their mean; from 0 to 1.
         unseen: tasks whose adapters are merged without any data.
-        borrow_rows: whether every second sample of a task is another task's, on which it is matched too; for
-            matching.
+        borrow_rows: for matching: of a task with at most so many rows to learn from, every second sample is another
+            task's, on which its expert is matched too.
         start_from: folder of a merged adapter, or the name of a method, from whose merge matching starts.
     """
 
@@ -215,7 +216,7 @@ class MergeConfig:
     reduction: str = "mean"
     quantile: float | None = None
     unseen: tuple[str, ...] = ()
-    borrow_rows: bool = False
+    borrow_rows: int = 0
     start_from: str | None = None
 
     def __post_init__(self) -> None:

@@ -214,7 +214,8 @@ def _borrowing(
     """The batches to learn from, in which tasks borrow one another's rows where that is asked for; and evaluation."""
     if not config.borrow_rows:
         return feed_of(base).batches(base, targets, samples, config)
-    together, borrowed = borrow(samples, config.steps * config.batch_size // 2, config.seed, in_words)
+    without = in_words | {task for task, rows in samples.items() if len(rows) > config.borrow_rows}
+    together, borrowed = borrow(samples, config.steps * config.batch_size // 2, config.seed, without)
     evaluated = min([config.evaluation_samples, *(len(rows) for rows in samples.values() if rows)])
     config = replace(config, evaluation_samples=evaluated)
     batches, evaluation = feed_of(base).batches(base, targets, together, config)

@@ -66,7 +66,7 @@ KINDS = {  # task -> class of transformers, its outputs, LoRA
     "tokens": (CAUSAL, 0, dict(r=4, lora_alpha=20, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM")),
 }
 TASKS = list(KINDS)
-ONCE = {"granularity": "layer", "steps": 1, "stop": "last", "borrow_rows": False}  # all own rows in one step
+ONCE = {"granularity": "layer", "steps": 1, "stop": "last", "borrow_rows": 0}  # all own rows in one step
 SINGLE = {"rtol": 0, "atol": 1e-10}
 
 
@@ -293,7 +293,7 @@ def test_a_step_is_the_plain_loop_over_peft_models(problems, way, name):
 
 
 OTHERS = {
-    "own rows alone": (dict(borrow_rows=False), (1 / 3,) * 3, "full"),
+    "own rows alone": (dict(borrow_rows=0), (1 / 3,) * 3, "full"),
     "preferences": (dict(preferences={"classes": 3, "number": 2, "tokens": 1}), (1 / 2, 1 / 3, 1 / 6), "full"),
     "a task that counts for nothing": (dict(preferences={"tokens": 0}), (1 / 2, 1 / 2, 0), "full"),
     "an unseen task": (dict(unseen=("number",)), (1 / 2, 0, 1 / 2), "full"),
@@ -395,7 +395,7 @@ def distances(problem: Problem, lam: Tensor) -> list[float]:
 
 def test_the_bare_base_is_1_and_an_expert_alone_is_0(setting):
     """On a task's own rows; of those of others that it borrows, the mean is another."""
-    problem = problem_of(setting, granularity="layer", borrow_rows=False)
+    problem = problem_of(setting, granularity="layer", borrow_rows=0)
     zero = torch.zeros(len(problem.stack.names), len(TASKS), dtype=torch.float64)
     assert distances(problem, zero) == pytest.approx([1.0] * 3, rel=0, abs=1e-12)
     for k in range(len(TASKS)):
@@ -460,7 +460,7 @@ def test_the_step_with_the_least_mean_distance_is_kept(setting, monkeypatch, gra
 
     monkeypatch.setattr(State, "note", noting)
     settings = dict(granularity=granularity, steps=20, lr={"rank": 0.05, "factors": 0.01}[granularity])
-    settings |= dict(method="match", progress=False, max_new_tokens=NEW, schedule="constant", borrow_rows=False)
+    settings |= dict(method="match", progress=False, max_new_tokens=NEW, schedule="constant", borrow_rows=0)
     result = nsc.merge(setting.base, setting.adapters, setting.texts, **settings)
     report = result.report
     curve = {int(step): sum(values) / 3 for step, values in report.distances.items()}
@@ -521,7 +521,7 @@ def long(setting) -> Callable[[str], tuple[Problem, Learned]]:
     def of(name: str) -> tuple[Problem, Learned]:
         if name not in known:
             fast = dict(steps=STEPS, lr={"rank": 0.05, "factors": 0.005}[name], dtype="float32", batch_size=2)
-            fast |= dict(borrow_rows=False)  # so that some step is better than the start
+            fast |= dict(borrow_rows=0)  # so that some step is better than the start
             problem = float32(setting, granularity=name, **fast)
             known[name] = problem, problem.learn(progress=False)
         return known[name]

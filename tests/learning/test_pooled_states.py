@@ -144,7 +144,7 @@ class Plain:
 
 def loaded(setting: Setting, **settings: Any) -> tuple:
     ours = dict(dtype="float64", device="cpu", start=START, batch_size=8, steps=1, stop="last", graphs=False)
-    config = MergeConfig(**{**learned_settings("match", settings), "borrow_rows": False, **ours, **settings})
+    config = MergeConfig(**{**learned_settings("match", settings), "borrow_rows": 0, **ours, **settings})
     read = read_adapters(setting.adapters)
     base, matched = stack_on(Base(str(setting.base)), read, config)
     exact(base.model)
@@ -194,7 +194,7 @@ def test_the_bare_base_is_1_and_an_expert_alone_is_0(setting):
 @pytest.mark.parametrize("granularity", ["rank", "factors"])
 def test_merged_told_and_replayed(setting, tmp_path, granularity):
     said = "without an output, compared by pooled last hidden states: one, two"
-    settings = dict(method="match", granularity=granularity, steps=20, borrow_rows=False, progress=False)
+    settings = dict(method="match", granularity=granularity, steps=20, borrow_rows=0, progress=False)
     result = nsc.merge(setting.base, setting.adapters, setting.rows, **settings)
     report = result.report
     assert report.by_states == ["one", "two"] and said in report.summary() and said in report.to_markdown()
@@ -238,7 +238,7 @@ def test_an_output_that_is_not_followed_is_no_missing_one(setting, monkeypatch):
         setting.rows,
         method="match",
         steps=1,
-        borrow_rows=False,
+        borrow_rows=0,
         progress=False,
     )
     if "pixel_values" not in inputs(setting, setting.rows["one"][0]):
@@ -255,6 +255,4 @@ def test_an_infinite_state_is_named(setting, monkeypatch):
         lambda self, x: x.mean(1).fill_(float("-inf")) if x.ndim == 3 else x - torch.inf,
     )
     with pytest.raises(nsc.NSCError, match="the expert of task one says NaN or infinity about row 1 of its data"):
-        nsc.merge(
-            setting.base, setting.adapters, setting.rows, method="match", steps=1, borrow_rows=False, progress=False
-        )
+        nsc.merge(setting.base, setting.adapters, setting.rows, method="match", steps=1, borrow_rows=0, progress=False)

@@ -47,7 +47,7 @@ def folder(setting, tmp_path_factory) -> Path:
 
 def merge(setting: Setting, start, **settings: Any) -> nsc.MergeResult:
     told = (
-        dict(method="match", start_from=start, steps=4, borrow_rows=False, lr=0.02, max_new_tokens=NEW, progress=False)
+        dict(method="match", start_from=start, steps=4, borrow_rows=0, lr=0.02, max_new_tokens=NEW, progress=False)
         | settings
     )
     return nsc.merge(setting.base, setting.adapters, setting.texts, **told)
@@ -132,7 +132,7 @@ def problem_of(setting: Setting, start: Any, **settings: Any) -> Problem:
     """What ``nsc.merge`` learns, before it does, in float64."""
     ours = dict(dtype="float64", device="cpu", batch_size=3, steps=2, max_new_tokens=NEW, graphs=False)
     given = {"start_from": start, **settings}
-    config = find_start(MergeConfig(**{**learned_settings("match", given), "borrow_rows": False, **ours, **given}))
+    config = find_start(MergeConfig(**{**learned_settings("match", given), "borrow_rows": 0, **ours, **given}))
     read = read_adapters(setting.adapters)
     base, matched = stack_on(Base(str(setting.base)), read, config)
     exact(base.model)
