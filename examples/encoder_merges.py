@@ -33,6 +33,7 @@ class Merge(NamedTuple):
 
 
 LABELS = {"search": "labels"}
+FACTORS_16 = {"method": "match-factors", "factor_rank": 16, "steps": 480}
 MERGES = {
     "sum-labels": Merge({"method": "task-arithmetic", **LABELS}, 0),
     "tsv-labels": Merge({"method": "tsv", **LABELS}, 0),
