@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -19,13 +19,7 @@ def draw(count: int, batch_size: int, step: int, key: str) -> list[int]:
     Returns:
         Numbers of samples.
     """
-    if count == 0:
-        return []
-    drawn = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        turn, index = divmod(position, count)
-        drawn.append(_permutation(f"{key}/{turn}", count)[index])
-    return drawn
+    return _at(count, range(step * batch_size, (step + 1) * batch_size), key) if count else []
 
 
 def draw_each(
@@ -49,12 +43,10 @@ def draw_each(
         if not others:
             drawn[task] = draw(count, batch_size, step, key)
             continue
-        own = count - others
-        places = range(step * batch_size, (step + 1) * batch_size)
-        drawn[task] = [
-            own + draw(others, 1, place // 2, f"{key}/borrowed")[0] if place % 2 else draw(own, 1, place // 2, key)[0]
-            for place in places
-        ]
+        own, places = count - others, range(step * batch_size, (step + 1) * batch_size)
+        mine = iter(_at(own, [place // 2 for place in places if place % 2 == 0], key))
+        lent = iter(_at(others, [place // 2 for place in places if place % 2], f"{key}/borrowed"))
+        drawn[task] = [own + next(lent) if place % 2 else next(mine) for place in places]
     return drawn
 
 
@@ -79,6 +71,13 @@ def borrow(
         chosen = random.Random(f"{seed}/{task}/borrowed").sample(others, min(most, len(others)))
         together[task], borrowed[task] = [*own, *chosen], len(chosen)
     return together, borrowed
+
+
+def _at(count: int, positions: Iterable[int], key: str) -> list[int]:
+    """The numbers at these positions of the permutations behind one another, each of which is made once."""
+    places = [divmod(position, count) for position in positions]
+    orders = {turn: _permutation(f"{key}/{turn}", count) for turn in {turn for turn, _ in places}}
+    return [orders[turn][index] for turn, index in places]
 
 
 def _permutation(key: str, count: int) -> list[int]:
