@@ -51,7 +51,12 @@ def extra_flops(plan: str, n: int, d: int, m: int, R: int) -> int:
     """
     if plan == "factors":
         return 4 * n * R * (d + m)
-    return 2 * R * d * m + min(2 * n * d * m + 2 * R * d * m, 2 * n * R * (d + m))
+    return 2 * R * d * m + min(_gradient_flops(n, d, m, R))
+
+
+def _gradient_flops(n: int, d: int, m: int, R: int) -> tuple[int, int]:
+    """Of dc where the weight is folded: from dW, and from rows."""
+    return 2 * (n + R) * d * m, 2 * n * R * (d + m)
 
 
 def layer_plan(n: int, d: int, m: int, R: int) -> str:
@@ -163,9 +168,9 @@ class MergedLoRALinear(nn.Module):
         z, u = self._down(z)
         if self.plan == "factors":
             return lora_up(self.base(z), u, c, lora_B)  # type: ignore[arg-type]  # this plan makes it
-        lora_A, (m, d), R = self.lora_A.to(z.dtype), self.weight.shape, len(c)
-        n = z.shape[:-1].numel()
-        if n * d * m + R * d * m <= n * R * (d + m):
+        lora_A, (m, d) = self.lora_A.to(z.dtype), self.weight.shape
+        from_weight, from_rows = _gradient_flops(z.shape[:-1].numel(), d, m, len(c))
+        if not c.requires_grad or from_weight <= from_rows:
             return F.linear(z, lora_fold(self.weight, lora_B, c, lora_A), self.bias)
         y = F.linear(z, lora_fold(self.weight, lora_B, c.detach(), lora_A), self.bias)
         u = lora_fork(z.detach(), lora_A, energy=False)[1] if u is None else u.detach()
@@ -208,8 +213,7 @@ class _CoefficientGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, c, lora_B = ctx.saved_tensors
-        dc = coefficient_gradient(dy, u.to(dy.dtype), c, lora_B.to(dy.dtype)) if ctx.needs_input_grad[2] else None
-        return dy, None, None if dc is None else dc.to(c.dtype), None
+        return dy, None, coefficient_gradient(dy, u.to(dy.dtype), c, lora_B.to(dy.dtype)).to(c.dtype), None
 
 
 class Siblings:
