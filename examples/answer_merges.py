@@ -10,7 +10,6 @@ answers to the validation rows, 32 a task, score best.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from answer_suite import BARE, EXPERT, MAX_LENGTH, MAX_NEW_TOKENS, TASKS, answering, kept_answers, scores_of
-from encoder_suite import interval, samples_of
+from encoder_merges import make_each, unlabeled
+from encoder_suite import alone_and_quiet, interval, samples_of
 from torch import Tensor
 
 import nsc
 
-RECORD = "seconds.json"
 SCALES = {"task-arithmetic": (0.3, 0.5, 0.7, 0.9), "tsv": (0.6, 0.9, 1.2, 1.5)}
 
 
@@ -86,12 +84,6 @@ def best_scale(name: str, out: Path, tasks: list[str]) -> float:
     return max(tried, key=tried.__getitem__)
 
 
-def unlabeled(out: Path, task: str, count: int) -> list[str]:
-    """Return the first ``count`` prompts of a task that no expert was trained on."""
-    lines = (out / f"unlabeled/{task}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    return [json.loads(line)["text"] for line in lines]
-
-
 def scores(name: str, out: Path, tasks: list[str]) -> dict[str, Tensor]:
     """Return task -> score (1 + RESAMPLES,) of a row's answers, on the test rows and on resamples that rows share."""
     reached = {}
@@ -134,17 +126,8 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MERGES)}")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    file = args.out / "merged" / RECORD
-    file.parent.mkdir(parents=True, exist_ok=True)
-    seconds = json.loads(file.read_text()) if file.exists() else {}
-    for name in args.names or MERGES:
-        if not (args.out / "merged" / name).exists():
-            seconds[name] = merge(name, args.out, args.task)
-            file.write_text(json.dumps(seconds, indent=1) + "\n")
-            print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    alone_and_quiet()
+    seconds = make_each(args.out, args.names or MERGES, lambda name: merge(name, args.out, args.task))
     print(table(args.out, args.task, seconds))
 
 

@@ -18,11 +18,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import transformers
-from encoder_suite import Split, epoch, read_rows, write_rows
+from encoder_suite import Split, alone_and_quiet, epoch, read_rows, save_adapter, train_each, write_rows
 from labelled import text_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from smollm2 import NAME, prepare_base
@@ -211,11 +210,8 @@ def train_suite(data: Path, out: Path, names: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base = prepare_base(out / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    file = out / "scores.json"
-    scores = json.loads(file.read_text()) if file.exists() else {}
-    for name in names:
-        if name in scores:
-            continue
+
+    def expert(name: str) -> dict[str, Any]:
         seed, parts = list(TASKS).index(name), split(data, TASKS[name], tokenizer)
         write_rows(out, name, parts)
         torch.manual_seed(seed)  # one seed for all would give every adapter the same row space
@@ -224,13 +220,12 @@ def train_suite(data: Path, out: Path, names: Sequence[str]) -> None:
         steps = train(model, tokenizer, name, parts.train, random.Random(seed))
         seconds = round(time.monotonic() - start)
         adapter = out / "adapters" / name
-        model.save_pretrained(adapter, save_embedding_layers=False)  # "auto" would ask the hub for the base
-        (adapter / "README.md").unlink(missing_ok=True)
-        expert = kept_answers(out, EXPERT, name, partial(answering, base, adapter))
+        save_adapter(model, adapter)
+        tuned = kept_answers(out, EXPERT, name, partial(answering, base, adapter))
         bare = kept_answers(out, BARE, name, partial(answering, base))
-        scores[name] = {
+        return {
             "metric": TASKS[name].metric,
-            EXPERT: scores_of(out, name, expert).mean().item(),
+            EXPERT: scores_of(out, name, tuned).mean().item(),
             BARE: scores_of(out, name, bare).mean().item(),
             "train rows": len(parts.train),
             "unlabeled rows": len(parts.unlabeled),
@@ -238,8 +233,8 @@ def train_suite(data: Path, out: Path, names: Sequence[str]) -> None:
             "steps": steps,
             "seconds": seconds,
         }
-        file.write_text(json.dumps(scores, indent=1) + "\n")
-        print(name, scores[name], flush=True)
+
+    train_each(out, names, expert)
 
 
 def main() -> None:
@@ -249,9 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/answers"))
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    alone_and_quiet()
     train_suite(args.data, args.out, args.task)
 
 

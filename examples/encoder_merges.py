@@ -11,13 +11,11 @@ was trained on; labels are read by the rows whose scale is searched by them, 64 
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
-from encoder_suite import MAX_LENGTH, TASKS, exam_of, score
+from encoder_suite import MAX_LENGTH, TASKS, alone_and_quiet, exam_of, score
 
 import nsc
 
@@ -97,6 +95,19 @@ def unlabeled(out: Path, task: str, count: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
+def make_each(out: Path, names: Iterable[str], make: Callable[[str], float]) -> dict[str, float]:
+    """Make the merges that are not there yet, and return the seconds of each, kept in OUT/merged/seconds.json."""
+    file = out / "merged" / RECORD
+    file.parent.mkdir(parents=True, exist_ok=True)
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    for name in names:
+        if not (out / "merged" / name).exists():
+            seconds[name] = make(name)
+            file.write_text(json.dumps(seconds, indent=1) + "\n")
+            print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    return seconds
+
+
 def table(out: Path, tasks: list[str], seconds: Mapping[str, float]) -> str:
     """Return a markdown table of the merges that are there: share of fine-tuned, interval, worst task, seconds."""
     exams = {task: exam_of(out, task) for task in tasks}
@@ -130,17 +141,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the base while merging; scores are in float32")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MERGES)}")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    file = args.out / "merged" / RECORD
-    file.parent.mkdir(parents=True, exist_ok=True)
-    seconds = json.loads(file.read_text()) if file.exists() else {}
-    for name in args.names or MERGES:
-        if not (args.out / "merged" / name).exists():
-            seconds[name] = merge(name, args.out, args.task, args.dtype)
-            file.write_text(json.dumps(seconds, indent=1) + "\n")
-            print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    alone_and_quiet()
+    seconds = make_each(args.out, args.names or MERGES, lambda name: merge(name, args.out, args.task, args.dtype))
     print(table(args.out, args.task, seconds))
 
 

@@ -13,10 +13,8 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
-import transformers
 from encoder_merges import unlabeled
-from encoder_suite import MAX_LENGTH, TASKS, Exam, exam_of, score
+from encoder_suite import MAX_LENGTH, TASKS, Exam, alone_and_quiet, exam_of, score
 
 import nsc
 
@@ -95,9 +93,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    alone_and_quiet()
     found = study(args.out, args.tasks, args.rows, args.methods, args.dtype)
     print(tables(found, args.tasks, args.rows, args.methods))
 

@@ -19,10 +19,10 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -325,11 +325,8 @@ def train_suite(data: Path, out: Path, names: Sequence[str], recipe: Recipe = RE
     """Train, score and save the experts that are not there yet, one after another, and write the rows of each task."""
     base = prepare_base(out / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    file = out / "scores.json"
-    scores = json.loads(file.read_text()) if file.exists() else {}
-    for name in names:
-        if name in scores:
-            continue
+
+    def expert(name: str) -> dict[str, Any]:
         seed, parts = recipe.seed + list(TASKS).index(name), split(data, TASKS[name])
         write_rows(out, name, parts)
         torch.manual_seed(seed)  # one seed for all would give every adapter the same row space
@@ -337,12 +334,10 @@ def train_suite(data: Path, out: Path, names: Sequence[str], recipe: Recipe = RE
         model = build(base, TASKS[name])
         steps = train(model, tokenizer, TASKS[name], parts.train, random.Random(seed), recipe)
         seconds = round(time.monotonic() - start)
-        adapter = out / "adapters" / name
-        model.save_pretrained(adapter, save_embedding_layers=False)  # "auto" would ask the hub for the base
-        (adapter / "README.md").unlink(missing_ok=True)
+        save_adapter(model, out / "adapters" / name)
         exam = exam_of(out, name)
         bare = outputs_of(classifier(base, exam.head), tokenizer, exam.texts)
-        scores[name] = {
+        return {
             "metric": exam.task.metric,
             "fine-tuned": exam.score(exam.expert),
             "head alone": exam.score(bare),
@@ -352,8 +347,32 @@ def train_suite(data: Path, out: Path, names: Sequence[str], recipe: Recipe = RE
             "steps": steps,
             "seconds": seconds,
         }
-        file.write_text(json.dumps(scores, indent=1) + "\n")
-        print(name, scores[name], flush=True)
+
+    train_each(out, names, expert)
+
+
+def train_each(out: Path, names: Sequence[str], expert: Callable[[str], dict[str, Any]]) -> None:
+    """Train the experts that are not there yet, and keep what is told of each in OUT/scores.json."""
+    file = out / "scores.json"
+    scores = json.loads(file.read_text()) if file.exists() else {}
+    for name in names:
+        if name not in scores:
+            scores[name] = expert(name)
+            file.write_text(json.dumps(scores, indent=1) + "\n")
+            print(name, scores[name], flush=True)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save an adapter without PEFT's empty model card."""
+    model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub for the base
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def alone_and_quiet() -> None:
+    """Run in one thread, without what transformers says of every model that is loaded."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:
@@ -367,9 +386,7 @@ def main() -> None:
     commands.choices["train"].add_argument("--recipe", choices=RECIPES, default="joint")
     commands.choices["score"].add_argument("merged", type=Path, nargs="+", help="adapter, or whole model")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()  # each model says that its head is new
-    transformers.utils.logging.disable_progress_bar()
+    alone_and_quiet()
     if args.command == "train":
         train_suite(args.data, args.out, args.task, RECIPES[args.recipe])
     else:
