@@ -37,6 +37,18 @@ class NonFiniteError(NSCError):
     """NaN or infinity appeared in activations, in the loss or in a coefficient."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, for a table or a warning.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        The message, every run of white space a space.
+    """
+    return " ".join(str(error).split())
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for quoting an error of torch or the driver in one sentence.
 

@@ -28,7 +28,7 @@ from nsc.console import printer
 from nsc.data.labelled import read_all_labelled
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
-from nsc.errors import DataError, NSCError
+from nsc.errors import DataError, NSCError, one_line
 from nsc.evaluation.scale_search import SEARCHES, Grid, LabelledLoss, Value, default_search, grid_of
 from nsc.evaluation.scoring import Exam, exams_of
 from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
@@ -123,7 +123,7 @@ def _scales(
     except NSCError as error:
         if search is not None or isinstance(error, DataError):
             raise
-        say(f"scales are 1, for they could not be searched by match: {' '.join(str(error).split())}")
+        say(f"scales are 1, for they could not be searched by match: {one_line(error)}")
         return None, {name: chosen._replace(searched=False) for name, chosen in planned.items()}
 
 

@@ -113,6 +113,30 @@ def found_on(
     return fit(base.model, stack, rows, recipe.method.inputs, findings.solve, rounds, tokens, team=team)
 
 
+def completed_on(
+    base: Base, combination: Combination, samples: Mapping[str, Sequence[Any]], config: MergeConfig
+) -> Combination:
+    """Give a combination what it needs to know of rows, on a base in memory.
+
+    Args:
+        base: with weights.
+        combination: a method on the adapters.
+        samples: task -> what its feed read.
+        config: settings of the rows.
+
+    Returns:
+        The combination with the updates of a regression and the magnitudes of AIM; as it was where it needs neither.
+
+    Raises:
+        NSCError: a subclass, as ``found_on`` and ``magnitudes_on`` do.
+    """
+    if combination.recipe.method.inputs:
+        combination = combination.with_found(found_on(base, Findings(combination), samples, config))
+    if combination.recipe.aim is not None:
+        combination = combination.with_magnitudes(magnitudes_on(base, combination.stack, samples, config))
+    return combination
+
+
 def magnitudes_on(
     base: Base, stack: Stack, samples: Mapping[str, Sequence[Any]], config: MergeConfig
 ) -> dict[str, Tensor]:

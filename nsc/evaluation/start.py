@@ -21,7 +21,7 @@ from nsc.bases.base_model import Base
 from nsc.config import LEARNED, START, MergeConfig
 from nsc.errors import NSCError
 from nsc.evaluation.scale_search import grid_of, require_finite, search_scale
-from nsc.evaluation.solving import Findings, found_on
+from nsc.evaluation.solving import completed_on
 from nsc.learning.held_back import hold_back
 from nsc.learning.preparation import distance_from_experts
 from nsc.methods import LowRank
@@ -144,13 +144,12 @@ def _by_method(
     """The update of each layer by a method with its default settings, at the scale nearest to the experts."""
     rows = hold_back(samples, config.seed)[0] if config.stop == "match" else samples
     made = Combination(matched.stack, read_recipe(str(config.start_from)), device=input_device(base.model))
-    if made.recipe.method.inputs:
-        if config.unseen:
-            raise NSCError(
-                f"start_from {config.start_from} is made from rows of every task, and {config.unseen[0]} has none:"
-                " name a method that reads none"
-            )
-        made = made.with_found(found_on(base, Findings(made), rows, config))
+    if made.recipe.needs_rows and config.unseen:
+        raise NSCError(
+            f"start_from {config.start_from} is made from rows of every task, and {config.unseen[0]} has none:"
+            " name a method that reads none"
+        )
+    made = completed_on(base, made, rows, config)
     ranks = {name: sum(module.ranks) for name, module in matched.stack.modules.items()}
     factors = exact_or_nearest(made, ranks)
     stack = as_stack({name: LowRank(f.B, f.A) for name, f in factors.items()})

@@ -15,10 +15,10 @@ from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line
 from nsc.evaluation.scale_search import Grid, Value, require_finite, search_scale
 from nsc.evaluation.scoring import Exam
-from nsc.evaluation.solving import Findings, found_on, magnitudes_on
+from nsc.evaluation.solving import completed_on
 from nsc.evaluation.start import find_start, started
 from nsc.evaluation.table import ALONE, Row, scored
 from nsc.learning.held_back import HeldBack
@@ -132,11 +132,7 @@ class Stage:
             The combination.
         """
         made = Combination(self.stack, recipe, coefficients, device=input_device(self.model))
-        if recipe.method.inputs:
-            made = made.with_found(found_on(self.base, Findings(made), self.samples, self.config))
-        if recipe.aim is not None:
-            made = made.with_magnitudes(magnitudes_on(self.base, self.stack, self.samples, self.config))
-        return made
+        return completed_on(self.base, made, self.samples, self.config)
 
     def learn(self, name: str, config: MergeConfig) -> tuple[Learned, Stack, float, int | None]:
         """Learn what ``name`` learns, once.
@@ -189,7 +185,7 @@ def row_of(
         with merged_layers(stage.model, stack, lam.to(input_device(stage.model), dtype)):
             scores = {task: exam.score(stage.model) for task, exam in exams.items()}
     except NSCError as error:
-        return Row(name, refused=" ".join(str(error).split()))
+        return Row(name, refused=one_line(error))
     return scored(row, scores, alone.scores, metrics)
 
 

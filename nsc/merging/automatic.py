@@ -16,7 +16,7 @@ from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, read_data
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line
 from nsc.evaluation.scale_search import Value, grid_of, require_finite, search_scale
 from nsc.evaluation.solving import Findings, found_on
 from nsc.export.result import MergeResult
@@ -97,7 +97,7 @@ class _Trial:
             require_finite(merged)
             best = search_scale(self.model, merged, distance, grid_of("match"))
         except NSCError as error:
-            return {"refused": " ".join(str(error).split())}
+            return {"refused": one_line(error)}
         return {"scale": best.scale, "distance": best.curve[best.scale]}
 
     def result(

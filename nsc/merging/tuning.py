@@ -16,7 +16,7 @@ from nsc.config import MergeConfig
 from nsc.data.labelled import Labelled, read_all_labelled
 from nsc.data.modalities import feed_of
 from nsc.data.sources import Source, place_of, read_data
-from nsc.errors import DataError, NSCError
+from nsc.errors import DataError, NSCError, one_line
 from nsc.evaluation.scale_search import (
     MEASURES,
     SEARCHES,
@@ -177,37 +177,23 @@ def at_best_scale(result: MergeResult, search: Search, config: MergeConfig, say:
         say: prints a line.
 
     Returns:
-        The merge at that scale.
+        The merge at that scale, with the base that it was found on in memory.
 
     Raises:
-        NSCError: as ``find_scale`` and ``refuse_base`` do, if the search was asked for, and for unreadable rows.
+        NSCError: a subclass, for unreadable rows; and if the search was asked for, for a base that is not in one place,
+            a merge that is not finite, or if no scale has a finite loss.
     """
     try:
         refuse_base(search.by, config)
-        return find_scale(result, search, config, say)
+        return _find_scale(result, search, config, say)
     except NSCError as error:
         if not search.by_default or isinstance(error, DataError):
             raise
-        why = f"the scale is 1, for it could not be searched by {search.by}: {' '.join(str(error).split())}"
+        why = f"the scale is 1, for it could not be searched by {search.by}: {one_line(error)}"
         return replace(result, report=replace(result.report, warnings=[*result.report.warnings, why]))
 
 
-def find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:
-    """Find the scale of a merge, and return the same merge at that scale.
-
-    Args:
-        result: a merge by another method, whose base may or may not be in memory.
-        search: how, and on which rows.
-        config: settings of the base and of the rows.
-        say: prints a line.
-
-    Returns:
-        The merge at the best scale, with the base that it was found on in memory.
-
-    Raises:
-        NSCError: a subclass, for rows that do not go with the adapters, a merge that is not finite, or if no scale has
-            a finite loss.
-    """
+def _find_scale(result: MergeResult, search: Search, config: MergeConfig, say: Callable[[str], None]) -> MergeResult:
     assert result.combination is not None
     base = Base(result.record.base, result.model)
     base = base if result.model else loading.load(base, config.dtype, config.device)
