@@ -43,6 +43,7 @@ class Grid:
         steps: step of the first grid, then of each finer one around the best scale so far.
         most: the first grid continues upwards while its last scale is the best, but not beyond this; None: not beyond
             ``high``.
+        least: half the lowest scale is tried while the lowest is the best, but not below this; None: not below ``low``.
         parabolas: how often the lowest point of a parabola through the best scale and its neighbours is tried last, for
             a value that is smooth in the scale.
     """
@@ -51,6 +52,7 @@ class Grid:
     high: float = 1.5
     steps: tuple[float, ...] = (0.1, 0.01)
     most: float | None = None
+    least: float | None = None
     parabolas: int = 0
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class Grid:
             raise NSCError(f"the steps of a search must be above 0, each finer than the one before, not {self.steps}")
 
 
-MOST = 5.0
+MOST, LEAST = 5.0, 0.0125
 SMOOTH_STEP = 0.2  # of the distance from the experts, which is smooth in the scale and costs a forward of all rows
 MEASURES = {  # minimised
     "labels": "mean loss relative to the bare base's",
@@ -115,7 +117,8 @@ def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple
     """Return the grid of a search.
 
     Args:
-        search: "labels" or "match", which continue upwards to ``MOST`` while that helps, or "null-space".
+        search: "labels" or "match", which continue upwards to ``MOST`` while that helps, the latter also downwards to
+            ``LEAST``; or "null-space".
         scales: lowest and highest scale, and no others; None for the default range.
         steps: step of each grid, coarse to fine.
 
@@ -123,8 +126,8 @@ def grid_of(search: str, scales: tuple[float, float] | None = None, steps: tuple
         The grid.
     """
     if search == "match" and steps == Grid.steps:
-        smooth = Grid(steps=(SMOOTH_STEP,), most=MOST, parabolas=2)
-        return replace(smooth, low=scales[0], high=scales[1], most=None) if scales else smooth
+        smooth = Grid(steps=(SMOOTH_STEP,), most=MOST, least=LEAST, parabolas=2)
+        return replace(smooth, low=scales[0], high=scales[1], most=None, least=None) if scales else smooth
     if scales:
         return Grid(*scales, steps)
     return Grid(steps=steps, most=None if search == "null-space" else MOST)
@@ -147,16 +150,18 @@ def search(value: Callable[[float], float], grid: Grid = Grid()) -> SearchResult
     curve = {scale: value(scale) for scale in _scales(grid.low, grid.high, first)}
     while (last := max(curve)) == _best(curve) and last + first <= (grid.most or grid.high):
         curve[round(last + first, 10)] = value(round(last + first, 10))
+    while (lowest := min(curve)) == _best(curve) and lowest / 2 >= (grid.least or grid.low):
+        curve[lowest / 2] = value(lowest / 2)
     for coarse, fine in pairwise(grid.steps):
         best = _best(curve)
         reach, top = coarse - fine, max(grid.high, *curve)
         around = _scales(max(grid.low, best - reach), min(top, best + reach), fine)
         curve |= {scale: value(scale) for scale in around if scale not in curve}
     for _ in range(grid.parabolas):
-        lowest = _vertex(curve)
-        if lowest is None or lowest in curve:
+        vertex = _vertex(curve)
+        if vertex is None or vertex in curve:
             break
-        curve[lowest] = value(lowest)
+        curve[vertex] = value(vertex)
     best = _best(curve)
     if not math.isfinite(curve[best]):
         raise NSCError(f"no scale from {grid.low:g} to {grid.high:g} gives a finite loss; the merge overflows")

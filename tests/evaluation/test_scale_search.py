@@ -176,7 +176,7 @@ def test_losses_are_relative_to_the_bare_base(bench, answers):
         assert abs(shares[one] - 1) > 1e-3
 
 
-@pytest.mark.parametrize("lowest", [0.33, 0.9, 1.47, 2.71])
+@pytest.mark.parametrize("lowest", [0.04, 0.13, 0.19, 0.33, 0.9, 1.47, 2.71])
 def test_a_smooth_value_is_searched_by_parabolas(lowest):
     """A few evaluations find the lowest point to 0.01 of a parabola, and to 0.02 of something like one."""
     for value, near in ((lambda s: (s - lowest) ** 2 + 0.3, 0.01), (lambda s: (math.log(s / lowest)) ** 2 + 0.3, 0.06)):
@@ -188,5 +188,7 @@ def test_a_smooth_value_is_searched_by_parabolas(lowest):
 def test_parabolas_end_at_an_edge_and_at_what_is_not_finite():
     assert search(lambda s: s, Grid(0.2, 1.0, (0.2,), parabolas=2)).scale == 0.2
     assert search(lambda s: 1.0, Grid(0.2, 1.0, (0.2,), parabolas=2)).scale == 0.2
+    assert search(lambda s: s, grid_of("match", (0.2, 1.0))).scale == 0.2
+    assert search(lambda s: s, grid_of("match")).edge
     found = search(lambda s: math.nan if s > 0.7 else 1 / s, Grid(0.2, 1.0, (0.2,), parabolas=2))
     assert found.scale == 0.6
