@@ -16,6 +16,7 @@ HEAVY = {
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",
     "nsc/bases/loading.py",
+    "nsc/bases/wrappers.py",
     "nsc/export/files.py",
     "nsc/export/proof.py",
     "nsc/performance/plan.py",

@@ -15,7 +15,8 @@ from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
 from nsc.bases.llava import refuse_moving_tower
-from nsc.bases.module_names import layer_kind, prefix_of, resolve
+from nsc.bases.module_names import layer_kind, prefix_of, prefixes_of, resolve
+from nsc.bases.wrappers import prefixes_of_classes, wrapper_of
 from nsc.errors import NameMismatch, NSCError
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
@@ -58,6 +59,7 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(base.model.main_input_name))
+    check_prefixes(base, matches)
     kept, whole = split_saved(adapters, matches, body_of(base), keep_modules)
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
     refuse_moving_tower(base.model, stack.names)
@@ -158,6 +160,32 @@ def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mappin
             raise NameMismatch(
                 f"adapter '{adapter.name}': the update of '{name}' is {update} (out, in), the base's '{mapping[name]}' "
                 f"is {weight}. Wrong base? {_trained_on(adapter)}"
+            )
+
+
+def check_prefixes(base: Base, matches: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse module names with a prefix that no class of transformers puts before the body's.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        matches: task -> adapter's module name -> base's.
+
+    Raises:
+        NameMismatch: naming the adapter, the prefix and those that there are.
+    """
+    tasks: dict[str, str] = {}
+    names: dict[str, set[str]] = {}
+    for task, mapping in matches.items():
+        for prefix, inside in prefixes_of(mapping).items():
+            tasks.setdefault(prefix, task)
+            names.setdefault(prefix, set()).update(inside)
+    for prefix, task in tasks.items():
+        if prefix and wrapper_of(base, prefix, names[prefix]) is None:
+            known = ", ".join(f"'{name}' in {cls}" for name, cls in prefixes_of_classes(base).items())
+            raise NameMismatch(
+                f"adapter '{task}': its module names have '{prefix}' before the base's own, as in no class of"
+                f" transformers for {base.config.model_type}, where that is {known}; take it off the keys of its"
+                " safetensors file, or give the base that has it"
             )
 
 

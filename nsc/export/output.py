@@ -144,8 +144,8 @@ def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[
     model, batch = (in_memory[0].model, in_memory[1]) if in_memory else (None, None)
     if full:
         return prove_full_model(folder, merge, base, model, batch)
-    files = prove_files(folder, merge)
-    return prove_adapter(folder, merge, model, batch) if model is not None and batch is not None else files
+    files = prove_files(folder, merge, base)
+    return prove_adapter(folder, merge, *in_memory) if in_memory else files
 
 
 def _share(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from nsc.bases.base_model import Base
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
 from nsc.bases.weights import merged_places
+from nsc.bases.wrappers import wrapper_of
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.methods import LowRank
@@ -131,12 +133,15 @@ class Merge:
         return stack, torch.ones(len(updates), 1)
 
 
-def prove_files(folder: Path, merge: Merge) -> Proof:
-    """Read the adapter back without any model: every update must be there, and nothing else.
+def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
+    """Read the adapter back without weights of a model: every update must be there, and nothing else.
+
+    Stock PEFT loads it, too, onto a class of transformers on the meta device.
 
     Args:
         folder: folder the adapter was written to.
         merge: what should be there.
+        base: the base; its weights need not be loaded.
 
     Returns:
         What was compared: weights alone.
@@ -152,17 +157,24 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
     _same_names(set(written), set(merge.factors), "the adapter file")
     whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
     updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
-    return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
+    worst = max(_worst_update(updates, merge), _worst_whole(whole, merge))
+    with _loaded_by_peft(folder, merge, base) as (layers, loaded):
+        _same_names(set(layers), set(written), "PEFT's model")
+        for name, f in written.items():
+            A, B, scale = (getattr(layers[name], part)["default"] for part in ("lora_A", "lora_B", "scaling"))
+            if not (torch.equal(A.weight, f.A) and torch.equal(B.weight, f.B) and math.isclose(scale, f.scale)):
+                raise ProofError(f"PEFT loads other factors of {name} than there are in {folder}; do not use it")
+        return Proof("adapter", len(merge.names), max(worst, _worst_whole(loaded, merge)))
 
 
-def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
+def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof:
     """Load the folder with stock PEFT onto the base: its updates and hidden states must be those in memory.
 
     Args:
         folder: folder the adapter was written to.
         merge: what should be there.
-        model: body of the base in full precision, left as it was.
-        batch: rows on the model's device.
+        base: with its body in full precision, which is left as it was.
+        batch: rows on the body's device.
 
     Returns:
         What was compared.
@@ -170,9 +182,10 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     Raises:
         ProofError: if something is missing, extra or different.
     """
+    model = base.model
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
-    with _loaded_by_peft(model, folder, merge) as (layers, whole):
+    with _loaded_by_peft(folder, merge, base) as (layers, whole):
         _same_names(set(layers), set(merge.factors), "PEFT's model")
         updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
@@ -252,26 +265,48 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
 
 
 @contextmanager
-def _loaded_by_peft(
-    model: nn.Module, folder: Path, merge: Merge
-) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
-    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
-    prefix, shell = merge.prefix, cast(Any, model)
-    originals = {name: model.get_submodule(name) for name in merge.merged.whole}
-    for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
-        outer = nn.Module()
-        outer.add_module(part, shell)
-        shell = outer
-    peft_model = PeftModel.from_pretrained(shell, folder)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+def _loaded_by_peft(folder: Path, merge: Merge, base: Base) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
+    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the base.
+
+    They are on a class of transformers whose layers have the prefix, around the body itself where that is loaded.
+    """
+    prefix, body = merge.prefix, base.loaded
+    shell: Any = body if body is not None and not prefix else wrapper_of(base, prefix, merge.names)
+    if shell is None:
+        raise ProofError(
+            f"the merged adapter names its layers '{prefix}{merge.names[0]}', as no class of transformers for"
+            f" {base.config.model_type} does: it fits no model"
+        )
+    originals = {name: body.get_submodule(name) for name in merge.merged.whole} if body is not None else {}
+    if body is None:
+        _fill_with_zeros(shell, {prefix + name for name in merge.merged.whole})
+    elif prefix:
+        replace_module(shell, prefix.rstrip("."), body)
+    peft_model = PeftModel.from_pretrained(shell, folder, torch_device="cpu")
+    layers = {name: module for name, module in shell.named_modules() if isinstance(module, LoraLayer)}
+    saved = {name: m for name, m in shell.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
+    whole = {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
     try:
-        yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
+        yield (
+            {name.removeprefix(prefix): m for name, m in layers.items()},
+            {name.removeprefix(prefix): x for name, x in whole.items()},
+        )
     finally:
         peft_model.unload()
         for name, original in originals.items():  # PEFT leaves its own there
-            replace_module(model, name, original)
+            replace_module(cast(nn.Module, body), name, original)
+
+
+def _fill_with_zeros(model: nn.Module, whole: Collection[str]) -> None:
+    """Give a model on the meta device parameters of one zero each, since PEFT puts adapters where their layers are.
+
+    Layers that are loaded whole are copied into, so they get memory of their own.
+    """
+    for name, parameter in list(model.named_parameters()):
+        home, _, last = name.rpartition(".")
+        zeros = torch.zeros(parameter.shape) if home in whole else torch.zeros(()).expand(parameter.shape)
+        setattr(model.get_submodule(home), last, nn.Parameter(zeros, requires_grad=False))
 
 
 def _proof(
