@@ -14,7 +14,6 @@ from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
-from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
 from nsc.errors import NameMismatch, NSCError
 
@@ -60,7 +59,6 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
         check_towers(task, mapping, str(base.model.main_input_name))
     kept, whole = split_saved(adapters, matches, body_of(base), keep_modules)
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
-    refuse_moving_tower(base.model, stack.names)
     return Matched(kept, matches, shapes, stack)
 
 

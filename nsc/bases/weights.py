@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nsc.bases.base_model import Base
-from nsc.bases.module_names import resolve
-from nsc.errors import NSCError
+from nsc.bases.checkpoint_keys import parameter_names
+from nsc.errors import NameMismatch, NSCError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -129,14 +130,35 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
     """
     source = checkpoint_folder(base)
     shards = [source / name for name in shard_names(source)]
-    shapes = {key: shape for shard in shards for key, shape in shapes_in(shard)}
-    matrices = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
-    two = base.has_two_towers
-    inside = [key for key in matrices if not (two and key.startswith("text_model."))]
-    stored = {key.removesuffix(".weight"): (shapes[key][0], shapes[key][1]) for key in inside}
-    places = resolve("merged", names, stored)
-    of_layer = {f"{place}.{kind}": f"{name}.{kind}" for name, place in places.items() for kind in ("weight", "bias")}
-    return shards, {key: name for key, name in of_layer.items() if key in shapes}
+    keys = [key for shard in shards for key, _ in shapes_in(shard)]
+    wanted = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    places = {key: name for key, name in parameter_names(base.blank, keys).items() if name in wanted}
+    if lost := sorted({f"{name}.weight" for name in names} - set(places.values())):
+        raise NameMismatch(
+            f"{len(lost)} merged layers, such as {lost[0]}, are not in the checkpoint {source}, or transformers"
+            " fuses or splits them on loading: give the base that its config describes, or export an adapter"
+        )
+    return shards, places
+
+
+def read_parameters(base: Base, model: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Read parameters of any model class from a base's checkpoint, whatever their keys are called in it.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        model: a model of transformers on this base; the meta device is enough.
+        names: names of its parameters.
+
+    Returns:
+        Name -> tensor, for the parameters that the checkpoint holds.
+
+    Raises:
+        NSCError: if the checkpoint is not in safetensors.
+    """
+    source = checkpoint_folder(base)
+    keys = [key for shard in shard_names(source) for key, _ in shapes_in(source / shard)]
+    places = {key: name for key, name in parameter_names(model, keys).items() if name in set(names)}
+    return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}
 
 
 def read_layers(base: Base, names: Sequence[str]) -> dict[str, Tensor]:
