@@ -27,14 +27,19 @@ def merge(
         job, settings = gather(given(context), inputs.setting or (), inputs.config)
         out = Path(job.out)
     with plain_errors(out):
+        from nsc.adapters.matching import layers_on_codes
         from nsc.bases.base_model import Base
+        from nsc.bases.weights import refuse_codes
         from nsc.errors import NSCError
         from nsc.export.output import refuse_output
         from nsc.merging.api import merge as run
         from nsc.paths import CHECKPOINT, partial_folder
         from nsc.runtime.distributed import join
 
-        refuse_output(out, Base(job.base), job.rank, job.full, job.recipe)
+        base = Base(job.base)
+        refuse_output(out, base, job.rank, job.full, job.recipe)
+        if job.full:
+            refuse_codes(base, layers_on_codes(base, job.adapters))
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not output.resume:
             raise NSCError(f"there is an interrupted merge in {checkpoint.parent}: add --resume, or remove that folder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
 from nsc.bases.base_model import Base
-from nsc.bases.weights import refuse_unstreamable
+from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
@@ -115,7 +115,9 @@ class Output:
                 save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
 
 
-def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None) -> None:
+def refuse_output(
+    out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None, layers: Sequence[str] = ()
+) -> None:
     """Refuse an output that cannot be written, so that it need not be learned first.
 
     Args:
@@ -124,11 +126,12 @@ def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: R
         rank: rank the adapter will be truncated to, if any.
         full: whether the whole model is to be written.
         recipe: recipe of the method; None for the sum by learned coefficients.
+        layers: layers of the body that are merged, where they are known.
 
     Raises:
         NSCError: if ``out`` exists (nothing on disk is ever overwritten), if ``rank`` and ``full`` are both given, if
-            ``full`` is and the base has no checkpoint that can be streamed, or if neither is and the recipe's updates
-            are dense.
+            ``full`` is and the base has no checkpoint that can be streamed or stores one of the layers as codes, or if
+            neither is and the recipe's updates are dense.
     """
     if out.exists():
         raise NSCError(f"{out} exists already; choose another folder, or move it away")
@@ -138,6 +141,7 @@ def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: R
         raise NSCError(f"{recipe.label} works on every entry of the dense updates: {DENSE_REMEDY}")
     if full:
         refuse_unstreamable(base)
+        refuse_codes(base, layers)
 
 
 def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[Base, Batch] | None) -> Proof:
