@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,16 +27,18 @@ def merge(
 
         job, settings = gather(given(context), inputs.setting or (), inputs.config)
         out = Path(job.out)
-    with plain_errors(out):
+    with plain_errors(out), ExitStack() as stack:
         from nsc.adapters.matching import layers_on_codes
         from nsc.bases.base_model import Base
         from nsc.bases.weights import refuse_codes
         from nsc.errors import NSCError
         from nsc.export.output import refuse_output
         from nsc.merging.api import merge as run
-        from nsc.paths import CHECKPOINT, partial_folder
+        from nsc.paths import CHECKPOINT, held, partial_folder
         from nsc.runtime.distributed import join
 
+        team = join(settings.device)
+        team.from_first(lambda: stack.enter_context(held(out)))
         base = Base(job.base)
         refuse_output(out, base, job.rank, job.full, job.recipe)
         if job.full:
@@ -57,7 +60,7 @@ def merge(
             checkpoint=checkpoint,
             resume=output.resume,
         )
-        if join(settings.device).first:
+        if team.first:
             _finish(result.save(out, rank=job.rank, full=job.full), out)
 
 

@@ -45,6 +45,7 @@ class MergeResult:
         combination: what another method makes of the adapters; None for the sum by learned coefficients.
         fixed: the merge itself, where its factors were found from rows and are not made again; None else.
         with_base: whether ``save`` loads the base even without rows, and makes some.
+        checkpoint: where its learning kept its state, which ``save`` removes where it lies in ``out.partial``.
     """
 
     coefficients: Tensor | None
@@ -57,6 +58,7 @@ class MergeResult:
     combination: Combination | None = None
     fixed: FixedFactors | None = None
     with_base: bool = False
+    checkpoint: Path | None = None
 
     @property
     def merged(self) -> Merged:
@@ -108,7 +110,7 @@ class MergeResult:
             ProofError: if what was loaded back is not what was merged.
         """
         refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe, self.merged.names)
-        output = Output(self.merged, self.record, self.report, self.adapters)
+        output = Output(self.merged, self.record, self.report, self.adapters, self.checkpoint)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
     def _proof_base(self, full: bool) -> tuple[Base, Batch] | None:
