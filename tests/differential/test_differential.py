@@ -117,10 +117,9 @@ def test_the_full_model_is_the_dense_sum(case, tmp_path):
     assert sum(not torch.equal(before[key], after[key]) for key in before) == len(updates)
 
 
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
 def test_keys_that_transformers_ignores_are_copied(case, tmp_path):
     """Such as layers for training, another copy of the weights, or buffers of older versions."""
-    if case.architecture.model != "LlamaForCausalLM":
-        pytest.skip("one architecture stands for all")
     base = Path(shutil.copytree(case.base, tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
     first = tensors["model.layers.0.self_attn.q_proj.weight"]
