@@ -1,4 +1,4 @@
-"""The demo's comparison on any folder of classification and regression adapters with their data.
+"""The demo's comparison, NSC and match, on any folder of classification and regression adapters with their data.
 
     python examples/larger.py --base out/SmolLM2-135M-Instruct --adapters DIR --data DIR [--task NAME ...]
 
@@ -36,10 +36,11 @@ def main() -> None:
     result = nsc.merge(args.base, adapters, data, steps=args.steps, lr=args.lr, max_length=MAX_LENGTH)
     tests = {name: shuffled(args.data / f"{told['dataset']}_test.jsonl", told) for name, told in about.items()}
     rows = {name: [(row["text"], row["label"]) for row in test[: args.rows]] for name, test in tests.items()}
-    table, _ = compare(text_scorer(result, args.base, rows, MAX_LENGTH))
+    matched = nsc.merge(args.base, adapters, data, method="match", max_length=MAX_LENGTH)
+    table, _ = compare(text_scorer(result, args.base, rows, MAX_LENGTH), others={"match": matched})
     print(f"\n{table}\n")
     if args.out:
-        print(f"proof: {result.save(args.out)}")
+        print(f"proof: {result.save(args.out)}\nproof: {matched.save(args.out.with_name(f'{args.out.name}-match'))}")
 
 
 if __name__ == "__main__":

@@ -84,14 +84,14 @@ def add_scaled(model: nn.Module, adapters: Mapping[str, Path], scale: float) -> 
     return model
 
 
-def compare(base: Path, adapters: Mapping[str, Path], merged: Path | None, file: Path) -> str:
-    """Return the table: fine-tuned, base, the plain sum at the scale that is best on these very rows, NSC if merged.
+def compare(base: Path, adapters: Mapping[str, Path], merged: Mapping[str, Path], file: Path) -> str:
+    """Return the table: fine-tuned, base, the plain sum at the scale that is best on these very rows, merges by name.
 
-    Scores are kept in ``file`` and not taken again, but for those of NSC.
+    Scores are kept in ``file`` and not taken again, but for those of ``merged``.
     """
     exams = {task: load(task, "test")[:ROWS] for task in adapters}
     kept = json.loads(file.read_text()) if file.exists() else {}
-    kept = {key: value for key, value in kept.items() if not key.endswith("NSC")}  # merged anew each time
+    kept = {key: value for key, value in kept.items() if key.partition(", ")[2] not in merged}  # merged anew each time
 
     def scores(name: str, change: Callable[[nn.Module], nn.Module], tasks: Collection[str] = tuple(adapters)) -> Scores:
         if any(f"{task}, {name}" not in kept for task in tasks):
@@ -107,11 +107,11 @@ def compare(base: Path, adapters: Mapping[str, Path], merged: Path | None, file:
     for task, folder in adapters.items():
         alone |= scores("fine-tuned", partial(PeftModel.from_pretrained, model_id=folder), [task])
     base_alone = scores("base", lambda model: model)
-    learned = {"NSC": scores("NSC", partial(PeftModel.from_pretrained, model_id=merged))} if merged else {}
-    name, best = best_sum(
+    learned = {name: scores(name, partial(PeftModel.from_pretrained, model_id=path)) for name, path in merged.items()}
+    best_name, best = best_sum(
         lambda scale: scores(f"sum x {scale:g}", partial(add_scaled, adapters=adapters, scale=scale)), alone, SCALES
     )
-    merges = {"base": base_alone, name: best, **learned}
+    merges = {"base": base_alone, best_name: best, **learned}
     return format_table(alone, merges, dict.fromkeys(exams, "exact"))
 
 
@@ -126,17 +126,19 @@ def main() -> None:
     parser.add_argument("--adapter-steps", type=int, default=160)
     parser.add_argument("--steps", type=int, default=100, help="of the merge")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the merge")
-    parser.add_argument("--no-merge", action="store_true", help="everything but NSC")
+    parser.add_argument("--no-merge", action="store_true", help="everything but NSC and match")
     args = parser.parse_args()
     began = time.perf_counter()
     base = prepare_vlm(prepare_base(args.language_model), args.out, args.tower_steps, args.projector_steps)
     adapters = {task: train_adapter(base, task, args.adapter_steps, args.out / "adapters" / task) for task in args.task}
     data = {task: write_unlabelled(task, args.out / "data" / f"{task}.jsonl", UNLABELLED) for task in args.task}
-    merged = None if args.no_merge else args.out / "merged"
-    if merged:
-        shutil.rmtree(merged, ignore_errors=True)
-        result = nsc.merge(base, adapters, data, steps=args.steps, lr=args.lr, batch_size=1, dtype="bfloat16")
-        print(f"proof: {result.save(merged)}")
+    nsc_settings = {"steps": args.steps, "lr": args.lr, "batch_size": 1}
+    methods = {} if args.no_merge else {"NSC": nsc_settings, "match": {"method": "match"}}
+    merged = {name: args.out / f"merged-{name.lower()}" for name in methods}
+    for name, settings in methods.items():
+        shutil.rmtree(merged[name], ignore_errors=True)
+        result = nsc.merge(base, adapters, data, dtype="bfloat16", **settings)
+        print(f"{name}: {result.save(merged[name])}", flush=True)
     print(f"\n{compare(base, adapters, merged, args.out / 'scores.json')}\n")
     print(f"{time.perf_counter() - began:.0f} s in all")
 

@@ -1,6 +1,5 @@
 """The pieces of examples/vision.py at a tiny scale, on random pictures."""
 
-import argparse
 import io
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from nsc.bases.base_model import Base
 from nsc.bases.loading import load_image_processor
 
 BODY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
-MERGE = argparse.Namespace(steps=2, lr=0.05, batch_size=2)
+MERGE = {"steps": 2, "lr": 0.05, "batch_size": 2, "target_modules": vision.MEASURED}
 
 
 def random_images(count: int, seed: int = 0) -> torch.Tensor:
@@ -50,7 +49,7 @@ def trained(work, sources):
 
 @pytest.fixture(scope="module")
 def scorer(trained, sources) -> compare.Scorer:
-    result = vision.merge(*trained, sources, MERGE)
+    result = vision.merge(*trained, sources, **MERGE)
     return compare.Scorer(result, result.model, vision.exams_of(trained[1], sources))
 
 

@@ -174,7 +174,7 @@ def test_the_table_holds_a_merge_and_keeps_its_scores(base, adapters, rows, tmp_
     result.save(tmp_path / "merged")
     taken = []
     monkeypatch.setattr(vlm, "accuracy", lambda model, processor, rows: taken.append(rows) or 0.5)
-    tables = [vlm.compare(base, adapters, tmp_path / "merged", tmp_path / "scores.json") for _ in range(2)]
+    tables = [vlm.compare(base, adapters, {"NSC": tmp_path / "merged"}, tmp_path / "scores.json") for _ in range(2)]
     assert len(taken) == 2 * 5 + 2  # the second time only the merge's
     assert tables[0] == tables[1]
     assert tables[0].split("\n")[0].split() == ["task", "metric", "fine-tuned", "base", "sum", "x", "0.4", "NSC"]
