@@ -35,6 +35,7 @@ class Job:
         out: new folder.
         rank: rank the written adapter is truncated to; None for exact factors.
         full: whether the whole model is written.
+        ragged: whether each module of the adapter keeps its own rank.
         preset: one of PRESETS.
         method: name of a method.
         coefficients: folder of an earlier merge, whose coefficients weight the method.
@@ -51,6 +52,7 @@ class Job:
     out: str
     rank: int | None = None
     full: bool = False
+    ragged: bool = False
     preset: str | None = None
     method: str = "nsc"
     coefficients: str | None = None

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from nsc.cli.options import FULL, RANK, InputFlags, LearningFlags, MethodFlags, OutputFlags, RunningFlags, grouped
+from nsc.cli.options import (
+    FULL,
+    RAGGED,
+    RANK,
+    InputFlags,
+    LearningFlags,
+    MethodFlags,
+    OutputFlags,
+    RunningFlags,
+    grouped,
+)
 from nsc.cli.terminal import given, pairs, plain_errors
 
 
@@ -53,7 +63,7 @@ def merge(
             resume=output.resume,
         )
         if join(settings.device).first:
-            _finish(result.save(out, rank=job.rank, full=job.full), out)
+            _finish(result.save(out, rank=job.rank, full=job.full, ragged=job.ragged), out)
 
 
 def apply(
@@ -68,6 +78,7 @@ def apply(
         bool, typer.Option("--exact", help="Write the exact factors, even if the merge was truncated.")
     ] = False,
     full: Annotated[bool, FULL] = False,
+    ragged: Annotated[bool | None, RAGGED] = None,
 ) -> None:
     """Repeat a recorded merge without learning; the base model is only needed for --full."""
     with plain_errors():
@@ -78,7 +89,8 @@ def apply(
             raise NSCError("--rank, --exact and --full exclude one another; give only one of them")
         result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
         kept = result.record.rank if rank is None and not (exact or full) else rank
-        _finish(result.save(out, rank=kept, full=full), out)
+        ragged = result.record.ragged if ragged is None else ragged
+        _finish(result.save(out, rank=kept, full=full, ragged=ragged), out)
 
 
 def _finish(proof: Any, out: Path) -> None:

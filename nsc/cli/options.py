@@ -22,6 +22,9 @@ FULL = typer.Option("--full", help="Write the whole merged model instead of an a
 JSON = typer.Option("--json", help="Print JSON.")
 LAYERS = typer.Option(help="How a layer applies its adapters: auto, factors or weights.")
 MAX_LENGTH = typer.Option(help="Tokens per sample, at most.")
+RAGGED = typer.Option(
+    "--ragged/--one-rank", help="Keep each module's own rank, instead of padding all with zeros to the largest."
+)
 RANK = typer.Option(help="Truncate the merged adapter to this rank.")
 TARGET_BLOCK = typer.Option(help="Measure in this block; repeat for more.")
 TARGET_MODULE = typer.Option(help="Measure the inputs of this module; repeat for more.")
@@ -139,6 +142,7 @@ class OutputFlags:
     out: Annotated[Path | None, typer.Option(help="New folder for the result.")] = None
     rank: Annotated[int | None, RANK] = None
     full: Annotated[bool, FULL] = False
+    ragged: Annotated[bool, RAGGED] = False
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted merge of OUT.")] = False
 
 

@@ -20,9 +20,9 @@ from nsc.errors import NSCError
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
 from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.export.record import Record
-from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
+from nsc.export.report import Report, draw_heat_map, model_card, padding_cost, vllm_limits, vllm_rank
 from nsc.paths import CHECKPOINT, STAGING, partial_folder
-from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors
+from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors, padded, padding_bytes
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged
 
@@ -84,7 +84,8 @@ class Output:
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
         whole = merged_layers_whole(base, self.merged)
-        write_adapter(folder, factors, prefix, base.id, whole)
+        written = factors if self.record.ragged else padded(factors)
+        write_adapter(folder, written, prefix, base.id, whole)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -97,7 +98,9 @@ class Output:
         return replace(
             report,
             truncation={name: f.error for name, f in merge.factors.items()} if rank is not None else {},
-            warnings=report.warnings + vllm_limits(top, merge.merged.whole),
+            warnings=report.warnings
+            + vllm_limits(top, merge.merged.whole)
+            + padding_cost(ranks, 0 if self.record.ragged else padding_bytes(merge.factors)),
             merged_rank=top,
             vllm_max_lora_rank=vllm_rank(top),
             ranks_by_module=ranks,

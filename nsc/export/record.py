@@ -56,6 +56,7 @@ class Record:
         start_factors: layer -> its update in that merge, to which the last coefficients belong.
         magnitudes: layer -> (d,) what was measured of its inputs, where AIM followed the method.
         fitted: what a method that needs rows was made from, as the report has it.
+        ragged: whether each module of the adapter kept its own rank.
     """
 
     base: str
@@ -77,6 +78,7 @@ class Record:
     start_factors: Mapping[str, LowRank] = field(default_factory=dict)
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     fitted: Mapping[str, Any] = field(default_factory=dict)
+    ragged: bool = False
 
     @classmethod
     def of(
@@ -152,6 +154,7 @@ class Record:
             "targets": self.targets,
             "settings": self.settings,
             "rank": self.rank,
+            **({"ragged": True} if self.ragged else {}),
             "dense": list(self.dense),
             "masks": bool(self.masks),
             **({"factors": True} if self.factors else {}),
@@ -194,7 +197,7 @@ class Record:
             record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
             magnitudes = load_file(folder / MAGNITUDES) if text.get("magnitudes") else {}
             record = replace(record, factors=factors, magnitudes=magnitudes, started=started, start_factors=begun)
-            record = replace(record, fitted=json.loads(text.get("fitted", "{}")))
+            record = replace(record, fitted=json.loads(text.get("fitted", "{}")), ragged=text.get("ragged", False))
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"

@@ -31,7 +31,7 @@ class Report:
         conditions: task -> the worst condition number of an A (its Gram matrix has the square).
         conditions_by_module: module -> condition numbers, None where an adapter has no factors.
         absent: coefficients of adapters that do not touch the module.
-        merged_rank: rank of the written adapter; None before it is known, and for a full model.
+        merged_rank: largest rank in the written adapter; None before it is known, and for a full model.
         vllm_max_lora_rank: smallest ``max_lora_rank`` of vLLM that serves it; None if there is none.
         targets: modules whose inputs were measured.
         ratio_before: mean null-space ratio of each task over its targets; NaN for an unseen task.
@@ -60,7 +60,7 @@ class Report:
         source: where the method is from.
         space: space in which another method runs; None for the weighted sum.
         settings: settings of the method.
-        ranks_by_module: module -> rank in the written adapter.
+        ranks_by_module: module -> rank of its own factors, before any padding.
         tried: method -> its best scale and its distance from the experts on held-out rows, if several were tried.
         searched: how the scale was found, if it was searched: search, measure, range, every scale tried and its value
             (curve), the best, and seconds.
@@ -181,6 +181,26 @@ def vllm_limits(rank: int, whole: list[str]) -> list[str]:
             f"{f' and {len(whole) - 3} more' * (len(whole) > 3)}; save the whole model with --full"
         )
     return limits
+
+
+def padding_cost(ranks: Mapping[str, int], extra: int) -> list[str]:
+    """Say what it costs that all modules are written with one rank.
+
+    Args:
+        ranks: module -> rank of its own factors.
+        extra: bytes of zeros in the file.
+
+    Returns:
+        One warning, or none where nothing was padded.
+    """
+    if not extra:
+        return []
+    low, top = min(ranks.values()), max(ranks.values())
+    smaller = sum(rank < top for rank in ranks.values())
+    return [
+        f"{smaller} of {len(ranks)} modules have a smaller rank, from {low}, and are padded with zeros to {top}, since"
+        f" llama.cpp and SGLang read one rank for all: {extra / 2**20:.2g} MiB more; --ragged keeps each module's rank"
+    ]
 
 
 def draw_heat_map(path: Path, report: Report) -> None:

@@ -88,7 +88,7 @@ class MergeResult:
         """The tasks: the columns of the coefficients."""
         return list(self.stack.tasks)
 
-    def save(self, out: str | Path, *, rank: int | None = None, full: bool = False) -> Proof:
+    def save(self, out: str | Path, *, rank: int | None = None, full: bool = False, ragged: bool = False) -> Proof:
         """Write the merge to a new folder and prove it by loading it back.
 
         Beside the weights lie the record, the report, a model card, a heat map, and each task's own head under
@@ -98,6 +98,7 @@ class MergeResult:
             out: folder that does not exist yet.
             rank: truncate the adapter to this rank; None writes its exact factors.
             full: write the whole merged model instead of an adapter.
+            ragged: keep each module's own rank, instead of padding all with zeros to the largest.
 
         Returns:
             What was compared, and how well it agrees.
@@ -107,7 +108,8 @@ class MergeResult:
             ProofError: if what was loaded back is not what was merged.
         """
         refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe)
-        output = Output(self.merged, self.record, self.report, self.adapters)
+        record = replace(self.record, ragged=ragged and not full)
+        output = Output(self.merged, record, self.report, self.adapters)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
     def _proof_base(self, full: bool) -> tuple[Base, Batch] | None:
