@@ -17,7 +17,7 @@ from nsc.checks import expected, typed
 from nsc.config import MergeConfig, learned_settings, preset_settings
 from nsc.errors import NSCError
 from nsc.evaluation.scale_search import default_search
-from nsc.export.record import COEFFICIENTS
+from nsc.export.record import COEFFICIENTS, read_description
 from nsc.merging.tuning import refuse_search
 from nsc.recipes.spec import OF_BASE, Recipe, read_settings, settings_of, split_learned
 
@@ -36,6 +36,8 @@ class Job:
         rank: rank the written adapter is truncated to; None for exact factors.
         full: whether the whole model is written.
         ragged: whether each module of the adapter keeps its own rank.
+        base_id: name of the base on the Hub.
+        programs: those that the adapter is for.
         preset: one of PRESETS.
         method: name of a method.
         coefficients: folder of an earlier merge, whose coefficients weight the method.
@@ -53,6 +55,8 @@ class Job:
     rank: int | None = None
     full: bool = False
     ragged: bool = False
+    base_id: str | None = None
+    programs: tuple[str, ...] = ()
     preset: str | None = None
     method: str = "nsc"
     coefficients: str | None = None
@@ -182,7 +186,7 @@ def read_file(file: Path, method: str | None = None) -> FileContent:
         NSCError: naming the file, and a key that does not exist or a value of the wrong type.
     """
     try:
-        told = yaml.safe_load(file.read_text(encoding="utf-8"))
+        told = read_description(file)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise NSCError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(told, dict):

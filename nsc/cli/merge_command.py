@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nsc.cli.options import (
+    BASE_ID,
+    FOR,
     FULL,
     RAGGED,
     RANK,
@@ -40,11 +43,16 @@ def merge(
         from nsc.bases.base_model import Base
         from nsc.errors import NSCError
         from nsc.export.output import refuse_output
+        from nsc.export.served import read_programs, refuse_early
+        from nsc.export.sharing import require_hub_id
         from nsc.merging.api import merge as run
         from nsc.paths import CHECKPOINT, partial_folder
         from nsc.runtime.distributed import join
 
         refuse_output(out, Base(job.base), job.rank, job.full, job.recipe)
+        require_hub_id(job.base_id)
+        programs = read_programs(job.programs)
+        refuse_early(programs, Base(job.base), job.rank, job.full, job.ragged)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not output.resume:
             raise NSCError(f"there is an interrupted merge in {checkpoint.parent}: add --resume, or remove that folder")
@@ -63,7 +71,8 @@ def merge(
             resume=output.resume,
         )
         if join(settings.device).first:
-            _finish(result.save(out, rank=job.rank, full=job.full, ragged=job.ragged), out)
+            form = {"rank": job.rank, "full": job.full, "ragged": job.ragged, "base_id": job.base_id}
+            _save(result, out, programs, **form)
 
 
 def apply(
@@ -79,10 +88,13 @@ def apply(
     ] = False,
     full: Annotated[bool, FULL] = False,
     ragged: Annotated[bool | None, RAGGED] = None,
+    base_id: Annotated[str | None, BASE_ID] = None,
+    programs: Annotated[list[str] | None, FOR] = None,
 ) -> None:
     """Repeat a recorded merge without learning; the base model is only needed for --full."""
     with plain_errors():
         from nsc.errors import NSCError
+        from nsc.export.served import read_programs
         from nsc.merging.from_record import apply as run
 
         if (rank is not None) + exact + full > 1:
@@ -90,8 +102,16 @@ def apply(
         result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
         kept = result.record.rank if rank is None and not (exact or full) else rank
         ragged = result.record.ragged if ragged is None else ragged
-        _finish(result.save(out, rank=kept, full=full, ragged=ragged), out)
+        _save(result, out, read_programs(programs or ()), rank=kept, full=full, ragged=ragged, base_id=base_id)
 
 
-def _finish(proof: Any, out: Path) -> None:
+def _save(result: Any, out: Path, programs: Sequence[str], **form: Any) -> None:
+    """Write, prove, and say where it lies and what serves it."""
+    from nsc.export.programs import Place, commands
+    from nsc.export.served import Contents
+
+    proof = result.save(out, programs=programs, **form)
     typer.echo(f"proof: {proof}\nwritten to {out}")
+    if programs:
+        adapter = {} if form["full"] else {"base": result.record.base, "rank": Contents.of(out).rank}
+        typer.echo(commands(programs, Place(out, **adapter)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +17,14 @@ from nsc.bases.base_model import Base
 from nsc.bases.weights import refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError
+from nsc.export.card import CARD, card_data, licence_warnings, model_card
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.programs import vllm_rank
 from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
+from nsc.export.push import seal
 from nsc.export.record import Record
-from nsc.export.report import Report, draw_heat_map, model_card, padding_cost, vllm_limits, vllm_rank
+from nsc.export.report import Report, draw_heat_map, padding_cost, vllm_limits
+from nsc.export.served import require_served
 from nsc.paths import CHECKPOINT, STAGING, partial_folder
 from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors, padded, padding_bytes
 from nsc.recipes.spec import Recipe
@@ -36,12 +40,14 @@ class Output:
         record: what replays it.
         report: what was decided and seen, without what is only known once it is written.
         adapters: task -> adapter, with the head that its task keeps.
+        programs: those that an adapter is for.
     """
 
     merged: Merged
     record: Record
     report: Report
     adapters: Mapping[str, Adapter]
+    programs: Sequence[str] = ()
 
     def write(
         self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | None]
@@ -69,6 +75,7 @@ class Output:
         proof = replace(_prove(staging, merge, Base(self.record.base), full, proof_base()), lost=lost)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
+        seal(staging, proof)
         _share(staging)
         os.replace(staging, out)
         (partial / CHECKPOINT).unlink(missing_ok=True)
@@ -85,7 +92,8 @@ class Output:
         factors = merged_factors(self.merged, rank)
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)
-        write_adapter(folder, written, prefix, base.id, whole)
+        write_adapter(folder, written, prefix, self.record.base_id or base.id, whole)
+        require_served(self.programs, folder)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -108,8 +116,12 @@ class Output:
 
     def _describe(self, folder: Path, report: Report) -> None:
         """Everything beside the weights that is for people or programs, and each task's own head."""
+        base = Base(self.record.base)
+        report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
+        report = self.record.public_names.apply(report)
+        data = card_data(base, self.record.base_id, self.adapters, report.full)
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        (folder / CARD).write_text(model_card(report, data), encoding="utf-8")
         if report.coefficients:
             draw_heat_map(folder / "coefficients.png", report)
         for task, adapter in self.adapters.items():

@@ -23,6 +23,7 @@ from nsc.adapters.modules_to_save import parameters_of
 from nsc.bases.module_names import layout
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
+from nsc.export.sharing import LOCAL, PublicNames, difference, overlaid
 from nsc.methods import LowRank
 from nsc.recipes.spec import Recipe, read_settings, write_settings
 from nsc_kernels import __version__
@@ -57,6 +58,7 @@ class Record:
         magnitudes: layer -> (d,) what was measured of its inputs, where AIM followed the method.
         fitted: what a method that needs rows was made from, as the report has it.
         ragged: whether each module of the adapter kept its own rank.
+        base_id: name of the base on the Hub, where one is known.
     """
 
     base: str
@@ -79,6 +81,7 @@ class Record:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     fitted: Mapping[str, Any] = field(default_factory=dict)
     ragged: bool = False
+    base_id: str | None = None
 
     @classmethod
     def of(
@@ -128,8 +131,16 @@ class Record:
         """What was done with the adapters; None for the sum by learned coefficients. Raises as ``read_settings``."""
         return read_settings(self.method, self.settings)[0]
 
+    @property
+    def public_names(self) -> PublicNames:
+        """What the places of this machine are called in files that are shared."""
+        told = [*(entry["path"] for entry in self.adapters.values()), *map(str, self.data.values())]
+        return PublicNames.of(self.base, self.base_id, told)
+
     def write(self, folder: Path) -> None:
         """Write merge.yaml, and each tensor there is in a .safetensors file: coefficients, masks, factors, magnitudes.
+
+        Places of this machine are in local.yaml alone.
 
         Args:
             folder: an existing folder.
@@ -163,10 +174,14 @@ class Record:
             **({"searched": dict(self.searched)} if self.searched else {}),
             **({"fitted": json.dumps(self.fitted)} if self.fitted else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
+            **({"base_id": self.base_id} if self.base_id else {}),
             "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
         }
-        text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
-        (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+        public = self.public_names.apply(description)
+        for file, told in (DESCRIPTION, public), (LOCAL, difference(description, public)):
+            if told:
+                text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+                (folder / file).write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -182,7 +197,7 @@ class Record:
             NSCError: naming the file that is missing or damaged.
         """
         try:
-            text = yaml.safe_load((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            text = read_description(folder / DESCRIPTION)
             rows, coefficients = _rows(folder, text)
             modules = {name: (shape[0], shape[1]) for name, shape in rows["modules"].items()}
             adapters = {task: text["adapters"][task] for task in rows["tasks"]}  # by column
@@ -198,6 +213,7 @@ class Record:
             magnitudes = load_file(folder / MAGNITUDES) if text.get("magnitudes") else {}
             record = replace(record, factors=factors, magnitudes=magnitudes, started=started, start_factors=begun)
             record = replace(record, fitted=json.loads(text.get("fitted", "{}")), ragged=text.get("ragged", False))
+            record = replace(record, base_id=text.get("base_id"))
         except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise NSCError(
                 f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
@@ -232,6 +248,27 @@ class Record:
         shape = (len(self.modules), columns)
         if tuple(self.coefficients.shape) != shape or not torch.isfinite(self.coefficients).all():
             raise NSCError(f"coefficients {tuple(self.coefficients.shape)} must be finite and of shape {shape}")
+
+
+def read_description(file: Path) -> Any:
+    """Read a YAML file and lay over it what a record keeps in the local.yaml beside it.
+
+    Args:
+        file: merge.yaml, or another YAML file.
+
+    Returns:
+        What it says.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not UTF-8.
+        yaml.YAMLError: if it is not YAML.
+    """
+    told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    local = file.parent / LOCAL
+    if isinstance(told, dict) and "made" in told and local.exists():
+        return overlaid(told, yaml.safe_load(local.read_text(encoding="utf-8")))
+    return told
 
 
 def _rows(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from nsc.export.output import Output, refuse_output
 from nsc.export.proof import Proof
 from nsc.export.record import Record
 from nsc.export.report import Report
+from nsc.export.served import read_programs, refuse_early, served_prefix
+from nsc.export.sharing import public_base, require_hub_id
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import FixedFactors, Merged, WeightedSum
@@ -88,7 +91,16 @@ class MergeResult:
         """The tasks: the columns of the coefficients."""
         return list(self.stack.tasks)
 
-    def save(self, out: str | Path, *, rank: int | None = None, full: bool = False, ragged: bool = False) -> Proof:
+    def save(
+        self,
+        out: str | Path,
+        *,
+        rank: int | None = None,
+        full: bool = False,
+        ragged: bool = False,
+        base_id: str | None = None,
+        programs: Sequence[str] = (),
+    ) -> Proof:
         """Write the merge to a new folder and prove it by loading it back.
 
         Beside the weights lie the record, the report, a model card, a heat map, and each task's own head under
@@ -99,6 +111,8 @@ class MergeResult:
             rank: truncate the adapter to this rank; None writes its exact factors.
             full: write the whole merged model instead of an adapter.
             ragged: keep each module's own rank, instead of padding all with zeros to the largest.
+            base_id: name of the base on the Hub, for what is shared; None for that which the adapters' configs name.
+            programs: those that the adapter is for ("vllm", "llama.cpp"...): what they cannot serve is refused.
 
         Returns:
             What was compared, and how well it agrees.
@@ -108,8 +122,14 @@ class MergeResult:
             ProofError: if what was loaded back is not what was merged.
         """
         refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe)
-        record = replace(self.record, ragged=ragged and not full)
-        output = Output(self.merged, record, self.report, self.adapters)
+        require_hub_id(base_id)
+        named = (adapter.base for adapter in self.adapters.values())
+        known = public_base(self.record.base, named, base_id or self.record.base_id)
+        names, base = read_programs(programs), Base(self.record.base)
+        refuse_early(names, base, rank, full, ragged)
+        prefix = self.record.prefix if full else served_prefix(names, base, self.merged.names, self.record.prefix)
+        record = replace(self.record, ragged=ragged and not full, base_id=known, prefix=prefix)
+        output = Output(self.merged, record, self.report, self.adapters, names)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
     def _proof_base(self, full: bool) -> tuple[Base, Batch] | None:

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import nsc
-from nsc.errors import AdapterError, NSCError
+from nsc.errors import NSCError
 from nsc.export.record import Record
 from nsc.methods import LowRank
 from nsc.recipes.updates import FixedFactors, WeightedSum
@@ -39,8 +39,8 @@ def moved(home: Path) -> dict[str, Path]:
     return {task: home / "adapters" / task for task in ADAPTERS}
 
 
-def edit(home: Path, change) -> None:
-    file = home / "out/merge.yaml"
+def edit(home: Path, change, name: str = "merge.yaml") -> None:
+    file = home / "out" / name
     record = yaml.safe_load(file.read_text())
     change(record)
     file.write_text(yaml.safe_dump(record, sort_keys=False))
@@ -87,14 +87,15 @@ def test_write_and_read_are_inverse(home, tmp_path):
 
 
 def test_moved_adapters_and_base(home, made):
-    edit(home, lambda r: [entry.update(path=f"/gone/{task}") for task, entry in r["adapters"].items()])
-    with pytest.raises(AdapterError, match="/gone/plain does not exist"):
+    gone = {task: {"path": f"/gone/{task}"} for task in moved(home)}
+    edit(home, lambda r: r.update(adapters=gone), "local.yaml")
+    with pytest.raises(NSCError, match="adapter plain was called '/gone/plain'; say where it lies"):
         nsc.apply(home / "out")
     nsc.apply(home / "out", adapters=moved(home)).save(home / "again")
     assert weights(home / "again") == weights(made / "out")
     with pytest.raises(NSCError, match="the record has no task typo; it has plain, rslora"):
         nsc.apply(home / "out", adapters={"typo": made})
-    edit(home, lambda r: r.update(base="/gone/base"))
+    edit(home, lambda r: r.update(base="/gone/base"), "local.yaml")
     result = nsc.apply(home / "out", adapters=moved(home), base=home / "base")
     result.save(home / "full", full=True)
     assert result.record.base == str(home / "base") and (home / "full/model.safetensors").is_file()
