@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsc.adapters.factors import LoraFactors
-from nsc.adapters.lora import Adapter
+from nsc.adapters.lora import Adapter, read_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
+from nsc.bases.codes import FLOATS, quantization_settings
 from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
+from nsc.bases.weights import stored_tensors
 from nsc.errors import NameMismatch, NSCError
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
@@ -115,6 +117,26 @@ def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[i
         check_shapes(adapter, matches[task], shapes)
         check_coverage(adapter, matches[task], shapes)
     return matches
+
+
+def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]:
+    """Return the layers that adapters change, where the base's checkpoint holds anything but floating numbers.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        adapters: task -> PEFT folder or Hub id, which are read only if there are codes.
+
+    Returns:
+        Layers of the body with LoRA; none where the checkpoint holds no codes.
+
+    Raises:
+        NSCError: a subclass, for an adapter that cannot be merged.
+    """
+    plain = all(tensor.dtype in FLOATS for tensor in stored_tensors(base).values())
+    if plain and not quantization_settings(base.config):
+        return []
+    matches = match_adapters(read_adapters(adapters), structure.linear_shapes(base.model))
+    return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
 
 
 def body_of(base: Base) -> BaseLayers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,20 +40,27 @@ def merge(
 
         job, settings = gather(given(context), inputs.setting or (), inputs.config)
         out = Path(job.out)
-    with plain_errors(out):
+    with plain_errors(out), ExitStack() as stack:
+        from nsc.adapters.matching import layers_on_codes
         from nsc.bases.base_model import Base
+        from nsc.bases.weights import refuse_codes
         from nsc.errors import NSCError
         from nsc.export.output import refuse_output
         from nsc.export.served import read_programs, refuse_early
         from nsc.export.sharing import require_hub_id
         from nsc.merging.api import merge as run
-        from nsc.paths import CHECKPOINT, partial_folder
+        from nsc.paths import CHECKPOINT, held, partial_folder
         from nsc.runtime.distributed import join
 
-        refuse_output(out, Base(job.base), job.rank, job.full, job.recipe)
+        team = join(settings.device)
+        team.from_first(lambda: stack.enter_context(held(out)))
+        base = Base(job.base)
+        refuse_output(out, base, job.rank, job.full, job.recipe)
+        if job.full:
+            refuse_codes(base, layers_on_codes(base, job.adapters))
         require_hub_id(job.base_id)
         programs = read_programs(job.programs)
-        refuse_early(programs, Base(job.base), job.rank, job.full, job.ragged)
+        refuse_early(programs, base, job.rank, job.full, job.ragged)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not output.resume:
             raise NSCError(f"there is an interrupted merge in {checkpoint.parent}: add --resume, or remove that folder")
@@ -70,7 +78,7 @@ def merge(
             checkpoint=checkpoint,
             resume=output.resume,
         )
-        if join(settings.device).first:
+        if team.first:
             form = {"rank": job.rank, "full": job.full, "ragged": job.ragged, "base_id": job.base_id}
             _save(result, out, programs, **form)
 
@@ -100,9 +108,12 @@ def apply(
         if (rank is not None) + exact + full > 1:
             raise NSCError("--rank, --exact and --full exclude one another; give only one of them")
         result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
+        for warning in result.report.warnings:
+            typer.echo(f"warning: {warning}", err=True)
         kept = result.record.rank if rank is None and not (exact or full) else rank
         ragged = result.record.ragged if ragged is None else ragged
-        _save(result, out, read_programs(programs or ()), rank=kept, full=full, ragged=ragged, base_id=base_id)
+        names = read_programs(programs or result.record.programs)
+        _save(result, out, names, rank=kept, full=full, ragged=ragged, base_id=base_id)
 
 
 def _save(result: Any, out: Path, programs: Sequence[str], **form: Any) -> None:

@@ -14,6 +14,7 @@ from nsc.bases.base_model import Base
 from nsc.config import START
 from nsc.errors import NSCError
 from nsc.export.report import Report
+from nsc.export.sharing import hub_id
 
 CARD = "README.md"
 OF_TASK = {
@@ -91,7 +92,8 @@ def model_card(report: Report, data: ModelCardData) -> str:
 
 def _licences(base: Base, adapters: Mapping[str, Adapter]) -> dict[str, str]:
     """Of the base and of each adapter, where a card beside it names one."""
-    cached = None if Path(base.id).is_dir() else try_to_load_from_cache(base.id, CARD)
+    name = hub_id(base.id)
+    cached = try_to_load_from_cache(name, CARD) if name else None
     cards = {"base": Path(cached) if isinstance(cached, str) else Path(base.id) / CARD}
     cards |= {f"adapter {task}": adapter.path / CARD for task, adapter in adapters.items()}
     found = {name: _licence(card) for name, card in cards.items() if card.is_file()}

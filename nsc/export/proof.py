@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.bases.base_model import Base
+from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
-from nsc.bases.weights import merged_places
+from nsc.bases.weights import codes_to_spell_out, merged_places, read_stored
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.methods import LowRank
@@ -29,6 +31,7 @@ from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
 
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # no update is added in another dtype
 OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -216,32 +219,56 @@ def prove_full_model(
 def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.dtype]:
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
     shards, places = merged_places(base, merge.names)
+    codes = codes_to_spell_out(base, places)
+    if codes and quantization_settings(Base(str(folder)).config):
+        raise ProofError(f"the weights written to {folder} are numbers, but its config still speaks of codes")
     worst, dtypes = 0.0, set()
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as before, safe_open(folder / shard.name, framework="pt") as after:
-                keys = set(before.keys())
+                keys = set(before.keys()) - (codes.dropped if codes else set())
                 _same_names(set(after.keys()), keys, shard.name)
                 for key in keys:
-                    written, stored = after.get_tensor(key), before.get_tensor(key)
+                    written, stored, dtype = after.get_tensor(key), before.get_tensor(key), None
                     update = merge.update(places[key]) if key in places else None
-                    worst = max(worst, _tensor_error(key, written, stored, update))
-                    if update is not None:
+                    if codes and key in codes.scales:
+                        stored, dtype = _numbers(codes, key, stored), codes.dtype
+                        update = torch.zeros(()) if update is None else update
+                    worst = max(worst, _tensor_error(key, written, stored, update, dtype or stored.dtype))
+                    if key in places and update is not None:
                         dtypes.add(written.dtype)
         except (SafetensorError, OSError) as error:
             raise ProofError(f"{shard.name} cannot be read back from {folder}: {error}") from error
     return worst, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None) -> float:
+def _numbers(codes: Codes, key: str, stored: Tensor) -> Tensor:
+    """What the FP8 codes of a weight stand for, in float64: one scale after another, unlike the writer."""
+    numbers, scale = stored.double(), codes.scales[key]
+    factors = read_stored(codes.stored, [scale])[scale].double() if scale else torch.ones(1, dtype=torch.float64)
+    if factors.numel() == 1:
+        return numbers * factors.item()
+    m, d = numbers.shape[-2:]
+    grid = factors if factors.ndim == numbers.ndim else factors[..., None]
+    rows, columns = (1, d) if grid.shape[-2:] == (m, 1) else codes.block or (m, d)
+    place: Any
+    for place in itertools.product(*map(range, grid.shape)):
+        *which, i, j = place
+        numbers[(*which, slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))] *= grid[place]
+    return numbers
+
+
+def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None, dtype: torch.dtype) -> float:
     """Relative to the largest entry; one rounding to the file's dtype is no error, nor is anything else allowed."""
-    if written.dtype != stored.dtype or written.shape != stored.shape:
-        was, now = (f"{t.dtype} {tuple(t.shape)}" for t in (stored, written))
-        raise ProofError(f"{key} was {was} in the base and is {now} read back")
+    if written.dtype != dtype or written.shape != stored.shape:
+        was, now = (f"{kind} {tuple(t.shape)}" for kind, t in ((dtype, stored), (written.dtype, written)))
+        raise ProofError(f"{key} should be {was} and is {now} read back")
     if update is None:
         if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
             raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
         return 0.0
+    if dtype not in NUMBERS:
+        raise ProofError(f"{key} read back from disk is in {dtype}, which holds codes and no weight")
     expected = stored.double() + update
     rounding = torch.finfo(written.dtype).eps * expected.abs()
     error = ((written.double() - expected).abs() - rounding).clamp_min(0).max()

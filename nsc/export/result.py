@@ -13,6 +13,7 @@ from nsc.adapters.lora import Adapter
 from nsc.adapters.stack import Stack
 from nsc.bases import loading
 from nsc.bases.base_model import Base
+from nsc.bases.codes import quantization_settings
 from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder
 from nsc.batch import Batch
 from nsc.data.modalities import feed_of
@@ -21,7 +22,7 @@ from nsc.export.output import Output, refuse_output
 from nsc.export.proof import Proof
 from nsc.export.record import Record
 from nsc.export.report import Report
-from nsc.export.served import read_programs, refuse_early, served_prefix
+from nsc.export.served import read_programs, refuse_early
 from nsc.export.sharing import public_base, require_hub_id
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe
@@ -47,6 +48,7 @@ class MergeResult:
         combination: what another method makes of the adapters; None for the sum by learned coefficients.
         fixed: the merge itself, where its factors were found from rows and are not made again; None else.
         with_base: whether ``save`` loads the base even without rows, and makes some.
+        checkpoint: where its learning kept its state, which ``save`` removes where it lies in ``out.partial``.
     """
 
     coefficients: Tensor | None
@@ -59,6 +61,7 @@ class MergeResult:
     combination: Combination | None = None
     fixed: FixedFactors | None = None
     with_base: bool = False
+    checkpoint: Path | None = None
 
     @property
     def merged(self) -> Merged:
@@ -99,7 +102,7 @@ class MergeResult:
         full: bool = False,
         ragged: bool = False,
         base_id: str | None = None,
-        programs: Sequence[str] = (),
+        programs: Sequence[str] | None = None,
     ) -> Proof:
         """Write the merge to a new folder and prove it by loading it back.
 
@@ -112,7 +115,8 @@ class MergeResult:
             full: write the whole merged model instead of an adapter.
             ragged: keep each module's own rank, instead of padding all with zeros to the largest.
             base_id: name of the base on the Hub, for what is shared; None for that which the adapters' configs name.
-            programs: those that the adapter is for ("vllm", "llama.cpp"...): what they cannot serve is refused.
+            programs: those that the adapter is for, such as "vllm": what they cannot serve is refused. None for those
+                of the merge that is replayed.
 
         Returns:
             What was compared, and how well it agrees.
@@ -121,15 +125,14 @@ class MergeResult:
             NSCError: as ``refuse_output`` does.
             ProofError: if what was loaded back is not what was merged.
         """
-        refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe)
-        require_hub_id(base_id)
-        named = (adapter.base for adapter in self.adapters.values())
-        known = public_base(self.record.base, named, base_id or self.record.base_id)
-        names, base = read_programs(programs), Base(self.record.base)
+        names = read_programs(self.record.programs if programs is None else programs)
+        base, kept = Base(self.record.base), base_id or self.record.base_id
+        refuse_output(Path(out), base, rank, full, self.recipe, self.merged.names)
         refuse_early(names, base, rank, full, ragged)
-        prefix = self.record.prefix if full else served_prefix(names, base, self.merged.names, self.record.prefix)
-        record = replace(self.record, ragged=ragged and not full, base_id=known, prefix=prefix)
-        output = Output(self.merged, record, self.report, self.adapters, names)
+        require_hub_id(base_id)
+        known = public_base(base.id, (adapter.base for adapter in self.adapters.values()), kept)
+        record = replace(self.record, ragged=ragged and not full, base_id=known, programs=names)
+        output = Output(self.merged, record, self.report, self.adapters, self.checkpoint)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
     def _proof_base(self, full: bool) -> tuple[Base, Batch] | None:
@@ -148,7 +151,12 @@ class MergeResult:
         dense = self.recipe is not None and self.recipe.is_dense
         if not _fits(base, 1 + full + dense, device):
             return None
-        base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
+        try:
+            base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
+        except NSCError:
+            if learned or full or not quantization_settings(base.config):
+                raise
+            return None  # codes that only their own library loads, which an adapter need not have run on
         batch = self.batch or feed_of(base).example(base)
         return base, batch.to(input_device(base.model))
 
@@ -160,4 +168,5 @@ def _fits(base: Base, copies: int, device: str) -> bool:
         size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     except (NSCError, OSError):
         return True
+    copies *= 2 if quantization_settings(base.config) else 1  # since codes are loaded as numbers
     return bool(files) and copies * size < (free_memory(torch.device(device)) or 0)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 
 from nsc.adapters.peft_folder import load_checkpoint
@@ -201,6 +200,8 @@ def served_prefix(names: Sequence[str], base: Base, layers: Sequence[str], prefi
     Raises:
         NSCError: if there is no such class, or it lacks a layer.
     """
+    import transformers
+
     program = next((PROGRAMS[name] for name in names if PROGRAMS[name].by_class), None)
     if program is None or not layers:
         return prefix

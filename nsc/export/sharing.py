@@ -153,7 +153,7 @@ def overlaid(public: Any, own: Any) -> Any:
         The machine's own values, where there are any.
     """
     if not (isinstance(public, Mapping) and isinstance(own, Mapping)):
-        return public if own is None else own
+        return own if public and type(own) is type(public) else public
     return {key: overlaid(value, own.get(key)) for key, value in public.items()}
 
 
