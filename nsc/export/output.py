@@ -95,6 +95,8 @@ class Output:
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
         proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        if not full:
+            require_served(self.record.programs, staging)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
@@ -108,16 +110,15 @@ class Output:
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
-        base, prefix, programs = Base(self.record.base), self.record.prefix, self.record.programs
+        base, prefix = Base(self.record.base), self.record.prefix
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
-        prefix = served_prefix(programs, base, list(factors), prefix)
+        prefix = served_prefix(self.record.programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)
         write_adapter(folder, written, prefix, self.record.base_id or base.id, whole)
-        require_served(programs, folder)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
