@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
 from nsc.bases.base_model import Base
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
@@ -118,7 +119,8 @@ class Output:
         prefix = served_prefix(self.record.programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)
-        write_adapter(folder, written, prefix, self.record.base_id or base.id, whole)
+        named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
+        write_adapter(folder, written, prefix, named, whole, transposed)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -153,6 +155,14 @@ class Output:
             if adapter.saved:
                 (folder / "heads").mkdir(exist_ok=True)
                 save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+
+
+def _are_transposed(base: Base, layers: Collection[str]) -> bool:
+    """Whether the base stores these layers transposed; PEFT asks the layer itself, and warns of another answer."""
+    try:
+        return {f"{name}.weight" for name in layers} <= transposed_weights(base.model)
+    except NSCError:  # a recorded merge is repeated without its base
+        return False
 
 
 def refuse_output(

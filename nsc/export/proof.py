@@ -21,6 +21,7 @@ from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
+from nsc.bases.conv1d import as_stored, transposed_weights
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
 from nsc.bases.weights import codes_to_spell_out, merged_places, read_stored
@@ -177,9 +178,9 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     """
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
-    with _loaded_by_peft(model, folder, merge) as (layers, whole):
+    with as_stored(model), _loaded_by_peft(model, folder, merge) as (layers, whole):
         _same_names(set(layers), set(merge.factors), "PEFT's model")
-        updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
+        updates = ((name, _delta(layer)) for name, layer in layers.items())
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
         outputs = hidden_states(model, batch)
     return _proof("adapter", len(merge.names), weights, in_memory, outputs, bare, _dtype(model))
@@ -221,7 +222,7 @@ def prove_full_model(
 def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.dtype]:
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
     shards, places = merged_places(base, merge.names)
-    codes = codes_to_spell_out(base, places)
+    codes, turned = codes_to_spell_out(base, places), transposed_weights(base.model)
     if codes and quantization_settings(Base(str(folder)).config):
         raise ProofError(f"the weights written to {folder} are numbers, but its config still speaks of codes")
     worst, dtypes = 0.0, set()
@@ -233,6 +234,7 @@ def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.
                 for key in keys:
                     written, stored, dtype = after.get_tensor(key), before.get_tensor(key), None
                     update = merge.update(places[key]) if key in places else None
+                    update = update.T if update is not None and places[key] in turned else update
                     if codes and key in codes.scales:
                         stored, dtype = _numbers(codes, key, stored), codes.dtype
                         update = torch.zeros(()) if update is None else update
@@ -278,6 +280,12 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
     if not relative <= WEIGHT_TOLERANCE:
         raise ProofError(f"{key} read back from disk differs from the merge by {relative:.1e} of its largest entry")
     return relative
+
+
+def _delta(layer: LoraLayer) -> Tensor:
+    """(m, d), also of a layer that stores its weight transposed."""
+    delta = layer.get_delta_weight("default")
+    return delta.T if layer.fan_in_fan_out else delta
 
 
 @contextmanager
