@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from nsc.bases.llava import ImageTextBody, require_llava, takes_images_and_text
@@ -89,6 +89,23 @@ class Base:
         if causal is None:  # transformers 4 says of every config that it ties, also of an image model's
             return []
         return list(getattr(causal, "_tied_weights_keys", None) or ["lm_head.weight"])
+
+    @cached_property
+    def output_layers(self) -> dict[str, nn.Linear]:
+        """The layer behind the body by which a causal base names its next token, by its name and without weights.
+
+        Empty where it is one with the embeddings, or there is none.
+        """
+        auto = AutoModelForImageTextToText if takes_images_and_text(self.config) else AutoModelForCausalLM
+        try:
+            with quiet_loading(), torch.device("meta"):
+                whole = auto.from_config(deepcopy(self.config))
+        except (ValueError, ImportError):
+            return {}
+        head = whole.get_output_embeddings()
+        if self.tied_outputs or not isinstance(head, nn.Linear) or head.weight is whole.get_input_embeddings().weight:
+            return {}
+        return {name: head for name, module in whole.named_modules() if module is head}
 
     @cached_property
     def model(self) -> nn.Module:

@@ -107,7 +107,8 @@ class Output:
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
         whole = merged_layers_whole(base, self.merged)
-        write_adapter(folder, factors, prefix, base.id, whole)
+        behind = base.output_layers if whole else {}
+        write_adapter(folder, factors, prefix, base.id, whole, behind)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:

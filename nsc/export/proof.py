@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nsc.adapters.lora import read_adapter
+from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.bases.base_model import Base
@@ -132,6 +132,28 @@ class Merge:
         updates |= {name: whole[f"{name}.weight"] for name in self.merged.whole}
         stack = as_stack(updates, {name: whole[f"{name}.bias"] for name in updates if f"{name}.bias" in whole})
         return stack, torch.ones(len(updates), 1)
+
+
+def prove_complete(adapters: Mapping[str, Adapter], stack: Stack) -> None:
+    """Count the tensors of adapters: each must be merged, or kept for its own task.
+
+    Args:
+        adapters: task -> adapter, with what its task keeps.
+        stack: what is merged.
+
+    Raises:
+        ProofError: naming the adapter, if one is in neither.
+    """
+    for task, adapter in adapters.items():
+        k = stack.tasks.index(task)
+        factors = sum(module.present[k] for module in stack.modules.values())
+        dense = [layer for layer in stack.dense.values() if layer.present[k]]
+        whole = len(dense) + sum(layer.bias_deltas is not None for layer in dense)
+        if (factors, whole + len(adapter.saved)) != (len(adapter.factors), len(adapter.given)):
+            raise ProofError(
+                f"adapter {task} holds factors of {len(adapter.factors)} modules and {len(adapter.given)} tensors of"
+                f" modules_to_save, but {factors} and {whole} are merged and {len(adapter.saved)} kept; do not use it"
+            )
 
 
 def prove_files(folder: Path, merge: Merge) -> Proof:
@@ -284,14 +306,19 @@ def _loaded_by_peft(
 ) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
     """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
     prefix, shell = merge.prefix, cast(Any, model)
-    originals = {name: model.get_submodule(name) for name in merge.merged.whole}
+    known = dict(model.named_modules())
+    originals = {name: known[name] for name in merge.merged.whole if name in known}
     for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
         outer = nn.Module()
         outer.add_module(part, shell)
         shell = outer
+    for name in set(merge.merged.whole) - originals.keys():  # behind the body
+        m, d = merge.whole[f"{name}.weight"].shape
+        shell.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
     peft_model = PeftModel.from_pretrained(shell, folder)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    saved |= {name: m for name, m in shell.named_children() if isinstance(m, ModulesToSaveWrapper)}
     active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
     try:
         yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
@@ -299,6 +326,8 @@ def _loaded_by_peft(
         peft_model.unload()
         for name, original in originals.items():  # PEFT leaves its own there
             replace_module(model, name, original)
+        for name in set(merge.merged.whole) - originals.keys():
+            delattr(shell, name)
 
 
 def _proof(

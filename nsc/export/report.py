@@ -31,6 +31,8 @@ class Report:
         conditions: task -> the worst condition number of an A (its Gram matrix has the square).
         conditions_by_module: module -> condition numbers, None where an adapter has no factors.
         absent: coefficients of adapters that do not touch the module.
+        whole: modules that adapters fine-tuned whole, merged as differences.
+        heads: task -> tensors of its modules_to_save that it keeps, under ``heads/``.
         merged_rank: rank of the written adapter; None before it is known, and for a full model.
         vllm_max_lora_rank: smallest ``max_lora_rank`` of vLLM that serves it; None if there is none.
         targets: modules whose inputs were measured.
@@ -82,6 +84,8 @@ class Report:
     absent: list[str]
     merged_rank: int | None
     vllm_max_lora_rank: int | None
+    whole: list[str] = field(default_factory=list)
+    heads: dict[str, list[str]] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     ratio_before: list[float] = field(default_factory=list)
     ratio_after: list[float] = field(default_factory=list)
@@ -231,6 +235,10 @@ def _facts(report: Report) -> str:
         lines.append(f"- unseen, merged without data of their own: {', '.join(unseen)}")
     if report.by_states:
         lines.append(f"- without an output, compared by pooled last hidden states: {', '.join(report.by_states)}")
+    if report.whole:
+        lines.append(f"- fine-tuned whole, merged as differences: {', '.join(report.whole)}")
+    if kept := [f"{task} ({', '.join(names)})" for task, names in report.heads.items()]:
+        lines.append(f"- kept under heads/, each for its own task: {'; '.join(kept)}")
     lines += [_started(report.started)] if report.started else []
     if report.targets:
         lines += [

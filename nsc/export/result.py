@@ -18,7 +18,7 @@ from nsc.batch import Batch
 from nsc.data.modalities import feed_of
 from nsc.errors import NSCError
 from nsc.export.output import Output, refuse_output
-from nsc.export.proof import Proof
+from nsc.export.proof import Proof, prove_complete
 from nsc.export.record import Record
 from nsc.export.report import Report
 from nsc.recipes.combination import Combination
@@ -110,6 +110,7 @@ class MergeResult:
             ProofError: if what was loaded back is not what was merged.
         """
         refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe, self.merged.names)
+        prove_complete(self.adapters, self.stack)
         output = Output(self.merged, self.record, self.report, self.adapters, self.checkpoint)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 

@@ -17,7 +17,7 @@ from nsc.config import START
 from nsc.errors import NSCError
 from nsc.export.record import Record
 from nsc.export.result import MergeResult
-from nsc.merging.report_builder import describe_recipe, describe_stack
+from nsc.merging.report_builder import describe_recipe, describe_stack, kept_by_tasks
 from nsc.paths import absolute
 from nsc.recipes.combination import Combination
 from nsc.recipes.updates import FixedFactors, WeightedSum, as_lora
@@ -101,5 +101,5 @@ def apply(
             f" {tuple(stack.owned.shape)}; it is damaged; merge again"
         )
     report = describe_stack(record.base, stack, lam, record.start, record.method)
-    report = replace(report, started=record.started)
+    report = replace(report, started=record.started, heads=kept_by_tasks(read))
     return replay(MergeResult(lam, report, record, read, stack))
