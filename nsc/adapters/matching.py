@@ -17,7 +17,6 @@ from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
 from nsc.bases.codes import FLOATS, quantization_settings
-from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
 from nsc.bases.weights import stored_tensors
 from nsc.errors import NameMismatch, NSCError
@@ -66,7 +65,6 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     kept, whole = split_saved(adapters, matches, body_of(base, outputs), keep_modules)
     shapes = shapes | {name: (layer.out_features, layer.in_features) for name, layer in outputs.items()}
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
-    refuse_moving_tower(base.model, stack.names)
     return Matched(kept, matches, shapes, stack)
 
 

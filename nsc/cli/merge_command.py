@@ -85,6 +85,8 @@ def apply(
         if (rank is not None) + exact + full > 1:
             raise NSCError("--rank, --exact and --full exclude one another; give only one of them")
         result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
+        for warning in result.report.warnings:
+            typer.echo(f"warning: {warning}", err=True)
         kept = result.record.rank if rank is None and not (exact or full) else rank
         _finish(result.save(out, rank=kept, full=full), out)
 

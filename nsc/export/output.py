@@ -48,7 +48,7 @@ class Output:
     checkpoint: Path | None = None
 
     def write(
-        self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | None]
+        self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | str]
     ) -> Proof:
         """Write everything to ``out.partial``, prove it, and move it to ``out``.
 
@@ -56,7 +56,7 @@ class Output:
             out: new folder.
             rank: rank the adapter is truncated to; None for its exact factors.
             full: whether the whole merged model is written, instead of an adapter.
-            proof_base: gives the base in full precision, and rows to compare hidden states with, where there are any.
+            proof_base: gives the base in full precision, and rows to compare hidden states with; or why there are none.
 
         Returns:
             What was compared.
@@ -88,7 +88,9 @@ class Output:
         merge = self._write_weights(staging, rank, full)
         written = _state_of_files(staging)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
-        proof = replace(_prove(staging, merge, Base(self.record.base), full, proof_base()), lost=lost)
+        found = proof_base()
+        in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
+        proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
         _share(staging)

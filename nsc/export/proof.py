@@ -46,6 +46,7 @@ class Proof:
         outputs: error of the hidden states; None where no base was at hand.
         effect: how far the merge itself moves the hidden states of the base; None where no base was at hand.
         lost: the most that a truncation left out of an update's norm; the truncated merge is what was compared.
+        unfed: why outputs were not compared.
     """
 
     what: str
@@ -54,12 +55,13 @@ class Proof:
     outputs: float | None = None
     effect: float | None = None
     lost: float = 0.0
+    unfed: str = "no base loaded"
 
     def __str__(self) -> str:
         truncated = f"truncated (up to {self.lost:.1%} of an update's norm left out), " if self.lost >= 5e-4 else ""
         line = f"{self.what}: {self.modules} modules reloaded, {truncated}weights agree to {self.weights:.1e}"
         if self.outputs is None:
-            return f"{line} (no base loaded: outputs not compared)"
+            return f"{line} ({self.unfed}: outputs not compared)"
         return f"{line}, hidden states to {self.outputs:.1e} (the merge itself moves them by {self.effect:.1e})"
 
 

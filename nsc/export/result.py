@@ -15,7 +15,7 @@ from nsc.bases.base_model import Base
 from nsc.bases.codes import quantization_settings
 from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder
 from nsc.batch import Batch
-from nsc.data.modalities import feed_of
+from nsc.data.modalities import example_of
 from nsc.errors import NSCError
 from nsc.export.output import Output, refuse_output
 from nsc.export.proof import Proof, prove_complete
@@ -114,8 +114,8 @@ class MergeResult:
         output = Output(self.merged, self.record, self.report, self.adapters, self.checkpoint)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
-    def _proof_base(self, full: bool) -> tuple[Base, Batch] | None:
-        """The base in full precision and rows for it; None where none is at hand, or memory does not hold it.
+    def _proof_base(self, full: bool) -> tuple[Base, Batch] | str:
+        """The base in full precision and rows for it; or why there are none.
 
         One that was not learned on in that form is loaded anew, on the CPU.
         """
@@ -124,19 +124,21 @@ class MergeResult:
             return base, self.batch.to(input_device(self.model))
         learned = self.batch is not None
         if not (learned or full or self.with_base):
-            return None
+            return "no base loaded"
         settings, own = self.record.settings, learned or self.with_base
         device = "cpu" if learned else one_device(settings.get("device", "auto") if own else "auto")
         dense = self.recipe is not None and self.recipe.is_dense
         if not _fits(base, 1 + full + dense, device):
-            return None
+            return "no base loaded, for which memory does not suffice"
         try:
             base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
         except NSCError:
             if learned or full or not quantization_settings(base.config):
                 raise
-            return None  # codes that only their own library loads, which an adapter need not have run on
-        batch = self.batch or feed_of(base).example(base)
+            return "no base loaded, of whose codes only their own library makes weights"
+        batch = self.batch or example_of(base)
+        if batch is None:
+            return f"no example is known on which {type(base.model).__name__} runs"
         return base, batch.to(input_device(base.model))
 
 

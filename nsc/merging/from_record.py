@@ -15,7 +15,8 @@ from nsc.adapters.stack import by_rank, stack_adapters
 from nsc.bases.base_model import Base
 from nsc.config import START
 from nsc.errors import NSCError
-from nsc.export.record import Record
+from nsc.export.description import REMEDY
+from nsc.export.record import UNVERIFIED, Record, prefix_of_merge
 from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack, kept_by_tasks
 from nsc.paths import absolute
@@ -88,6 +89,8 @@ def apply(
                 " since; find the original, or merge again"
             )
     matches = match_adapters(read, record.modules)
+    if (prefix := prefix_of_merge(matches)) != record.prefix:
+        raise NSCError(f"the record's prefix is {record.prefix!r}, but that of its adapters {prefix!r}; {REMEDY}")
     body = BaseLayers(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
     stack = stack_adapters(read, matches, record.modules, dense_stacks(Base(record.base), whole))
@@ -101,5 +104,6 @@ def apply(
             f" {tuple(stack.owned.shape)}; it is damaged; merge again"
         )
     report = describe_stack(record.base, stack, lam, record.start, record.method)
-    report = replace(report, started=record.started, heads=kept_by_tasks(read))
+    warnings = report.warnings + ([] if record.verified else [f"{folder}: {UNVERIFIED}"])
+    report = replace(report, started=record.started, warnings=warnings, heads=kept_by_tasks(read))
     return replay(MergeResult(lam, report, record, read, stack))

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from nsc.checks import expected, require_fraction, typed
 from nsc.config import AUTO, LEARNED, MergeConfig
-from nsc.errors import NSCError
+from nsc.errors import NSCError, clipped
 from nsc.methods import METHODS, Method
 from nsc.methods.ties import TiesSettings
 from nsc.recipes.spaces import SPACES
@@ -161,7 +161,7 @@ def read_recipe(method: str, **settings: Any) -> Recipe:
         try:
             settings[key] = typed(value, kinds[key])
         except TypeError:
-            raise NSCError(f"{key} must be {expected(kinds[key])}, not {value!r}") from None
+            raise NSCError(f"{key} must be {expected(kinds[key])}, not {clipped(repr(value))}") from None
     mine = chosen.settings(**{key: value for key, value in settings.items() if key in own})
     return Recipe(name, space, mine, **{key: value for key, value in settings.items() if key in common})
 
