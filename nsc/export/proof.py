@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nsc.adapters.lora import Adapter, read_adapter
@@ -30,6 +31,7 @@ from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
 
+HEADS = "heads"  # the folder of what each task keeps for itself
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # no update is added in another dtype
 OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -156,6 +158,34 @@ def prove_complete(adapters: Mapping[str, Adapter], stack: Stack) -> None:
                 f"adapter {task} holds factors of {len(adapter.factors)} modules and {len(adapter.given)} tensors of"
                 f" modules_to_save, but {factors} and {whole} are merged and {len(adapter.saved)} kept; do not use it"
             )
+
+
+def prove_heads(folder: Path, adapters: Mapping[str, Adapter]) -> None:
+    """Read back what tasks keep for themselves: bit for bit what their adapters held when they were read.
+
+    Args:
+        folder: folder the merge was written to.
+        adapters: task -> adapter, with what its task keeps.
+
+    Raises:
+        ProofError: if something is missing, extra or different.
+    """
+    kept = {f"{task}.safetensors": adapter.saved for task, adapter in adapters.items() if adapter.saved}
+    _same_names({file.name for file in (folder / HEADS).glob("*")}, set(kept), HEADS)
+    for name, tensors in kept.items():
+        try:
+            written = load_file(folder / HEADS / name)
+        except (SafetensorError, OSError) as error:
+            raise ProofError(f"{HEADS}/{name} cannot be read back from {folder}: {error}") from error
+        _same_names(set(written), set(tensors), f"{HEADS}/{name}")
+        for key, tensor in tensors.items():
+            same = written[key].dtype == tensor.dtype and written[key].shape == tensor.shape
+            if not (same and torch.equal(_bits(written[key]), _bits(tensor))):
+                raise ProofError(f"{key} read back from {HEADS}/{name} is not what the adapter held; do not use it")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def prove_files(folder: Path, merge: Merge) -> Proof:
@@ -288,7 +318,7 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
         was, now = (f"{kind} {tuple(t.shape)}" for kind, t in ((dtype, stored), (written.dtype, written)))
         raise ProofError(f"{key} should be {was} and is {now} read back")
     if update is None:
-        if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
+        if not torch.equal(_bits(written), _bits(stored)):
             raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
         return 0.0
     if dtype not in NUMBERS:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ class MergeResult:
         fixed: the merge itself, where its factors were found from rows and are not made again; None else.
         with_base: whether ``save`` loads the base even without rows, and makes some.
         checkpoint: where its learning kept its state, which ``save`` removes where it lies in ``out.partial``.
+        sources: files of base and adapters -> their states before anything was read of them; ``save`` finds them so.
     """
 
     coefficients: Tensor | None
@@ -59,6 +61,7 @@ class MergeResult:
     fixed: FixedFactors | None = None
     with_base: bool = False
     checkpoint: Path | None = None
+    sources: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def merged(self) -> Merged:
@@ -111,7 +114,7 @@ class MergeResult:
         """
         refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe, self.merged.names)
         prove_complete(self.adapters, self.stack)
-        output = Output(self.merged, self.record, self.report, self.adapters, self.checkpoint)
+        output = Output(self.merged, self.record, self.report, self.adapters, self.checkpoint, self.sources)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
     def _proof_base(self, full: bool) -> tuple[Base, Batch] | str:

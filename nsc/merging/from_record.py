@@ -19,7 +19,7 @@ from nsc.export.description import REMEDY
 from nsc.export.record import UNVERIFIED, Record, prefix_of_merge
 from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack, kept_by_tasks
-from nsc.paths import absolute
+from nsc.paths import absolute, states_of_sources
 from nsc.recipes.combination import Combination
 from nsc.recipes.updates import FixedFactors, WeightedSum, as_lora
 from nsc.runtime.placement import one_device
@@ -81,7 +81,9 @@ def apply(
     if unknown:
         raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
     record = replace(record, base=absolute(base) if base else record.base)
-    read = read_adapters({task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()})
+    places = {task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()}
+    sources = states_of_sources(record.base, *places.values())
+    read = read_adapters(places)
     for task, adapter in read.items():
         if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
             raise NSCError(
@@ -106,4 +108,4 @@ def apply(
     report = describe_stack(record.base, stack, lam, record.start, record.method)
     warnings = report.warnings + ([] if record.verified else [f"{folder}: {UNVERIFIED}"])
     report = replace(report, started=record.started, warnings=warnings, heads=kept_by_tasks(read))
-    return replay(MergeResult(lam, report, record, read, stack))
+    return replay(MergeResult(lam, report, record, read, stack, sources=sources))
