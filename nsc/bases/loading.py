@@ -16,7 +16,8 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from nsc.bases.base_model import Base, auto_class, quiet_loading
 from nsc.bases.codes import WRITTEN, Codes, dtype_of, quantization_settings
-from nsc.bases.llava import ImageTextBody, takes_images_and_text
+from nsc.bases.conv1d import run_as_linears
+from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.bases.weights import has_safetensors, require_own_files, spelled_out, stored_tensors
 from nsc.errors import NSCError
 from nsc.runtime.placement import one_device, reload_in_backward
@@ -76,8 +77,11 @@ def load_body(
     model = _with_weights(base, dtype, weights, options)
     if weights == "full":
         _require_numbers(base, model)
-    if takes_images_and_text(base.body_config):
+    run_as_linears(model)
+    if is_llava(base.body_config):
         model = ImageTextBody(model)
+    if getattr(model.config, "is_encoder_decoder", False) and base.takes == "input_ids":
+        model.register_forward_pre_hook(_feed_decoder, with_kwargs=True)
     model.config.use_cache = False  # type: ignore[union-attr]  # nothing is generated: a key-value cache would only hold memory
     model.requires_grad_(False).eval()
     if device_map:
@@ -124,6 +128,16 @@ def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any])
             " would fill them at random; fetch the base again, or give the model that its config describes"
         )
     return model
+
+
+def _feed_decoder(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Let the decoder read the text that the encoder reads, one token later, as BART does where nothing is given."""
+    if "decoder_input_ids" in kwargs:
+        return args, kwargs
+    config, ids = model.config, kwargs["input_ids"]
+    known = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
+    start = next((token for token in known if token is not None), 0)
+    return args, {**kwargs, "decoder_input_ids": torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)}
 
 
 def _numbers(base: Base) -> dict[str, Tensor] | None:

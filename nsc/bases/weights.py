@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nsc.bases.base_model import Base
+from nsc.bases.checkpoint_keys import parameter_names
 from nsc.bases.codes import Codes, Stored
-from nsc.bases.module_names import resolve
-from nsc.errors import NSCError
+from nsc.bases.conv1d import transposed_weights
+from nsc.errors import NameMismatch, NSCError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -254,19 +256,49 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
         NameMismatch: if a layer is not in the checkpoint.
         NSCError: if a layer is stored as codes that cannot be read as numbers.
     """
-    shards = [checkpoint_folder(base) / name for name in shard_names(checkpoint_folder(base))]
+    source = checkpoint_folder(base)
     tensors = stored_tensors(base)
     codes = Codes(tensors, base.config)
-    matrices = [key for key, tensor in tensors.items() if key.endswith(".weight") and len(tensor.shape) == 2]
-    shapes = {key.removesuffix(".weight"): (tensors[key].shape[0], tensors[key].shape[1]) for key in matrices}
-    shapes |= dict.fromkeys(codes.packed(), (0, 0))
-    two = base.has_two_towers
-    stored = {module: shape for module, shape in shapes.items() if not (two and module.startswith("text_model."))}
-    places = resolve("merged", names, stored)
-    for name, place in places.items():
-        require_readable(base, codes, f"{place}.weight", name)
-    of_layer = {f"{place}.{kind}": f"{name}.{kind}" for name, place in places.items() for kind in ("weight", "bias")}
-    return shards, {key: name for key, name in of_layer.items() if key in tensors}
+    keys = [*tensors, *(f"{module}.weight" for module in codes.packed())]
+    wanted = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    places = {key: name for key, name in parameter_names(base.blank, keys).items() if name in wanted}
+    if behind := {f"{name}.{kind}" for name in _behind(base, names) for kind in ("weight", "bias")}:
+        places |= {key: name for key, name in parameter_names(base.generating, keys).items() if name in behind}
+    if lost := sorted({f"{name}.weight" for name in names} - set(places.values())):
+        raise NameMismatch(
+            f"{len(lost)} merged layers, such as {lost[0]}, are not in the checkpoint {source}, or transformers"
+            " fuses or splits them on loading: give the base that its config describes, or export an adapter"
+        )
+    for key, name in places.items():
+        if name.endswith(".weight"):
+            require_readable(base, codes, key, name.removesuffix(".weight"))
+    return [source / name for name in shard_names(source)], {k: name for k, name in places.items() if k in tensors}
+
+
+def _behind(base: Base, names: Sequence[str]) -> list[str]:
+    """Those of the layers that the body has not, but the whole model that generates tokens."""
+    body = dict(base.blank.named_modules())
+    outside = [name for name in names if name not in body]
+    return [name for name in outside if name in base.output_layers]
+
+
+def read_parameters(base: Base, model: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Read parameters of any model class from a base's checkpoint, whatever their keys are called in it.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        model: a model of transformers on this base; the meta device is enough.
+        names: names of its parameters.
+
+    Returns:
+        Name -> tensor, for the parameters that the checkpoint holds.
+
+    Raises:
+        NSCError: if the checkpoint is not in safetensors.
+    """
+    keys = list(stored_tensors(base))
+    places = {key: name for key, name in parameter_names(model, keys).items() if name in set(names)}
+    return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}
 
 
 def codes_to_spell_out(base: Base, places: Collection[str]) -> Codes | None:
@@ -316,10 +348,11 @@ def read_layers(base: Base, names: Sequence[str]) -> dict[str, Tensor]:
         names: layers of the body.
 
     Returns:
-        Parameter name in the body -> tensor.
+        Parameter name in the body -> tensor; (m, d) of a weight.
 
     Raises:
         NSCError: if the checkpoint is not in safetensors, or a layer is not in it.
     """
     _, places = merged_places(base, names)
-    return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}
+    stored, turned = read_tensors(base, list(places)), transposed_weights(base.model)
+    return {places[key]: x.T if places[key] in turned else x for key, x in stored.items()}
