@@ -19,20 +19,20 @@ from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.structure import linear_shapes
 
 
-def wrapper_of(base: Base, prefix: str, names: Iterable[str]) -> nn.Module | None:
+def wrapper_of(base: Base, prefix: str, names: Iterable[str], behind: Iterable[str] = ()) -> nn.Module | None:
     """Build a class of transformers in which layers of the body have a prefix.
 
     Args:
         base: the base; its weights need not be loaded.
         prefix: what stands before the body's names, with its dot; "" for the body itself.
         names: layers of the body.
+        behind: layers of the class itself, such as "lm_head".
 
     Returns:
         The first such class, without weights, on the meta device; None if there is none.
     """
-    wanted = {f"{prefix}{name}" for name in names}
-    models = _models(base) if prefix else iter([Base(base.id).model])
-    return next((model for model in models if wanted <= dict(model.named_modules()).keys()), None)
+    wanted = {*behind, *(f"{prefix}{name}" for name in names)}
+    return next((model for model in _models(base) if wanted <= dict(model.named_modules()).keys()), None)
 
 
 def prefixes_of_classes(base: Base) -> dict[str, str]:
@@ -54,7 +54,7 @@ def prefixes_of_classes(base: Base) -> dict[str, str]:
 
 
 def _models(base: Base) -> Iterator[nn.Module]:
-    """Every class beside the body's own that takes the base's config or its image tower's, on the meta device."""
+    """Every class in the file of the body's own that takes the base's config or its image tower's, without weights."""
     home = sys.modules[type(getattr(base.model, "stock", base.model)).__module__]
     classes: list[Any] = [c for c in vars(home).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
     for config in {type(c): c for c in (base.config, base.body_config)}.values():
