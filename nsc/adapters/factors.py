@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.peft_folder import CONFIG, Checkpoint
+from nsc.adapters.targets import Patterns
 from nsc.adapters.unsupported import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,7 +73,8 @@ def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
     pairs = _by_module(checkpoint, LORA_KEY)
     if not pairs:
         raise checkpoint.error("no lora_A / lora_B tensor in it; is it a LoRA adapter saved by PEFT?")
-    return {module: _pair_up(checkpoint, module, pair) for module, pair in pairs.items()}
+    patterns = _patterns(checkpoint, "rank_pattern"), _patterns(checkpoint, "alpha_pattern")
+    return {module: _pair_up(checkpoint, module, pair, *patterns) for module, pair in pairs.items()}
 
 
 def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -100,32 +102,33 @@ def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return saved
 
 
-def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def lora_scale(config: Mapping[str, Any], alphas: Sequence[float], rank: int) -> float:
     """Return the scale of a module: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA, by ``alpha_pattern``.
 
     Args:
         config: adapter_config.json.
-        module: name of the module.
+        alphas: values of the entries of its ``alpha_pattern`` that fit the module.
         rank: rank of its factors.
 
     Returns:
         The scale.
 
     Raises:
-        ValueError: if patterns with different alphas match. PEFT takes the first one but sorts them when it saves, so
+        ValueError: if patterns with different alphas fit. PEFT takes the first one but sorts them when it saves, so
             what it applies to a reloaded adapter need not be what was trained.
     """
-    alphas = _matching(config.get("alpha_pattern"), module) or [config["lora_alpha"]]
+    alphas = alphas or [config["lora_alpha"]]
     if len(set(alphas)) > 1:
         raise ValueError(f"several patterns match, with alpha {alphas}")
     return alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _matching(patterns: Mapping[str, float] | None, module: str) -> list[float]:
-    """The values of the patterns that match, in order, by the rule of ``peft.utils.other.get_pattern_key``."""
-    patterns = patterns or {}
-    found = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-    return found or [value for pattern, value in patterns.items() if pattern == module]
+def _patterns(checkpoint: Checkpoint, field: str) -> Patterns:
+    try:
+        return Patterns(checkpoint.config.get(field))
+    except (re.error, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        unusable = f"{CONFIG} gives no usable rank and scale: {field} is no mapping of patterns ({error!r})"
+        raise checkpoint.error(f"{unusable}; correct {field}") from error
 
 
 def _by_module(checkpoint: Checkpoint, pattern: re.Pattern[str], ndim: int = 2) -> dict[str, dict[str, Tensor]]:
@@ -164,7 +167,9 @@ def _read_vera(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
     return factors
 
 
-def _pair_up(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> LoraFactors:
+def _pair_up(
+    checkpoint: Checkpoint, module: str, pair: dict[str, Tensor], ranks: Patterns, alphas: Patterns
+) -> LoraFactors:
     """Check that A and B belong together and agree with the config; the scale would be a guess otherwise."""
     if missing := {"A", "B"} - pair.keys():
         raise checkpoint.error(f"module '{module}' has no lora_{missing.pop()}; save or copy the adapter again")
@@ -172,21 +177,21 @@ def _pair_up(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> Lo
     rank = A.shape[0]
     if rank != B.shape[1]:
         raise checkpoint.error(f"module '{module}': lora_A {(*A.shape,)} and lora_B {(*B.shape,)} do not share a rank")
-    if (stated := _stated_rank(checkpoint, module)) != rank:
+    stated, scale = _stated(checkpoint, module, ranks, alphas)
+    if stated != rank:
         ambiguous = f"the tensors have rank {rank}, {CONFIG} says {stated}, so the scale alpha / r is ambiguous"
         raise checkpoint.error(f"module '{module}': {ambiguous}; correct r or rank_pattern")
-    return LoraFactors(A, B, lora_scale(checkpoint.config, module, rank))
+    return LoraFactors(A, B, scale)
 
 
-def _stated_rank(checkpoint: Checkpoint, module: str) -> float:
-    """The rank that the config gives this module, after making sure that rank and scale can be computed at all."""
+def _stated(checkpoint: Checkpoint, module: str, ranks: Patterns, alphas: Patterns) -> tuple[float, float]:
+    """The rank and the scale that the config gives this module."""
     try:
-        rank = (_matching(checkpoint.config.get("rank_pattern"), module) or [checkpoint.config["r"]])[0]
-        lora_scale(checkpoint.config, module, int(rank))
-    except (re.error, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        rank = (ranks.matching(module) or [checkpoint.config["r"]])[0]
+        return rank, lora_scale(checkpoint.config, alphas.matching(module), int(rank))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
         unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({error!r})"
         raise checkpoint.error(f"{unusable}; correct r, lora_alpha, rank_pattern or alpha_pattern") from error
-    return rank
 
 
 def _checked(checkpoint: Checkpoint, key: str, tensor: Tensor, ndim: int = 2) -> Tensor:

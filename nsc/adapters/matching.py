@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from nsc.adapters.factors import LoraFactors
 from nsc.adapters.lora import Adapter, read_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
+from nsc.adapters.targets import is_targeted, narrowed
 from nsc.bases import structure
 from nsc.bases.base_model import Base
 from nsc.bases.codes import FLOATS, quantization_settings
@@ -23,6 +25,7 @@ from nsc.bases.weights import stored_tensors
 from nsc.bases.wrappers import prefixes_of_classes, wrapper_of
 from nsc.errors import NameMismatch, NSCError
 
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a block: a whole part of a name
 FOREIGN = {  # what lies in the other tower, by what the body takes
     "pixel_values": ("text_model", "language_model"),
     "input_ids": ("vision_model", "vision_tower"),
@@ -245,9 +248,8 @@ def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> N
 def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iterable[str]) -> None:
     """Refuse an adapter that lacks factors for a base module that PEFT would have adapted.
 
-    That is the sign of a base with more layers than the one the adapter was trained on. Nothing is checked if the
-    config narrows its targets by more than a list of names. Names without a dot stand for every module of a kind, which
-    the base may call differently.
+    That is the sign of a base with more layers than the one the adapter was trained on. Where the config's targets are
+    names of another version of transformers, they stand for every module of the kinds that have factors.
 
     Args:
         adapter: the adapter.
@@ -257,21 +259,31 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
     Raises:
         NameMismatch: naming the module.
     """
-    config = adapter.config
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+    config, resolved = adapter.config, set(mapping.values())
+    if not config.get("target_modules") or not mapping:
         return
-    prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
-    kinds = set() if any("." in target for target in targets) else {layer_kind(base) for base in resolved}
+    examples = {layer_kind(base): name for name, base in mapping.items()}
+    known = any(is_targeted(config, name) for name in mapping)
+    prefix = prefix_of(mapping) or ""
     for base in available:
-        if base == layer_kind(base):  # outside of blocks: a pooler comes and goes with wrappers
+        kind = layer_kind(base)
+        if base == kind or base in resolved:  # outside of blocks: a pooler comes and goes with wrappers
             continue
-        targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or layer_kind(base) in kinds
-        if targeted and base not in resolved and f"{prefix}{base}.weight" not in adapter.saved:
+        name = _numbered_like(base, examples[kind]) if kind in examples else prefix + base
+        targeted = is_targeted(config, name) if known else kind in examples and not narrowed(config)
+        if targeted and not {f"{name}.weight", f"{prefix}{base}.weight"} & adapter.saved.keys():
             raise NameMismatch(
                 f"adapter '{adapter.name}' targets '{base}' by its config, but has no factors for it. "
                 f"Is the base deeper than the one it was trained on? {_trained_on(adapter)}"
             )
+
+
+def _numbered_like(base: str, name: str) -> str:
+    """The name of another module of the same kind, with the numbers of this one in the places of its last ones."""
+    numbers, places = NUMBER.findall(base), list(NUMBER.finditer(name))
+    for number, place in zip(reversed(numbers), reversed(places), strict=False):
+        name = name[: place.start()] + number + name[place.end() :]
+    return name
 
 
 def _trained_on(adapter: Adapter) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nsc.adapters.targets import is_targeted, narrowed
+
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 VERA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.vera_lambda_(?P<side>[bd])(?:\.[^.]+)?")
@@ -83,7 +85,8 @@ def unsupported(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> lis
     saved = config.get("save_projection", True) and any(map(VERA_SHARED.fullmatch, tensors))
     if config["peft_type"] == "VERA" and not saved:
         found.append(NO_PROJECTION)
-    return found + _by_value(config) + _unknown_fields(config) + _by_tensor(config, tensors) + _doubled(config, tensors)
+    found += _by_value(config) + _unknown_fields(config) + _by_tensor(config, tensors) + _doubled(config, tensors)
+    return found + _untargeted(config, tensors)
 
 
 def saved_name(key: str, config: Mapping[str, Any]) -> str | None:
@@ -138,6 +141,29 @@ def _by_tensor(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list
         if saved_name(key, config) is None and (kind := _refused_kind(key, tensor.ndim, bool(known))):
             kinds.setdefault(kind, []).append(key)
     return [f"{kind}: '{keys[0]}'" + f" and {len(keys) - 1} more" * (len(keys) > 1) for kind, keys in kinds.items()]
+
+
+def _untargeted(config: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
+    """Modules that carry factors, but not by the adapter's own config: PEFT leaves them out when it loads them.
+
+    Where the targets name none of the modules, they are those of another version of transformers, and say nothing.
+    """
+    if not config.get("target_modules") or config.get("target_parameters"):
+        return []
+    matches = (LORA_KEY.fullmatch(key) or VERA_KEY.fullmatch(key) for key in tensors)
+    modules = dict.fromkeys(match["module"] for match in matches if match)
+    try:
+        outside = [module for module in modules if not is_targeted(config, module)]
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        return [f"target_modules, exclude_modules and their like cannot be read ({error}); correct adapter_config.json"]
+    if not outside or (len(outside) == len(modules) and not narrowed(config)):
+        return []
+    return [
+        f"factors of '{outside[0]}'"
+        + f" and {len(outside) - 1} more" * (len(outside) > 1)
+        + ", which its own config does not target (target_modules, exclude_modules, layers_to_transform): PEFT leaves"
+        " them out; correct adapter_config.json, or take the tensors out"
+    ]
 
 
 def _doubled(config: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
