@@ -15,6 +15,7 @@ import yaml
 
 from nsc.checks import expected, typed
 from nsc.errors import NSCError, reading
+from nsc.paths import digest_of_file
 from nsc.plain_yaml import parse_yaml
 from nsc_kernels import __version__
 
@@ -55,7 +56,7 @@ def write_description(folder: Path, values: Mapping[str, Any], files: Iterable[s
         files: names of the tensor files that belong to the record.
     """
     made = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()}
-    values = {**values, "made": made, FILES: {name: _sha256(folder / name) for name in files}}
+    values = {**values, "made": made, FILES: {name: digest_of_file(folder / name) for name in files}}
     as_read = yaml.safe_load(yaml.safe_dump(values))
     text = yaml.safe_dump({**values, DIGEST: digest_of(as_read)}, sort_keys=False, allow_unicode=True)
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
@@ -94,7 +95,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise NSCError(f"{file}: {key} must be {expected(known[key])}, not {value!r}; {REMEDY}") from None
     for name, digest in values.get(FILES, {}).items():
         with reading(f"{folder / name}", REMEDY):
-            if _sha256(folder / name) != digest:
+            if digest_of_file(folder / name) != digest:
                 raise NSCError(f"{folder / name} is not what was written; {REMEDY}")
     return values
 
@@ -109,10 +110,6 @@ def digest_of(values: Mapping[str, Any]) -> str:
         SHA-256 in hexadecimal.
     """
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
