@@ -14,9 +14,12 @@ DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
 HEAVY = {
     "nsc/bases/base_model.py",
     "nsc/bases/checkpoint_keys.py",
+    "nsc/bases/conv1d.py",
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",
     "nsc/bases/loading.py",
+    "nsc/export/card.py",
+    "nsc/export/served.py",
     "nsc/export/files.py",
     "nsc/export/proof.py",
     "nsc/performance/plan.py",

@@ -15,9 +15,16 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.utils import logging
 
+from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.errors import NSCError
 
@@ -91,7 +98,7 @@ class Base:
 
     @cached_property
     def blank(self) -> Any:
-        """The body as transformers itself builds it, without weights: on the meta device.
+        """The body as transformers itself builds and names it, without weights: on the meta device.
 
         Raises:
             NSCError: if transformers cannot build it.
@@ -104,6 +111,33 @@ class Base:
             raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
 
     @cached_property
+    def generating(self) -> Any:
+        """The whole model that generates tokens, without weights: on the meta device; None if there is none."""
+        kind, auto = type(self.config), AutoModelForCausalLM
+        if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            auto = AutoModelForImageTextToText
+        elif getattr(self.config, "is_encoder_decoder", False):
+            auto = AutoModelForSeq2SeqLM
+        try:
+            with quiet_loading(), torch.device("meta"):
+                return auto.from_config(deepcopy(self.config))
+        except (ValueError, ImportError):
+            return None
+
+    @cached_property
+    def output_layers(self) -> dict[str, nn.Linear]:
+        """The layer behind the body by which the base names its next token, by its name and without weights.
+
+        Empty where it is one with the embeddings, or there is none.
+        """
+        head = self.generating and self.generating.get_output_embeddings()
+        if self.tied_outputs or not isinstance(head, nn.Linear):
+            return {}
+        if head.weight is self.generating.get_input_embeddings().weight:
+            return {}
+        return {name: head for name, module in self.generating.named_modules() if module is head}
+
+    @cached_property
     def model(self) -> nn.Module:
         """The body: with weights where they were loaded, else on the meta device, for its layers' names and shapes.
 
@@ -112,6 +146,7 @@ class Base:
         """
         if self.loaded is not None:
             return self.loaded
+        run_as_linears(self.blank)
         return ImageTextBody(self.blank) if is_llava(self.body_config) else self.blank
 
 

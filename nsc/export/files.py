@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import (
     INDEX,
     WEIGHT_FILES,
@@ -53,6 +54,8 @@ def write_adapter(
     prefix: str,
     base: str,
     whole: Mapping[str, Tensor] | None = None,
+    transposed: bool = False,
+    behind: Collection[str] = (),
 ) -> None:
     """Write a PEFT folder whose scale is 1 in every module and whose targets are full module names.
 
@@ -62,9 +65,11 @@ def write_adapter(
         prefix: what the names carry before the body's own, such as "model." for a CausalLM.
         base: id of the base, for the config.
         whole: parameters of layers that are written to modules_to_save as they are.
+        transposed: whether the base stores the weights of all these layers transposed, as Conv1D does.
+        behind: those of the layers that lie behind the body, whose names take no prefix.
     """
-    whole = whole or {}
-    saved = sorted({prefix + name.rpartition(".")[0] for name in whole})
+    named = {n if n.rpartition(".")[0] in behind else prefix + n: tensor for n, tensor in (whole or {}).items()}
+    saved = sorted({name.rpartition(".")[0] for name in named})
     ranks = {prefix + name: f.A.shape[0] for name, f in factors.items()}
     top = max(ranks.values())
     smaller = {name: rank for name, rank in ranks.items() if rank != top}
@@ -75,6 +80,7 @@ def write_adapter(
         rank_pattern=smaller,
         alpha_pattern=dict(smaller),
         lora_dropout=0.0,
+        fan_in_fan_out=transposed,
         modules_to_save=saved or None,
         base_model_name_or_path=base,
         inference_mode=True,
@@ -85,7 +91,7 @@ def write_adapter(
     for name, f in factors.items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = f.A.contiguous()
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = f.B.contiguous()
-    tensors |= {f"base_model.model.{prefix}{name}": tensor.contiguous() for name, tensor in whole.items()}
+    tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -106,7 +112,7 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
             cannot be read as numbers.
     """
     shards, places = merged_places(base, merged.names)
-    codes = codes_to_spell_out(base, places)
+    codes, turned = codes_to_spell_out(base, places), transposed_weights(base.model)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -116,6 +122,7 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
         for key in tensors:
             fp8 = codes is not None and key in codes.scales
             update = parameter_update(merged, places[key]) if key in places else None
+            update = update.T if update is not None and places[key] in turned else update
             if fp8 or update is not None:
                 before = read_codes(codes, key, tensors[key]) if codes and fp8 else tensors[key].double()
                 dtype = codes.dtype if codes and fp8 else tensors[key].dtype
