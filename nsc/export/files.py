@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -55,6 +55,7 @@ def write_adapter(
     base: str,
     whole: Mapping[str, Tensor] | None = None,
     transposed: bool = False,
+    behind: Collection[str] = (),
 ) -> None:
     """Write a PEFT folder whose scale is 1 in every module and whose targets are full module names.
 
@@ -65,9 +66,10 @@ def write_adapter(
         base: id of the base, for the config.
         whole: parameters of layers that are written to modules_to_save as they are.
         transposed: whether the base stores the weights of all these layers transposed, as Conv1D does.
+        behind: those of the layers that lie behind the body, whose names take no prefix.
     """
-    whole = whole or {}
-    saved = sorted({prefix + name.rpartition(".")[0] for name in whole})
+    named = {n if n.rpartition(".")[0] in behind else prefix + n: tensor for n, tensor in (whole or {}).items()}
+    saved = sorted({name.rpartition(".")[0] for name in named})
     ranks = {prefix + name: f.A.shape[0] for name, f in factors.items()}
     top = max(ranks.values())
     smaller = {name: rank for name, rank in ranks.items() if rank != top}
@@ -89,7 +91,7 @@ def write_adapter(
     for name, f in factors.items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = f.A.contiguous()
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = f.B.contiguous()
-    tensors |= {f"base_model.model.{prefix}{name}": tensor.contiguous() for name, tensor in whole.items()}
+    tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
