@@ -19,12 +19,16 @@ from nsc.bases.base_model import Base
 from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
+from nsc.export.card import CARD, card_data, licence_warnings, model_card
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
+from nsc.export.push import seal
 from nsc.export.record import Record
-from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
+from nsc.export.report import Report, draw_heat_map, padding_cost, vllm_limits
+from nsc.export.served import require_served, served_prefix
 from nsc.paths import CHECKPOINT, STAGING, held, move_into_place, refuse_changed, states_of_files
-from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors
+from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors, padded, padding_bytes
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged
 
@@ -64,8 +68,8 @@ class Output:
             What was compared.
 
         Raises:
-            NSCError: if ``out`` cannot be written, another process writes it, or an interrupted merge of it is there; or
-                if base or adapters were changed since they were read.
+            NSCError: if ``out`` cannot be written, another process writes it, or an interrupted merge of it is there;
+                or if base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
         with held(out) as partial, _naming_disk_errors(out):
@@ -96,8 +100,11 @@ class Output:
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
         proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
         prove_heads(staging, self.adapters)
+        if not full:
+            require_served(self.record.programs, staging)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
+        seal(staging, proof)
         _share(staging)
         if changed := sorted(written.items() - states_of_files(staging, 2).items()):
             raise ProofError(f"{changed[0][0]} was changed by another program after its proof; save again")
@@ -109,14 +116,16 @@ class Output:
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
-        base, prefix = Base(self.record.base), self.record.prefix
+        base, prefix, programs = Base(self.record.base), self.record.prefix, self.record.programs
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
+        prefix = served_prefix(programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
         behind = base.output_layers if whole else {}
-        write_adapter(folder, factors, prefix, base.id, whole, behind)
+        written = factors if self.record.ragged else padded(factors)
+        write_adapter(folder, written, prefix, self.record.base_id or base.id, whole, behind)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -129,7 +138,9 @@ class Output:
         return replace(
             report,
             truncation={name: f.error for name, f in merge.factors.items()} if rank is not None else {},
-            warnings=report.warnings + vllm_limits(top, merge.merged.whole),
+            warnings=report.warnings
+            + vllm_limits(top, merge.merged.whole)
+            + padding_cost(ranks, 0 if self.record.ragged else padding_bytes(merge.factors)),
             merged_rank=top,
             vllm_max_lora_rank=vllm_rank(top),
             ranks_by_module=ranks,
@@ -137,8 +148,12 @@ class Output:
 
     def _describe(self, folder: Path, report: Report) -> None:
         """Everything beside the weights that is for people or programs."""
+        base = Base(self.record.base)
+        report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
+        report = self.record.public_names.apply(report)
+        data = card_data(base, self.record.base_id, self.adapters, report.full)
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        (folder / CARD).write_text(model_card(report, data), encoding="utf-8")
         if report.coefficients:
             draw_heat_map(folder / "coefficients.png", report)
 

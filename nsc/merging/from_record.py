@@ -18,6 +18,7 @@ from nsc.errors import NSCError
 from nsc.export.description import REMEDY
 from nsc.export.record import UNVERIFIED, Record, prefix_of_merge
 from nsc.export.result import MergeResult
+from nsc.export.sharing import hub_id
 from nsc.merging.report_builder import describe_recipe, describe_stack, kept_by_tasks
 from nsc.paths import absolute, states_of_sources
 from nsc.recipes.combination import Combination
@@ -81,7 +82,12 @@ def apply(
     if unknown:
         raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
     record = replace(record, base=absolute(base) if base else record.base)
-    places = {task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()}
+    places = {task: str(moved.get(task, entry["path"])) for task, entry in record.adapters.items()}
+    if lost := [t for t, place in places.items() if not (t in moved or Path(place).exists() or hub_id(place))]:
+        raise NSCError(
+            f"the record says only that adapter {lost[0]} was called {places[lost[0]]!r}; say where it lies, by"
+            f" --adapter {lost[0]}=PATH or adapters={{...}}"
+        )
     sources = states_of_sources(record.base, *places.values())
     read = read_adapters(places)
     for task, adapter in read.items():
@@ -90,6 +96,8 @@ def apply(
                 f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
                 " since; find the original, or merge again"
             )
+    moved_to = {task: {**entry, "path": str(read[task].path.resolve())} for task, entry in record.adapters.items()}
+    record = replace(record, adapters=moved_to)
     matches = match_adapters(read, record.modules)
     if (prefix := prefix_of_merge(matches)) != record.prefix:
         raise NSCError(f"the record's prefix is {record.prefix!r}, but that of its adapters {prefix!r}; {REMEDY}")
