@@ -20,7 +20,7 @@ from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
-from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.files import agreed_fields, copy_tokenizer, merged_layers_whole, write_adapter, write_full_model
 from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
 from nsc.export.push import seal
@@ -94,6 +94,7 @@ class Output:
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
         self._write_heads(staging)
+        warnings = copy_tokenizer(staging, self.adapters)
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
@@ -102,7 +103,8 @@ class Output:
         prove_heads(staging, self.adapters)
         if not full:
             require_served(self.record.programs, staging)
-        self._describe(staging, self._reported(merge, proof, rank, full))
+        report = self._reported(merge, proof, rank, full)
+        self._describe(staging, replace(report, warnings=report.warnings + warnings))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
         _share(staging)
@@ -125,7 +127,9 @@ class Output:
         whole = merged_layers_whole(base, self.merged)
         behind = base.output_layers if whole else {}
         written = factors if self.record.ragged else padded(factors)
-        write_adapter(folder, written, prefix, self.record.base_id or base.id, whole, behind)
+        write_adapter(
+            folder, written, prefix, self.record.base_id or base.id, whole, behind, agreed_fields(self.adapters)
+        )
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
