@@ -17,6 +17,18 @@ from nsc.errors import AdapterError, UnsupportedAdapter
 from nsc.paths import digest_of_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+TOKENIZER_FILES = (  # patterns of names, in the adapter's folder
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, WEIGHTS, *TOKENIZER_FILES]))
     except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
         cause = f"{type(error).__name__}: {error}"
         tried = f"'{path_or_hub_id}' is no local folder, and the Hub gave no such adapter ({cause})"
