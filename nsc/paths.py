@@ -28,7 +28,7 @@ def absolute(place: str | Path) -> str:
     Returns:
         The absolute path of what exists, anything else unchanged.
     """
-    return str(Path(place).resolve()) if Path(place).exists() else str(place)
+    return str(Path(place).resolve()) if os.path.exists(place) else str(place)
 
 
 def partial_folder(out: Path) -> Path:

@@ -5,11 +5,14 @@ No model is known by name here. The body is what ``AutoModel`` gives: no LM head
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from nsc.bases.llava import ImageTextBody, require_llava, takes_images_and_text
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line, reading
 
+MOST = 1_000_000  # layers, heads, labels... of a model
 IMAGES_AND_TEXT = "input_ids with pixel_values"
 
 
@@ -43,10 +47,13 @@ class Base:
         Raises:
             NSCError: if there is no such base.
         """
+        _refuse_endless(Path(self.id) / "config.json")
         try:
             return AutoConfig.from_pretrained(self.id)
-        except (OSError, ValueError) as error:
-            raise NSCError(f"base {self.id!r} cannot be loaded by transformers' AutoModel: {error}") from error
+        except Exception as error:  # whatever a config leads transformers to
+            raise NSCError(
+                f"base {self.id!r} cannot be loaded by transformers' AutoModel: {one_line(error)}; mend its config.json"
+            ) from error
 
     @property
     def has_two_towers(self) -> bool:
@@ -104,9 +111,25 @@ class Base:
         try:
             with quiet_loading(), torch.device("meta"):
                 model = auto_class(config).from_config(deepcopy(config))
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
+        except Exception as error:  # whatever a config leads transformers to
+            raise NSCError(
+                f"base {self.id!r} cannot be built by transformers' AutoModel: {one_line(error)}; mend its config.json"
+            ) from error
         return ImageTextBody(model) if takes_images_and_text(config) else model
+
+
+def _refuse_endless(file: Path) -> None:
+    """Raise NSCError for a config.json that is none, or by which transformers would list layers without end."""
+    if not os.path.isfile(file):
+        return
+    with reading(f"base config {file}", "mend it"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, value in (item for part in parts for item in part.items()):
+        if isinstance(value, int) and value > MOST and key.startswith(("num_", "n_", "depth")):
+            raise NSCError(f"base config {file}: {key} is above {MOST}, as in no model; mend it")
 
 
 def auto_class(config: Any) -> Any:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from nsc.bases.base_model import Base, auto_class, quiet_loading
 from nsc.bases.llava import ImageTextBody, takes_images_and_text
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line
 from nsc.runtime.placement import one_device, reload_in_backward
 from nsc.runtime.quantization import dequantise_where_used, quantization_config
 
@@ -96,8 +95,9 @@ def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any])
         raise NSCError(
             f"transformers and the library of weights {weights} do not fit: update both ({error})"
         ) from error
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {error}") from error
+    except Exception as error:  # whatever config and weights lead transformers to
+        cause = one_line(error)
+        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {cause}; mend it") from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
     if lost:
         raise NSCError(
@@ -159,5 +159,6 @@ def _load_beside(load: Callable[[str], Any], base: Base, what: str, where: str =
     try:
         with quiet_loading():
             return load(base.id)
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise NSCError(f"base {base.id!r} has no {what} that transformers can load{where}: {error}") from error
+    except Exception as error:  # whatever its files lead transformers and tokenizers to
+        cause = one_line(error)
+        raise NSCError(f"base {base.id!r} has no {what} that transformers can load{where}: {cause}") from error

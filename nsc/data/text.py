@@ -11,7 +11,7 @@ from nsc.batch import Batch
 from nsc.data.expected import Output
 from nsc.data.packing import pack
 from nsc.data.sampling import draw_each
-from nsc.data.sources import Fields, Kind, read_samples, text_of
+from nsc.data.sources import Fields, Kind, read_samples, require_unicode, text_of
 from nsc.errors import DataError
 
 
@@ -34,13 +34,16 @@ def read_texts(source: str | Path | Sequence[str]) -> list[str]:
 
 
 def _text(row: Any, fields: Fields, where: str, folder: Path) -> str | None:
-    text = row if isinstance(row, str) else text_of(row, fields, where)
+    text = require_unicode(row if isinstance(row, str) else text_of(row, fields, where), where)
     return text if text.strip() else None
 
 
-TEXTS = Kind(
-    "text", (".jsonl", ".txt", ".text"), _text, given=lambda value, where: str(value) if str(value).strip() else None
-)
+def _given(value: Any, where: str) -> str | None:
+    text = require_unicode(str(value), where)
+    return text if text.strip() else None
+
+
+TEXTS = Kind("text", (".jsonl", ".txt", ".text"), _text, _given)
 
 
 Pick = tuple[str, int]  # task and number of a sample

@@ -22,6 +22,7 @@ from nsc.merging.tuning import Search, at_best_scale, read_search, refuse_base, 
 from nsc.paths import absolute
 from nsc.recipes.spec import Recipe, read_settings
 from nsc.runtime.distributed import join
+from nsc.runtime.placement import one_device
 
 
 def merge(
@@ -87,6 +88,7 @@ def merge(
         refuse_base(search, config)
     if recipe and recipe.needs_rows:
         refuse_without_rows(recipe, data, config)
+    one_device(config.device)  # which refuses what is not there
     home = Base(absolute(base))
     chosen = read_search(search, home, adapters, data, validation, scales, over, not asked)
     say = printer(progress and join(config.device).first)
