@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from nsc.adapters.factors import LoraFactors
-from nsc.adapters.lora import Adapter
+from nsc.adapters.lora import Adapter, read_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
-from nsc.bases.llava import refuse_moving_tower
+from nsc.bases.codes import FLOATS, quantization_settings
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
+from nsc.bases.weights import stored_tensors
 from nsc.errors import NameMismatch, NSCError
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
@@ -58,9 +62,10 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(base.model.main_input_name))
-    kept, whole = split_saved(adapters, matches, body_of(base), keep_modules)
+    outputs = base.output_layers if any(adapter.saved for adapter in adapters.values()) else {}
+    kept, whole = split_saved(adapters, matches, body_of(base, outputs), keep_modules)
+    shapes = shapes | {name: (layer.out_features, layer.in_features) for name, layer in outputs.items()}
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
-    refuse_moving_tower(base.model, stack.names)
     return Matched(kept, matches, shapes, stack)
 
 
@@ -117,11 +122,32 @@ def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[i
     return matches
 
 
-def body_of(base: Base) -> BaseLayers:
+def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]:
+    """Return the layers that adapters change, where the base's checkpoint holds anything but floating numbers.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        adapters: task -> PEFT folder or Hub id, which are read only if there are codes.
+
+    Returns:
+        Layers of the body with LoRA; none where the checkpoint holds no codes.
+
+    Raises:
+        NSCError: a subclass, for an adapter that cannot be merged.
+    """
+    plain = all(tensor.dtype in FLOATS for tensor in stored_tensors(base).values())
+    if plain and not quantization_settings(base.config):
+        return []
+    matches = match_adapters(read_adapters(adapters), structure.linear_shapes(base.model))
+    return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
+
+
+def body_of(base: Base, outputs: Mapping[str, nn.Linear] | None = None) -> BaseLayers:
     """Return the facts about a base's layers that ``split_saved`` needs.
 
     Args:
         base: the base; shapes are enough.
+        outputs: layers behind the body that belong to the base as well, by name.
 
     Returns:
         Its linear layers, parameters and tied names.
@@ -130,10 +156,15 @@ def body_of(base: Base) -> BaseLayers:
     parameters = structure.body_parameters(model)
     shared = Counter(map(id, parameters.values()))
     tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
-    if outputs := base.tied_outputs:
+    if names := base.tied_outputs:
         embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
-        tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
-    return BaseLayers(structure.linear_shapes(model), list(parameters), tied)
+        tied |= {*names, *(name for name, parameter in parameters.items() if parameter is embeddings)}
+    behind = outputs or {}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in behind.items()}
+    own = [f"{name}.{kind}" for name, layer in behind.items() for kind, _ in layer.named_parameters()]
+    return BaseLayers(
+        structure.linear_shapes(model) | shapes, [*parameters, *own], tied, transposed_weights(model), tuple(behind)
+    )
 
 
 def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:

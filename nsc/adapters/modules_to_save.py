@@ -31,11 +31,15 @@ class BaseLayers:
         linears: name -> (out, in).
         parameters: names of all parameters.
         tied: names of parameters, also outside the body, that share one tensor with another parameter.
+        transposed: weights that the base stores as (in, out).
+        behind: those of the linears that lie behind the body, such as lm_head.
     """
 
     linears: Mapping[str, tuple[int, int]]
     parameters: Sequence[str]
     tied: Collection[str] = ()
+    transposed: Collection[str] = ()
+    behind: Collection[str] = ()
 
 
 def split_saved(
@@ -70,7 +74,11 @@ def split_saved(
         _refuse_tied(task, names, inside, body)
         merged[task] = {p: adapter.saved[n] for n, p in inside.items()}
         _require_linears(task, merged[task], body)
-        kept[task] = replace(adapter, saved={n: x for n, x in adapter.saved.items() if n not in inside})
+        kept[task] = replace(
+            adapter,
+            saved={n: x for n, x in adapter.saved.items() if n not in inside},
+            behind=next((name for name in body.behind if f"{name}.weight" in merged[task]), None),
+        )
     _refuse_lora_beside(merged, matches)
     return kept, merged
 
@@ -142,6 +150,8 @@ def _require_linears(task: str, parameters: Mapping[str, Tensor], body: BaseLaye
         where = f"adapter {task}: modules_to_save holds {name}"
         if module not in body.linears:
             raise NameMismatch(f"{where}, which is no linear layer of the base (an embedding, a norm...); {KEEP}")
+        if f"{module}.weight" in body.transposed:
+            raise NameMismatch(f"{where}, whose weight the base stores transposed (Conv1D); {KEEP}")
         m, d = body.linears[module]
         expected = {"weight": (m, d), "bias": (m,)}.get(kind)
         if tuple(tensor.shape) != expected:
@@ -174,7 +184,15 @@ def without_body(model: nn.Module, adapter: Adapter) -> Adapter:
 
     Returns:
         The adapter; what is left in ``saved`` is its head.
+
+    Raises:
+        NSCError: if the adapter fine-tuned the base's own layer over the vocabulary, by which its outputs differ.
     """
+    if adapter.behind:
+        raise NSCError(
+            f"adapter {adapter.name} fine-tuned {adapter.behind} whole, so the base's own cannot say what it says of"
+            " its tokens: merge by nsc, or by a method that learns and searches nothing"
+        )
     ends = tuple(f".{name}" for name in structure.linear_shapes(model))
     kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
     return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nsc.adapters.config_types import wrong_field
+from nsc.adapters.tensor_file import map_tensors
 from nsc.adapters.unsupported import unsupported
 from nsc.errors import AdapterError, UnsupportedAdapter, clipped, one_line, reading
+from nsc.paths import digest_of_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -70,7 +70,7 @@ def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Chec
             raise AdapterError(f"adapter '{name}': {path} has no {file}; {_missing_file_remedy(path)}")
     config, weights = _read_config(path / CONFIG, name), path / WEIGHTS
     try:
-        return Checkpoint(name, path, config, load_file(weights), hashlib.sha256(weights.read_bytes()).hexdigest())
+        return Checkpoint(name, path, config, map_tensors(weights), digest_of_file(weights))
     except Exception as error:  # of safetensors, of torch, or of the operating system
         cause = one_line(error)
         raise AdapterError(f"adapter '{name}': {weights} is truncated or corrupt ({cause}); copy it again") from error

@@ -27,8 +27,9 @@ def merged_layers(
     """Put all adapters into the model, weighted by coefficients, and restore the model afterwards.
 
     The model is changed in place and is exactly what it was on leaving, also after an exception. A layer that adapters
-    fine-tuned whole becomes a MergedDenseLinear, which is no target and shares no input. Factors are cast to the dtype
-    and device in which their layer computes.
+    fine-tuned whole becomes a MergedDenseLinear, which is no target and shares no input; one behind the body, such as
+    lm_head, stands last in the stack and is left out. Factors are cast to the dtype and device in which their layer
+    computes.
 
     Args:
         model: the body.
@@ -39,11 +40,12 @@ def merged_layers(
     Yields:
         Name -> layer that carries the adapters.
     """
-    originals = {name: model.get_submodule(name) for name in stack.names}
+    originals = {name: model.get_submodule(name) for name in stack.names if not is_behind(model, stack, name)}
     dtype = next(model.parameters()).dtype
     layers: dict[str, Any] = {
         name: _merged_layer(originals[name], stack.layer(name), row, (plans or {}).get(name, "factors"), dtype)
         for name, row in zip(stack.names, lam.unbind(0), strict=True)
+        if name in originals
     }
     try:
         for name, layer in layers.items():
@@ -57,14 +59,28 @@ def merged_layers(
             replace_module(model, name, original)
 
 
+def is_behind(model: nn.Module, stack: Stack, name: str) -> bool:
+    """Return whether a layer of a stack lies behind the body, as the layer over the vocabulary does.
+
+    Args:
+        model: the body.
+        stack: the adapters.
+        name: name of the layer.
+
+    Returns:
+        Whether adapters fine-tuned it whole, and the body has none of that name.
+    """
+    return name in stack.dense and name.partition(".")[0] not in dict(model.named_children())
+
+
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
     """Point every layer at its row of the coefficients; the next forward is differentiable in them.
 
     Args:
         layers: name -> layer that carries the adapters.
-        lam: (M, C), or one row per layer.
+        lam: (M, C), or one row per layer; those of layers behind the body, which are the last, are not used.
     """
-    for layer, row in zip(layers.values(), lam, strict=True):
+    for layer, row in zip(layers.values(), lam, strict=False):
         layer.lam = row[: layer.lam.numel()].to(layer.lam.device)  # by rank, rows are as long as the longest
 
 

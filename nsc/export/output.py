@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,20 @@ from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
 from nsc.bases.base_model import Base
-from nsc.bases.weights import refuse_unstreamable
+from nsc.bases.conv1d import transposed_weights
+from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
+from nsc.export.card import CARD, card_data, licence_warnings, model_card
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
-from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
+from nsc.export.programs import vllm_rank
+from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
+from nsc.export.push import seal
 from nsc.export.record import Record
-from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
-from nsc.paths import CHECKPOINT, STAGING, held
-from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors
+from nsc.export.report import Report, draw_heat_map, padding_cost, vllm_limits
+from nsc.export.served import require_served, served_prefix
+from nsc.paths import CHECKPOINT, STAGING, held, move_into_place, refuse_changed, states_of_files
+from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors, padded, padding_bytes
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged
 
@@ -39,6 +44,7 @@ class Output:
         report: what was decided and seen, without what is only known once it is written.
         adapters: task -> adapter, with the head that its task keeps.
         checkpoint: where learning kept its state, if it did.
+        sources: files of base and adapters -> their states before anything was read of them.
     """
 
     merged: Merged
@@ -46,9 +52,10 @@ class Output:
     report: Report
     adapters: Mapping[str, Adapter]
     checkpoint: Path | None = None
+    sources: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     def write(
-        self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | None]
+        self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | str]
     ) -> Proof:
         """Write everything to ``out.partial``, prove it, and move it to ``out``.
 
@@ -56,16 +63,17 @@ class Output:
             out: new folder.
             rank: rank the adapter is truncated to; None for its exact factors.
             full: whether the whole merged model is written, instead of an adapter.
-            proof_base: gives the base in full precision, and rows to compare hidden states with, where there are any.
+            proof_base: gives the base in full precision, and rows to compare hidden states with; or why there are none.
 
         Returns:
             What was compared.
 
         Raises:
-            NSCError: if ``out`` cannot be written, another process writes it, or an interrupted merge of it is there.
+            NSCError: if ``out`` cannot be written, another process writes it, an interrupted merge of it is there, or
+                base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
-        with held(out) as partial, _naming_disk_errors(out):
+        with held(out) as partial, _naming_disk_errors(out), _naming_changes(self.sources):
             self._refuse_interrupted(partial)
             proof = self._write_staged(out, partial / STAGING, rank, full, proof_base)
             (partial / CHECKPOINT).unlink(missing_ok=True)
@@ -86,17 +94,25 @@ class Output:
         shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
-        written = _state_of_files(staging)
+        self._write_heads(staging)
+        written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
-        proof = replace(_prove(staging, merge, Base(self.record.base), full, proof_base()), lost=lost)
+        found = proof_base()
+        in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
+        proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        if not full:
+            require_served(self.record.programs, staging)
+        prove_heads(staging, self.adapters)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
+        seal(staging, proof)
         _share(staging)
-        if changed := sorted(written.items() - _state_of_files(staging).items()):
-            raise ProofError(f"{staging / changed[0][0]} was changed by another program after its proof; save again")
+        if changed := sorted(written.items() - states_of_files(staging, 2).items()):
+            raise ProofError(f"{changed[0][0]} was changed by another program after its proof; save again")
+        refuse_changed(self.sources)
         if os.path.lexists(out):
             raise NSCError(f"{out} was made meanwhile; choose another folder, or move it away")
-        os.replace(staging, out)
+        move_into_place(staging, out)
         return proof
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
@@ -106,8 +122,12 @@ class Output:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
+        prefix = served_prefix(self.record.programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
-        write_adapter(folder, factors, prefix, base.id, whole)
+        written = factors if self.record.ragged else padded(factors)
+        named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
+        behind = base.output_layers if whole else {}
+        write_adapter(folder, written, prefix, named, whole, transposed, behind)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -120,7 +140,9 @@ class Output:
         return replace(
             report,
             truncation={name: f.error for name, f in merge.factors.items()} if rank is not None else {},
-            warnings=report.warnings + vllm_limits(top, merge.merged.whole),
+            warnings=report.warnings
+            + vllm_limits(top, merge.merged.whole)
+            + padding_cost(ranks, 0 if self.record.ragged else padding_bytes(merge.factors)),
             merged_rank=top,
             vllm_max_lora_rank=vllm_rank(top),
             ranks_by_module=ranks,
@@ -128,17 +150,35 @@ class Output:
 
     def _describe(self, folder: Path, report: Report) -> None:
         """Everything beside the weights that is for people or programs, and each task's own head."""
+        base = Base(self.record.base)
+        report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
+        report = self.record.public_names.apply(report)
+        data = card_data(base, self.record.base_id, self.adapters, report.full)
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        (folder / CARD).write_text(model_card(report, data), encoding="utf-8")
         if report.coefficients:
             draw_heat_map(folder / "coefficients.png", report)
+
+    def _write_heads(self, folder: Path) -> None:
+        """What each task keeps for itself."""
         for task, adapter in self.adapters.items():
             if adapter.saved:
-                (folder / "heads").mkdir(exist_ok=True)
-                save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+                (folder / HEADS).mkdir(exist_ok=True)
+                tensors = {name: tensor.contiguous() for name, tensor in adapter.saved.items()}
+                save_file(tensors, folder / HEADS / f"{task}.safetensors")
 
 
-def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None) -> None:
+def _are_transposed(base: Base, layers: Collection[str]) -> bool:
+    """Whether the base stores these layers transposed; PEFT asks the layer itself, and warns of another answer."""
+    try:
+        return {f"{name}.weight" for name in layers} <= transposed_weights(base.model)
+    except NSCError:  # a recorded merge is repeated without its base
+        return False
+
+
+def refuse_output(
+    out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None, layers: Sequence[str] = ()
+) -> None:
     """Refuse an output that cannot be written, so that it need not be learned first.
 
     Args:
@@ -147,11 +187,12 @@ def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: R
         rank: rank the adapter will be truncated to, if any.
         full: whether the whole model is to be written.
         recipe: recipe of the method; None for the sum by learned coefficients.
+        layers: layers of the body that are merged, where they are known.
 
     Raises:
         NSCError: if ``out`` exists (nothing on disk is ever overwritten), if ``rank`` is no rank, or given with
-            ``full``, if ``full`` is and the base has no checkpoint that can be streamed, or if neither is and the
-            recipe's updates are dense.
+            ``full``, if ``full`` is and the base has no checkpoint that can be streamed or stores one of the layers as
+            codes, or if neither is and the recipe's updates are dense.
     """
     if os.path.lexists(out):
         raise NSCError(f"{out} exists already; choose another folder, or move it away")
@@ -163,6 +204,7 @@ def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: R
         raise NSCError(f"{recipe.label} works on every entry of the dense updates: {DENSE_REMEDY}")
     if full:
         refuse_unstreamable(base)
+        refuse_codes(base, layers)
 
 
 def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[Base, Batch] | None) -> Proof:
@@ -181,10 +223,14 @@ def _share(folder: Path) -> None:
         file.chmod(0o666 & ~allowed)
 
 
-def _state_of_files(folder: Path) -> dict[str, tuple[int, ...]]:
-    """File -> what changes when it is written or replaced."""
-    found = ((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
-    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found}
+@contextmanager
+def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
+    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed."""
+    try:
+        yield
+    except NSCError:
+        refuse_changed(sources)
+        raise
 
 
 @contextmanager

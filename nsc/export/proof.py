@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,22 +15,28 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nsc.adapters.lora import read_adapter
+from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
+from nsc.adapters.tensor_file import read
 from nsc.bases.base_model import Base
+from nsc.bases.codes import Codes, quantization_settings
+from nsc.bases.conv1d import as_stored, transposed_weights
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
-from nsc.bases.weights import merged_places
+from nsc.bases.weights import codes_to_spell_out, merged_places, read_stored
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
-from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
+from nsc.recipes.updates import Merged, as_stack, distance, norm, parameter_update, whole_updates
 
+HEADS = "heads"  # the folder of what each task keeps for itself
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # no update is added in another dtype
 OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -43,6 +51,7 @@ class Proof:
         outputs: error of the hidden states; None where no base was at hand.
         effect: how far the merge itself moves the hidden states of the base; None where no base was at hand.
         lost: the most that a truncation left out of an update's norm; the truncated merge is what was compared.
+        unfed: why outputs were not compared.
     """
 
     what: str
@@ -51,12 +60,13 @@ class Proof:
     outputs: float | None = None
     effect: float | None = None
     lost: float = 0.0
+    unfed: str = "no base loaded"
 
     def __str__(self) -> str:
         truncated = f"truncated (up to {self.lost:.1%} of an update's norm left out), " if self.lost >= 5e-4 else ""
         line = f"{self.what}: {self.modules} modules reloaded, {truncated}weights agree to {self.weights:.1e}"
         if self.outputs is None:
-            return f"{line} (no base loaded: outputs not compared)"
+            return f"{line} ({self.unfed}: outputs not compared)"
         return f"{line}, hidden states to {self.outputs:.1e} (the merge itself moves them by {self.effect:.1e})"
 
 
@@ -131,6 +141,56 @@ class Merge:
         return stack, torch.ones(len(updates), 1)
 
 
+def prove_complete(adapters: Mapping[str, Adapter], stack: Stack) -> None:
+    """Count the tensors of adapters: each must be merged, or kept for its own task.
+
+    Args:
+        adapters: task -> adapter, with what its task keeps.
+        stack: what is merged.
+
+    Raises:
+        ProofError: naming the adapter, if one is in neither.
+    """
+    for task, adapter in adapters.items():
+        k = stack.tasks.index(task)
+        factors = sum(module.present[k] for module in stack.modules.values())
+        dense = [layer for layer in stack.dense.values() if layer.present[k]]
+        whole = len(dense) + sum(layer.bias_deltas is not None for layer in dense)
+        if (factors, whole + len(adapter.saved)) != (len(adapter.factors), len(adapter.given)):
+            raise ProofError(
+                f"adapter {task} holds factors of {len(adapter.factors)} modules and {len(adapter.given)} tensors of"
+                f" modules_to_save, but {factors} and {whole} are merged and {len(adapter.saved)} kept; do not use it"
+            )
+
+
+def prove_heads(folder: Path, adapters: Mapping[str, Adapter]) -> None:
+    """Read back what tasks keep for themselves: bit for bit what their adapters held when they were read.
+
+    Args:
+        folder: folder the merge was written to.
+        adapters: task -> adapter, with what its task keeps.
+
+    Raises:
+        ProofError: if something is missing, extra or different.
+    """
+    kept = {f"{task}.safetensors": adapter.saved for task, adapter in adapters.items() if adapter.saved}
+    _same_names({file.name for file in (folder / HEADS).glob("*")}, set(kept), HEADS)
+    for name, tensors in kept.items():
+        try:
+            written = load_file(folder / HEADS / name)
+        except (SafetensorError, OSError) as error:
+            raise ProofError(f"{HEADS}/{name} cannot be read back from {folder}: {error}") from error
+        _same_names(set(written), set(tensors), f"{HEADS}/{name}")
+        for key, tensor in tensors.items():
+            same = written[key].dtype == tensor.dtype and written[key].shape == tensor.shape
+            if not (same and torch.equal(_bits(written[key]), _bits(tensor))):
+                raise ProofError(f"{key} read back from {HEADS}/{name} is not what the adapter held; do not use it")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 def prove_files(folder: Path, merge: Merge) -> Proof:
     """Read the adapter back without any model: every update must be there, and nothing else.
 
@@ -145,13 +205,13 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
         ProofError: if something is missing, extra or different.
     """
     try:
-        read = read_adapter(folder, "merged")
+        stored = read_adapter(folder, "merged")
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
-    written = {name.removeprefix(merge.prefix): f for name, f in read.factors.items()}
+    written = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
     _same_names(set(written), set(merge.factors), "the adapter file")
-    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
-    updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
+    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in stored.saved.items()}
+    updates = ((name, LowRank(f.scale * read(f.B).double(), read(f.A))) for name, f in written.items())
     return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
 
 
@@ -172,9 +232,9 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     """
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
-    with _loaded_by_peft(model, folder, merge) as (layers, whole):
+    with as_stored(model), _loaded_by_peft(model, folder, merge) as (layers, whole):
         _same_names(set(layers), set(merge.factors), "PEFT's model")
-        updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
+        updates = ((name, _delta(layer)) for name, layer in layers.items())
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
         outputs = hidden_states(model, batch)
     return _proof("adapter", len(merge.names), weights, in_memory, outputs, bare, _dtype(model))
@@ -216,32 +276,57 @@ def prove_full_model(
 def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.dtype]:
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
     shards, places = merged_places(base, merge.names)
+    codes, turned = codes_to_spell_out(base, places), transposed_weights(base.model)
+    if codes and quantization_settings(Base(str(folder)).config):
+        raise ProofError(f"the weights written to {folder} are numbers, but its config still speaks of codes")
     worst, dtypes = 0.0, set()
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as before, safe_open(folder / shard.name, framework="pt") as after:
-                keys = set(before.keys())
+                keys = set(before.keys()) - (codes.dropped if codes else set())
                 _same_names(set(after.keys()), keys, shard.name)
                 for key in keys:
-                    written, stored = after.get_tensor(key), before.get_tensor(key)
+                    written, stored, dtype = after.get_tensor(key), before.get_tensor(key), None
                     update = merge.update(places[key]) if key in places else None
-                    worst = max(worst, _tensor_error(key, written, stored, update))
-                    if update is not None:
+                    update = update.T if update is not None and places[key] in turned else update
+                    if codes and key in codes.scales:
+                        stored, dtype = _numbers(codes, key, stored), codes.dtype
+                        update = torch.zeros(()) if update is None else update
+                    worst = max(worst, _tensor_error(key, written, stored, update, dtype or stored.dtype))
+                    if key in places and update is not None:
                         dtypes.add(written.dtype)
         except (SafetensorError, OSError) as error:
             raise ProofError(f"{shard.name} cannot be read back from {folder}: {error}") from error
     return worst, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None) -> float:
+def _numbers(codes: Codes, key: str, stored: Tensor) -> Tensor:
+    """What the FP8 codes of a weight stand for, in float64: one scale after another, unlike the writer."""
+    numbers, scale = stored.double(), codes.scales[key]
+    factors = read_stored(codes.stored, [scale])[scale].double() if scale else torch.ones(1, dtype=torch.float64)
+    if factors.numel() == 1:
+        return numbers * factors.item()
+    m, d = numbers.shape[-2:]
+    grid = factors if factors.ndim == numbers.ndim else factors[..., None]
+    rows, columns = (1, d) if grid.shape[-2:] == (m, 1) else codes.block or (m, d)
+    place: Any
+    for place in itertools.product(*map(range, grid.shape)):
+        *which, i, j = place
+        numbers[(*which, slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))] *= grid[place]
+    return numbers
+
+
+def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None, dtype: torch.dtype) -> float:
     """Relative to the largest entry; one rounding to the file's dtype is no error, nor is anything else allowed."""
-    if written.dtype != stored.dtype or written.shape != stored.shape:
-        was, now = (f"{t.dtype} {tuple(t.shape)}" for t in (stored, written))
-        raise ProofError(f"{key} was {was} in the base and is {now} read back")
+    if written.dtype != dtype or written.shape != stored.shape:
+        was, now = (f"{kind} {tuple(t.shape)}" for kind, t in ((dtype, stored), (written.dtype, written)))
+        raise ProofError(f"{key} should be {was} and is {now} read back")
     if update is None:
-        if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
+        if not torch.equal(_bits(written), _bits(stored)):
             raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
         return 0.0
+    if dtype not in NUMBERS:
+        raise ProofError(f"{key} read back from disk is in {dtype}, which holds codes and no weight")
     expected = stored.double() + update
     rounding = torch.finfo(written.dtype).eps * expected.abs()
     error = ((written.double() - expected).abs() - rounding).clamp_min(0).max()
@@ -251,20 +336,31 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
     return relative
 
 
+def _delta(layer: LoraLayer) -> Tensor:
+    """(m, d), also of a layer that stores its weight transposed."""
+    delta = layer.get_delta_weight("default")
+    return delta.T if layer.fan_in_fan_out else delta
+
+
 @contextmanager
 def _loaded_by_peft(
     model: nn.Module, folder: Path, merge: Merge
 ) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
     """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
     prefix, shell = merge.prefix, cast(Any, model)
-    originals = {name: model.get_submodule(name) for name in merge.merged.whole}
+    known = dict(model.named_modules())
+    originals = {name: known[name] for name in merge.merged.whole if name in known}
     for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
         outer = nn.Module()
         outer.add_module(part, shell)
         shell = outer
+    for name in set(merge.merged.whole) - originals.keys():  # behind the body
+        m, d = merge.whole[f"{name}.weight"].shape
+        shell.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
     peft_model = PeftModel.from_pretrained(shell, folder)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    saved |= {name: m for name, m in shell.named_children() if isinstance(m, ModulesToSaveWrapper)}
     active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
     try:
         yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
@@ -272,6 +368,8 @@ def _loaded_by_peft(
         peft_model.unload()
         for name, original in originals.items():  # PEFT leaves its own there
             replace_module(model, name, original)
+        for name in set(merge.merged.whole) - originals.keys():
+            delattr(shell, name)
 
 
 def _proof(
@@ -287,16 +385,16 @@ def _proof(
     return Proof(what, modules, weights, error, effect)
 
 
-def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
+def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge) -> float:
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
     for name, written in updates:
-        expected = cast(Tensor, merge.update(f"{name}.weight"))
-        distance = (written.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)
-        excess = max(0.0, distance.item() - merge.factors[name].error) if distance.isfinite() else distance.item()
+        expected = merge.merged.update(name)
+        away = distance(written, expected).item() / max(norm(expected).item(), 1e-30)
+        excess = max(0.0, away - merge.factors[name].error) if math.isfinite(away) else away
         if not excess <= WEIGHT_TOLERANCE:
             raise ProofError(
-                f"the update of {name} read back from disk is {distance:.1e} of its norm away from the merge in memory"
+                f"the update of {name} read back from disk is {away:.1e} of its norm away from the merge in memory"
                 f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
             )
         worst = max(worst, excess)

@@ -18,8 +18,9 @@ from nsc.errors import NSCError
 from nsc.export.description import REMEDY
 from nsc.export.record import UNVERIFIED, Record, prefix_of_merge
 from nsc.export.result import MergeResult
-from nsc.merging.report_builder import describe_recipe, describe_stack
-from nsc.paths import absolute
+from nsc.export.sharing import hub_id
+from nsc.merging.report_builder import describe_recipe, describe_stack, kept_by_tasks
+from nsc.paths import absolute, states_of_sources
 from nsc.recipes.combination import Combination
 from nsc.recipes.updates import FixedFactors, WeightedSum, as_lora
 from nsc.runtime.placement import one_device
@@ -81,13 +82,22 @@ def apply(
     if unknown:
         raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
     record = replace(record, base=absolute(base) if base else record.base)
-    read = read_adapters({task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()})
+    places = {task: str(moved.get(task, entry["path"])) for task, entry in record.adapters.items()}
+    if lost := [t for t, place in places.items() if not (t in moved or Path(place).exists() or hub_id(place))]:
+        raise NSCError(
+            f"the record says only that adapter {lost[0]} was called {places[lost[0]]!r}; say where it lies, by"
+            f" --adapter {lost[0]}=PATH or adapters={{...}}"
+        )
+    sources = states_of_sources(record.base, *places.values())
+    read = read_adapters(places)
     for task, adapter in read.items():
         if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
             raise NSCError(
                 f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
                 " since; find the original, or merge again"
             )
+    moved_to = {task: {**entry, "path": str(read[task].path.resolve())} for task, entry in record.adapters.items()}
+    record = replace(record, adapters=moved_to)
     matches = match_adapters(read, record.modules)
     if (prefix := prefix_of_merge(matches)) != record.prefix:
         raise NSCError(f"the record's prefix is {record.prefix!r}, but that of its adapters {prefix!r}; {REMEDY}")
@@ -105,5 +115,5 @@ def apply(
         )
     report = describe_stack(record.base, stack, lam, record.start, record.method)
     warnings = report.warnings + ([] if record.verified else [f"{folder}: {UNVERIFIED}"])
-    report = replace(report, started=record.started, warnings=warnings)
-    return replay(MergeResult(lam, report, record, read, stack))
+    report = replace(report, started=record.started, warnings=warnings, heads=kept_by_tasks(read))
+    return replay(MergeResult(lam, report, record, read, stack, sources=sources))
