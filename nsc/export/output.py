@@ -21,7 +21,7 @@ from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
-from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.files import agreed_fields, copy_tokenizer, merged_layers_whole, write_adapter, write_full_model
 from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
 from nsc.export.push import seal
@@ -69,11 +69,11 @@ class Output:
             What was compared.
 
         Raises:
-            NSCError: if ``out`` cannot be written, another process writes it, an interrupted merge of it is there, or base or
-                adapters were changed since they were read.
+            NSCError: if ``out`` cannot be written, another process writes it, an interrupted merge of it is there, or
+                base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
-        with held(out) as partial, _naming_disk_errors(out):
+        with held(out) as partial, _naming_disk_errors(out), _naming_changes(self.sources):
             self._refuse_interrupted(partial)
             proof = self._write_staged(out, partial / STAGING, rank, full, proof_base)
             (partial / CHECKPOINT).unlink(missing_ok=True)
@@ -95,15 +95,17 @@ class Output:
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
         self._write_heads(staging)
+        warnings = copy_tokenizer(staging, self.adapters)
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
         proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        prove_heads(staging, self.adapters)
         if not full:
             require_served(self.record.programs, staging)
-        prove_heads(staging, self.adapters)
-        self._describe(staging, self._reported(merge, proof, rank, full))
+        report = self._reported(merge, proof, rank, full)
+        self._describe(staging, replace(report, warnings=report.warnings + warnings))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
         _share(staging)
@@ -127,7 +129,7 @@ class Output:
         written = factors if self.record.ragged else padded(factors)
         named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
         behind = base.output_layers if whole else {}
-        write_adapter(folder, written, prefix, named, whole, transposed, behind)
+        write_adapter(folder, written, prefix, named, whole, transposed, behind, agreed_fields(self.adapters))
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -149,7 +151,7 @@ class Output:
         )
 
     def _describe(self, folder: Path, report: Report) -> None:
-        """Everything beside the weights that is for people or programs, and each task's own head."""
+        """Everything beside the weights that is for people or programs."""
         base = Base(self.record.base)
         report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
         report = self.record.public_names.apply(report)
@@ -221,6 +223,16 @@ def _share(folder: Path) -> None:
     os.umask(allowed)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~allowed)
+
+
+@contextmanager
+def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
+    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed."""
+    try:
+        yield
+    except NSCError:
+        refuse_changed(sources)
+        raise
 
 
 @contextmanager

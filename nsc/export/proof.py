@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
+from nsc.adapters.tensor_file import read
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.conv1d import as_stored, transposed_weights
@@ -30,7 +32,7 @@ from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
-from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
+from nsc.recipes.updates import Merged, as_stack, distance, norm, parameter_update, whole_updates
 
 HEADS = "heads"  # the folder of what each task keeps for itself
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
@@ -203,13 +205,13 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
         ProofError: if something is missing, extra or different.
     """
     try:
-        read = read_adapter(folder, "merged")
+        stored = read_adapter(folder, "merged")
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
-    written = {name.removeprefix(merge.prefix): f for name, f in read.factors.items()}
+    written = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
     _same_names(set(written), set(merge.factors), "the adapter file")
-    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
-    updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
+    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in stored.saved.items()}
+    updates = ((name, LowRank(f.scale * read(f.B).double(), read(f.A))) for name, f in written.items())
     return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
 
 
@@ -355,7 +357,9 @@ def _loaded_by_peft(
     for name in set(merge.merged.whole) - originals.keys():  # behind the body
         m, d = merge.whole[f"{name}.weight"].shape
         shell.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
-    peft_model = PeftModel.from_pretrained(shell, folder)
+    config = PeftConfig.from_pretrained(folder)
+    config.task_type = None  # PEFT's class for a task asks more of a model than that it has these layers
+    peft_model = PeftModel.from_pretrained(shell, folder, config=config)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     saved |= {name: m for name, m in shell.named_children() if isinstance(m, ModulesToSaveWrapper)}
@@ -383,16 +387,16 @@ def _proof(
     return Proof(what, modules, weights, error, effect)
 
 
-def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
+def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge) -> float:
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
     for name, written in updates:
-        expected = cast(Tensor, merge.update(f"{name}.weight"))
-        distance = (written.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)
-        excess = max(0.0, distance.item() - merge.factors[name].error) if distance.isfinite() else distance.item()
+        expected = merge.merged.update(name)
+        away = distance(written, expected).item() / max(norm(expected).item(), 1e-30)
+        excess = max(0.0, away - merge.factors[name].error) if math.isfinite(away) else away
         if not excess <= WEIGHT_TOLERANCE:
             raise ProofError(
-                f"the update of {name} read back from disk is {distance:.1e} of its norm away from the merge in memory"
+                f"the update of {name} read back from disk is {away:.1e} of its norm away from the merge in memory"
                 f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
             )
         worst = max(worst, excess)
