@@ -69,8 +69,8 @@ class Output:
             What was compared.
 
         Raises:
-            NSCError: if ``out`` cannot be written, another process writes it, an interrupted merge of it is there, or base
-                or adapters were changed since they were read.
+            NSCError: if ``out`` cannot be written, another process writes it, an interrupted merge of it is there, or
+                base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
         with held(out) as partial, _naming_disk_errors(out):
