@@ -13,10 +13,12 @@ DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
 # The modules that may import transformers and peft.
 HEAVY = {
     "nsc/bases/base_model.py",
+    "nsc/bases/experts.py",
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",
     "nsc/bases/loading.py",
     "nsc/export/files.py",
+    "nsc/export/parameters.py",
     "nsc/export/proof.py",
     "nsc/performance/plan.py",
     "nsc/runtime/quantization.py",

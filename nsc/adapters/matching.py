@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from nsc.adapters.experts import on_experts
 from nsc.adapters.factors import LoraFactors
 from nsc.adapters.lora import Adapter
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
+from nsc.bases.experts import expert_of, layer_shapes
 from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
 from nsc.errors import NameMismatch, NSCError
@@ -30,7 +32,7 @@ class Matched(NamedTuple):
     Attributes:
         adapters: task -> adapter, with what each task keeps for itself, such as its head.
         matches: task -> the adapter's module name -> the base's.
-        shapes: every linear of the base -> (out, in).
+        shapes: every layer of the base that LoRA can be on -> (out, in).
         stack: what is merged, with a coefficient for each layer and task.
     """
 
@@ -54,7 +56,7 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     Raises:
         NSCError: a subclass that names adapter and module, for anything that has no place there.
     """
-    shapes = structure.linear_shapes(base.model)
+    shapes, adapters = layer_shapes(base.model), on_experts(adapters, base.model)
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(base.model.main_input_name))
@@ -205,7 +207,7 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
     prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
     kinds = set() if any("." in target for target in targets) else {layer_kind(base) for base in resolved}
     for base in available:
-        if base == layer_kind(base):  # outside of blocks: a pooler comes and goes with wrappers
+        if base == layer_kind(base) or expert_of(base):  # a pooler comes and goes with wrappers; an expert may lack
             continue
         targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or layer_kind(base) in kinds
         if targeted and base not in resolved and f"{prefix}{base}.weight" not in adapter.saved:

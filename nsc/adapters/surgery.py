@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsc.adapters.stack import DenseStack, ModuleStack, Stack
+from nsc.bases.experts import fused_experts, parameter_of, unwatched
 from nsc.bases.structure import replace_module
 from nsc.batch import Batch
 from nsc.runtime.placement import is_plain, run_device
@@ -28,7 +29,8 @@ def merged_layers(
 
     The model is changed in place and is exactly what it was on leaving, also after an exception. A layer that adapters
     fine-tuned whole becomes a MergedDenseLinear, which is no target and shares no input. Factors are cast to the dtype
-    and device in which their layer computes.
+    and device in which their layer computes. Experts and routers are no modules that could be replaced: their updates
+    are added to the parameters, without a gradient.
 
     Args:
         model: the body.
@@ -39,6 +41,38 @@ def merged_layers(
     Yields:
         Name -> layer that carries the adapters.
     """
+    added = set(unwatched(model, stack.modules))
+    rows = dict(zip(stack.names, lam.detach(), strict=True))
+    updates = ((name, stack.layer(name).delta(rows[name])) for name in stack.names if name in added)
+    rest = [name not in added for name in stack.names]
+    with _added(model, updates), _replaced(model, stack.without(added), lam[rest], plans) as layers:
+        yield layers
+
+
+@contextmanager
+def _added(model: nn.Module, updates: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Add updates (out, in) to the parameters that hold these layers; afterwards they are what they were."""
+    fused = fused_experts(model)
+    originals: dict[str, Tensor] = {}
+    try:
+        for name, update in updates:
+            key, index = parameter_of(name)
+            parameter = model.get_parameter(key)
+            if key not in originals:
+                originals[key] = parameter.data
+                parameter.data = parameter.data.clone()
+            stored = parameter.data[index].mT if key in fused and fused[key].transposed else parameter.data[index]
+            stored.copy_(stored.double() + update.to(stored.device))
+        yield
+    finally:
+        for key, original in originals.items():
+            model.get_parameter(key).data = original
+
+
+@contextmanager
+def _replaced(
+    model: nn.Module, stack: Stack, lam: Tensor, plans: Mapping[str, str] | None
+) -> Iterator[dict[str, MergedLoRALinear]]:
     originals = {name: model.get_submodule(name) for name in stack.names}
     dtype = next(model.parameters()).dtype
     layers: dict[str, Any] = {

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nsc.bases.base_model import Base
+from nsc.bases.experts import Part, expert_of, parts_of
 from nsc.bases.module_names import resolve
-from nsc.errors import NSCError
+from nsc.errors import NameMismatch, NSCError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -119,7 +120,7 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
 
     Args:
         base: the base; its weights need not be loaded.
-        names: layers of the body.
+        names: layers of the body; experts are left out.
 
     Returns:
         The shards, and the key of each layer's weight and bias -> its name in the body.
@@ -128,6 +129,7 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
         NameMismatch: if a layer is not in the checkpoint.
     """
     source = checkpoint_folder(base)
+    names = [name for name in names if not expert_of(name)]
     shards = [source / name for name in shard_names(source)]
     shapes = {key: shape for shard in shards for key, shape in shapes_in(shard)}
     matrices = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
@@ -137,6 +139,34 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
     places = resolve("merged", names, stored)
     of_layer = {f"{place}.{kind}": f"{name}.{kind}" for name, place in places.items() for kind in ("weight", "bias")}
     return shards, {key: name for key, name in of_layer.items() if key in shapes}
+
+
+def expert_parts(base: Base, names: Sequence[str]) -> dict[str, list[Part]]:
+    """Find the experts that are merged in a base's checkpoint.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        names: layers of the body; modules are left out.
+
+    Returns:
+        Key -> the parts of its tensor that are rows of these layers.
+
+    Raises:
+        NameMismatch: if an expert is not in the checkpoint, or not as transformers' class for it can be asked.
+    """
+    wanted = {name for name in names if expert_of(name)}
+    if not wanted:
+        return {}
+    source = checkpoint_folder(base)
+    shapes = {key: shape for shard in shard_names(source) for key, shape in shapes_in(source / shard)}
+    parts = parts_of(base.model, shapes)
+    found = {key: [part for part in here if part.layer in wanted] for key, here in parts.items()}
+    if lost := wanted - {part.layer for here in found.values() for part in here}:
+        raise NameMismatch(
+            f"{min(lost)} is not in the checkpoint {source}, or transformers converts what is stored of it in a way"
+            " that nsc does not know: export an adapter, or save the base anew with save_pretrained"
+        )
+    return {key: here for key, here in found.items() if here}
 
 
 def read_layers(base: Base, names: Sequence[str]) -> dict[str, Tensor]:

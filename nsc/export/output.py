@@ -18,6 +18,7 @@ from nsc.bases.weights import refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.parameters import split_by_parameter
 from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.export.record import Record
 from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
@@ -84,7 +85,8 @@ class Output:
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
         whole = merged_layers_whole(base, self.merged)
-        write_adapter(folder, factors, prefix, base.id, whole)
+        modules, parameters = split_by_parameter(base, factors)
+        write_adapter(folder, modules, prefix, base.id, whole, parameters)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -144,7 +146,7 @@ def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[
     model, batch = (in_memory[0].model, in_memory[1]) if in_memory else (None, None)
     if full:
         return prove_full_model(folder, merge, base, model, batch)
-    files = prove_files(folder, merge)
+    files = prove_files(folder, merge, base)
     return prove_adapter(folder, merge, model, batch) if model is not None and batch is not None else files
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,15 +16,19 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nsc.adapters.experts import on_experts
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
+from nsc.adapters.target_parameters import INNER
 from nsc.bases.base_model import Base
+from nsc.bases.experts import FusedExperts, expert_of, fused_experts, layer_of
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
-from nsc.bases.weights import merged_places
+from nsc.bases.weights import expert_parts, merged_places
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
+from nsc.export.parameters import part_updates
 from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
@@ -131,12 +136,13 @@ class Merge:
         return stack, torch.ones(len(updates), 1)
 
 
-def prove_files(folder: Path, merge: Merge) -> Proof:
+def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
     """Read the adapter back without any model: every update must be there, and nothing else.
 
     Args:
         folder: folder the adapter was written to.
         merge: what should be there.
+        base: the base; its weights need not be loaded.
 
     Returns:
         What was compared: weights alone.
@@ -148,8 +154,10 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
         read = read_adapter(folder, "merged")
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
+    if any(map(expert_of, read.factors)):
+        read = on_experts({"merged": read}, base.model)["merged"]
     written = {name.removeprefix(merge.prefix): f for name, f in read.factors.items()}
-    _same_names(set(written), set(merge.factors), "the adapter file")
+    _same_names(_without_idle(written, merge), set(merge.factors), "the adapter file")
     whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
     updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
     return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
@@ -172,9 +180,11 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     """
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
+    fused = fused_experts(model)
     with _loaded_by_peft(model, folder, merge) as (layers, whole):
-        _same_names(set(layers), set(merge.factors), "PEFT's model")
-        updates = ((name, layer.get_delta_weight("default")) for name, layer in layers.items())
+        held = {name: _layers_of(name, layer, fused) for name, layer in layers.items()}
+        _same_names(_without_idle(chain(*held.values()), merge), set(merge.factors), "PEFT's model")
+        updates = _updates_of(layers, held, fused)
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
         outputs = hidden_states(model, batch)
     return _proof("adapter", len(merge.names), weights, in_memory, outputs, bare, _dtype(model))
@@ -216,6 +226,7 @@ def prove_full_model(
 def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.dtype]:
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
     shards, places = merged_places(base, merge.names)
+    parts = expert_parts(base, merge.names)
     worst, dtypes = 0.0, set()
     for shard in shards:
         try:
@@ -224,20 +235,28 @@ def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.
                 _same_names(set(after.keys()), keys, shard.name)
                 for key in keys:
                     written, stored = after.get_tensor(key), before.get_tensor(key)
-                    update = merge.update(places[key]) if key in places else None
-                    worst = max(worst, _tensor_error(key, written, stored, update))
-                    if update is not None:
+                    _same_kind(key, written, stored)
+                    for index, update in part_updates(merge.merged, parts.get(key, ())):
+                        worst = max(worst, _tensor_error(key, written[index], stored[index], update))
+                        dtypes.add(written.dtype)
+                        stored[index].copy_(written[index])  # and all others must be what they were
+                    whole = merge.update(places[key]) if key in places else None
+                    worst = max(worst, _tensor_error(key, written, stored, whole))
+                    if whole is not None:
                         dtypes.add(written.dtype)
         except (SafetensorError, OSError) as error:
             raise ProofError(f"{shard.name} cannot be read back from {folder}: {error}") from error
     return worst, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None) -> float:
-    """Relative to the largest entry; one rounding to the file's dtype is no error, nor is anything else allowed."""
+def _same_kind(key: str, written: Tensor, stored: Tensor) -> None:
     if written.dtype != stored.dtype or written.shape != stored.shape:
         was, now = (f"{t.dtype} {tuple(t.shape)}" for t in (stored, written))
         raise ProofError(f"{key} was {was} in the base and is {now} read back")
+
+
+def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None) -> float:
+    """Relative to the largest entry; one rounding to the file's dtype is no error, nor is anything else allowed."""
     if update is None:
         if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
             raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
@@ -249,6 +268,24 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
     if not relative <= WEIGHT_TOLERANCE:
         raise ProofError(f"{key} read back from disk differs from the merge by {relative:.1e} of its largest entry")
     return relative
+
+
+def _layers_of(name: str, layer: LoraLayer, fused: Mapping[str, FusedExperts]) -> list[str]:
+    """The layers that one of PEFT's carries: itself, or all experts of the parameter that it wraps."""
+    parameter = f"{name.replace(INNER, '')}.{getattr(layer, 'parameter_name', '')}"
+    experts = fused.get(parameter)
+    return [layer_of(parameter, e) for e in range(experts.count)] if experts else [name.replace(INNER, "")]
+
+
+def _updates_of(
+    layers: Mapping[str, LoraLayer], held: Mapping[str, list[str]], fused: Mapping[str, FusedExperts]
+) -> Iterator[tuple[str, Tensor]]:
+    """The update of every layer as PEFT computes it, (out, in)."""
+    for name, layer in layers.items():
+        update = layer.get_delta_weight("default")
+        experts = fused.get(held[name][0].rpartition("[")[0])
+        parts = [update] if experts is None else (update.mT if experts.transposed else update).unbind(0)
+        yield from zip(held[name], parts, strict=True)
 
 
 @contextmanager
@@ -291,9 +328,14 @@ def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
     for name, written in updates:
+        if name not in merge.factors:  # an expert that no adapter touches
+            if written.any():
+                raise ProofError(f"{name} read back from disk has an update, though no adapter touches it")
+            continue
         expected = cast(Tensor, merge.update(f"{name}.weight"))
         distance = (written.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)
-        excess = max(0.0, distance.item() - merge.factors[name].error) if distance.isfinite() else distance.item()
+        allowed = merge.factors[name].error + _rounding(written)
+        excess = max(0.0, distance.item() - allowed) if distance.isfinite() else distance.item()
         if not excess <= WEIGHT_TOLERANCE:
             raise ProofError(
                 f"the update of {name} read back from disk is {distance:.1e} of its norm away from the merge in memory"
@@ -301,6 +343,16 @@ def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
             )
         worst = max(worst, excess)
     return worst
+
+
+def _rounding(update: Tensor) -> float:
+    """What an update may be off because PEFT rounds it to the base's dtype, as it does on parameters."""
+    return torch.finfo(update.dtype).eps if update.dtype in (torch.float16, torch.bfloat16) else 0.0
+
+
+def _without_idle(names: Iterable[str], merge: Merge) -> set[str]:
+    """The layers without experts that no adapter touches, to which a parameter's factors give zeros."""
+    return {name for name in names if name in merge.factors or not expert_of(name)}
 
 
 def _worst_whole(written: Mapping[str, Tensor], merge: Merge, dtype: torch.dtype = torch.float32) -> float:

@@ -12,6 +12,7 @@ from nsc.adapters.lora import Adapter
 from nsc.adapters.stack import Stack
 from nsc.bases import loading
 from nsc.bases.base_model import Base
+from nsc.bases.experts import expert_of
 from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder
 from nsc.batch import Batch
 from nsc.data.modalities import feed_of
@@ -124,7 +125,8 @@ class MergeResult:
         settings, own = self.record.settings, learned or self.with_base
         device = "cpu" if learned else one_device(settings.get("device", "auto") if own else "auto")
         dense = self.recipe is not None and self.recipe.is_dense
-        if not _fits(base, 1 + full + dense, device):
+        experts = any(map(expert_of, self.stack.names))  # which are copied to carry the merge
+        if not _fits(base, 1 + full + dense + experts, device):
             return None
         base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
         batch = self.batch or feed_of(base).example(base)

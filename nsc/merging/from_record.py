@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from nsc.adapters.experts import on_experts
 from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.adapters.matching import Matched, beside, match_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import by_rank, stack_adapters
 from nsc.bases.base_model import Base
+from nsc.bases.experts import expert_of
 from nsc.config import START
 from nsc.errors import NSCError
 from nsc.export.record import Record
@@ -87,6 +89,7 @@ def apply(
                 f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
                 " since; find the original, or merge again"
             )
+    read = on_experts(read, Base(record.base).model) if any(map(expert_of, record.modules)) else read
     matches = match_adapters(read, record.modules)
     body = BaseLayers(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
