@@ -27,9 +27,10 @@ docs: $(VENV)/docs           ## the site of docs/ and of the public names, into 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 interpret: $(VENV)/test      ## the op tests on the Triton kernels themselves, interpreted on the CPU
-	TRITON_INTERPRET=1 $(RUN) -m pytest \
-		tests/kernels/test_null_space_ratio.py tests/kernels/test_null_space_laws.py tests/kernels/test_lora_ops.py \
-		tests/kernels/test_lora_moments.py tests/kernels/test_modules.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal \
+		tests/kernels/test_narrow.py tests/kernels/test_op.py tests/kernels/test_null_space_ratio.py \
+		tests/kernels/test_null_space_laws.py \
+		tests/kernels/test_lora_ops.py tests/kernels/test_lora_moments.py tests/kernels/test_modules.py
 
 aot: $(VENV)/test            ## compile every kernel for every target; registers, shared memory, spills
 	$(RUN) -m nsc_kernels.aot

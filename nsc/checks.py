@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from nsc.errors import NSCError
+from nsc.errors import NSCError, clipped
 
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+WORDS = {
+    Any: "any value",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    NoneType: "null",
+}
 
 
 def typed(value: Any, hint: Any) -> Any:
@@ -20,7 +28,7 @@ def typed(value: Any, hint: Any) -> Any:
 
     Args:
         value: any plain value.
-        hint: the field's type: a plain type, or a union, tuple, list, dict or Mapping of such types.
+        hint: the field's type: a plain type, Any, or a union, tuple, list, dict or Mapping of such types.
 
     Returns:
         The value, converted.
@@ -42,9 +50,12 @@ def typed(value: Any, hint: Any) -> Any:
     elif origin in (dict, Mapping) and isinstance(value, Mapping):
         return {typed(k, parts[0]): typed(v, parts[1]) for k, v in value.items()}
     elif hint is float and not isinstance(value, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             return float(value)
-    elif type(value) is hint:  # not isinstance: True is no whole number
+    elif hint is int and isinstance(value, Integral) and not isinstance(value, bool):  # those of NumPy, too
+        if abs(int(value)) < 2**63:
+            return int(value)
+    elif hint is Any or type(value) is hint:
         return value
     raise TypeError
 
@@ -85,7 +96,7 @@ def require_choice(name: str, value: str | None, choices: Iterable[str | None]) 
     allowed = list(choices)
     if value not in allowed:
         words = [choice for choice in allowed if choice is not None]
-        raise NSCError(f"{name} must be one of {', '.join(words)}, not {value}")
+        raise NSCError(f"{name} must be one of {', '.join(words)}, not {clipped(str(value))}")
 
 
 def require_positive(values: Mapping[str, float]) -> None:

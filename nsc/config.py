@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
-from nsc.checks import require_choice, require_fraction
-from nsc.errors import NSCError
+from nsc.checks import expected, require_choice, require_fraction, typed
+from nsc.errors import NSCError, clipped
 
 PAPER_REACH = 0.15  # lr x steps of the paper's longest schedule: 3e-4 x 500
 # The paper's schedules, by family. AdamW moves a coefficient about lr x steps, so fast goes as far as paper does
@@ -21,7 +24,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PLANS = ("factors", "weights")  # how a layer applies its adapters
 WEIGHTS = ("full", "int8", "fp8", "nf4")
+DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 CHOICES = {
+    "dtype": DTYPES,
     "layers": ("auto", *PLANS),
     "weights": WEIGHTS,
     "positions": ("prompt", "last", "full"),
@@ -220,23 +225,32 @@ class MergeConfig:
     start_from: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "target_blocks", "betas", "keep_modules", "unseen"):
-            value = getattr(self, name)
-            if value is not None and not (name == "target_blocks" and isinstance(value, str)):
-                object.__setattr__(self, name, tuple(value))
-        _require(self.steps >= 0, f"steps must be 0 or more, not {self.steps}")
-        _require(self.lr > 0, f"lr must be positive, not {self.lr}")
-        _require(self.max_drift is None or self.max_drift >= 0, f"max_drift must be 0 or more, not {self.max_drift}")
-        _require(self.tokens_per_pass is None or self.tokens_per_pass >= 1, "tokens_per_pass must be 1 or more")
+        for name, hint in _hints().items():
+            object.__setattr__(self, name, _of_type(name, getattr(self, name), hint))
+        self._check_numbers()
         for name, allowed in CHOICES.items():
             require_choice(name, getattr(self, name), allowed)
         ways = [self.weights != "full", self.device_map is not None, self.shard]
         _require(
             not self.shard or sum(ways) == 1, "shard needs full weights and no device_map; give only one of the three"
         )
+        self._check_options()
+
+    def _check_numbers(self) -> None:
+        for name, value in {
+            **vars(self),
+            **{f"the preference for {t}": p for t, p in (self.preferences or {}).items()},
+        }.items():
+            _require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, not {value}")
+        _require(self.steps >= 0, f"steps must be 0 or more, not {self.steps}")
+        _require(self.lr > 0, f"lr must be positive, not {self.lr}")
+        _require(self.max_drift is None or self.max_drift >= 0, f"max_drift must be 0 or more, not {self.max_drift}")
+        _require(self.tokens_per_pass is None or self.tokens_per_pass >= 1, "tokens_per_pass must be 1 or more")
         for name in ("batch_size", "max_length", "evaluation_samples", "max_new_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, not {getattr(self, name)}")
-        self._check_options()
+        for name in ("weight_decay", "eps", "borrow_rows"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas must be at least 0 and below 1, not {self.betas}")
 
     def _check_options(self) -> None:
         blocks, start = self.target_blocks, self.start
@@ -300,7 +314,6 @@ class MergeConfig:
     def _check_start_from(self) -> None:
         if self.start_from is None:
             return
-        object.__setattr__(self, "start_from", str(self.start_from))
         _require(
             "match" in self.objective,
             f"start_from names a merge from which matching starts, but the objective is {self.objective}: give match or"
@@ -421,6 +434,23 @@ def preset_settings(name: str | None) -> dict[str, Any]:
     """
     _require(name is None or name in PRESETS, f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return dict(PRESETS[name]) if name else {}
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(MergeConfig)
+
+
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    """A setting as its field holds it. Raises NSCError naming the type."""
+    if isinstance(value, Path):
+        value = str(value)
+    elif not isinstance(value, (str, Mapping)) and isinstance(value, Iterable):
+        value = tuple(value)
+    try:
+        return typed(value, hint)
+    except TypeError:
+        raise NSCError(f"{name} must be {expected(hint)}, not {clipped(repr(value))}") from None
 
 
 def _require(holds: bool, message: str) -> None:

@@ -1,10 +1,22 @@
-"""Paths that mean the same from every folder, and the folder in which a result is put together."""
+"""Paths that mean the same from every folder, and the folder in which one process puts a result together."""
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nsc.errors import NSCError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which cannot lock a folder
+    fcntl = None  # type: ignore[assignment]
+
 CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
+_HELD: dict[Path, tuple[int, int]] = {}  # folder -> the process and thread that hold it
 
 
 def absolute(place: str | Path) -> str:
@@ -27,5 +39,91 @@ def partial_folder(out: Path) -> Path:
 
     Returns:
         The folder beside it, with ``.partial`` after its name.
+
+    Raises:
+        NSCError: if ``out`` has no name of its own.
     """
+    if out.name in ("", ".."):
+        raise NSCError(f"{str(out)!r} is no name of a new folder; choose another")
     return out.with_name(out.name + ".partial")
+
+
+@contextmanager
+def held(out: Path) -> Iterator[Path]:
+    """Hold ``out.partial`` for this thread alone, so that no other merge writes there; the same thread may nest it.
+
+    The lock is one of the operating system on the folder itself, and ends with its process, however that ends.
+
+    Args:
+        out: the folder that the result will have.
+
+    Yields:
+        ``out.partial``, which is made if need be. If nothing is left in it at the end, it is removed again, with the
+        parents that were made for it.
+
+    Raises:
+        NSCError: naming the process that holds it, or why the folder cannot be made.
+    """
+    folder, owner = partial_folder(out).absolute(), (os.getpid(), threading.get_ident())
+    if _HELD.get(folder) == owner:
+        yield folder
+        return
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        handle = _lock(folder)
+    except (OSError, ValueError) as error:
+        _remove_empty(missing)
+        raise NSCError(f"{out} cannot be written: {_cause(error, folder)}; choose another folder") from error
+    _HELD[folder] = owner
+    try:
+        yield folder
+    finally:
+        del _HELD[folder]
+        _remove_empty([folder, *missing[1:]])
+        os.close(handle)
+
+
+def _lock(folder: Path) -> int:
+    """A handle that locks a folder, which is made if need be. Raises OSError or ValueError."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        if fcntl is None:
+            return os.open(os.devnull, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        except FileNotFoundError:
+            pass  # its last holder removed it meanwhile
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _cause(error: Exception, folder: Path) -> str:
+    """Why a folder could not be locked, in words."""
+    if not isinstance(error, BlockingIOError):
+        return f"{folder} cannot be made or written ({error})"
+    return f"another merge is at work in {folder} ({_holder(folder)}); wait until it ends"
+
+
+def _holder(folder: Path) -> str:
+    """The process that locks a folder, by /proc/locks where there is one."""
+    with suppress(OSError):
+        inode = str(folder.stat().st_ino)
+        for line in Path("/proc/locks").read_text().splitlines():
+            parts = line.split()
+            if "FLOCK" in parts and parts[5].rpartition(":")[2] == inode:
+                return f"process {parts[4]}"
+    return "another process"
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError, ValueError):  # somebody else's files lie there
+            folder.rmdir()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
@@ -123,7 +124,12 @@ class Op:
 
         Returns:
             What the reference returns.
+
+        Raises:
+            NotImplementedError: if it has a gradient and an argument carries a tangent of forward-mode differentiation.
         """
+        if self.function is not None:
+            refuse_tangents(self.registered._qualname, args)
         if self.function is not None and torch._C._are_functorch_transforms_active():
             return self.transformable.apply(*args)  # torch.func does not know the gradient of a registered operator
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -164,6 +170,24 @@ def runs_triton(args: tuple[Any, ...]) -> bool:
         return False
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     return (INTERPRET or tensors[0].is_cuda) and torch.float64 not in [x.dtype for x in tensors]
+
+
+def refuse_tangents(name: str, args: Iterable[Any]) -> None:
+    """Refuse forward-mode differentiation, since a kernel would drop the tangents.
+
+    Args:
+        name: of the operator, for the message.
+        args: of the call, tensors or not.
+
+    Raises:
+        NotImplementedError: if one of them is a dual tensor.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative; differentiate in reverse mode, by backward() or torch.func.vjp"
+        )
 
 
 def fresh(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:

@@ -58,7 +58,8 @@ def tile_dot(b_x, b_w, b_sum):
 def narrow(b_x, dtype: tl.constexpr):
     """Return a tile in another dtype, rounded to nearest even.
 
-    Triton's interpreter truncates to bfloat16, so there the tile is rounded before it is converted.
+    Triton's interpreter truncates to bfloat16, and makes numbers of its own of subnormal ones, so there the bits are
+    rounded as integers.
 
     Args:
         b_x: a tile of any shape.
@@ -68,7 +69,9 @@ def narrow(b_x, dtype: tl.constexpr):
         The tile in ``dtype``.
     """
     if _INTERPRET and dtype == tl.bfloat16:
-        bits = b_x.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        b_x = tl.where(b_x == b_x, rounded, b_x)
-    return b_x.to(dtype)
+        b_wide = b_x.to(tl.float32)
+        bits = b_wide.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(b_wide == b_wide, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b_x.to(dtype)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from nsc_kernels._op import refuse_tangents
+
 CHOLESKY_CONDITION = 1e4  # above it a Gram has lost half of float64's digits: factor A itself instead
 CHUNK_BYTES = 1 << 26  # float64 copies of A made at once
 
@@ -94,9 +96,11 @@ class GramCache:
 
         Raises:
             ValueError: if none is given, or as ``factor``.
+            NotImplementedError: if an ``A`` carries a tangent of forward-mode differentiation.
         """
         if not lora_A:
             raise ValueError("inverse() needs at least one lora_A")
+        refuse_tangents("GramCache.inverse", lora_A)
         factors = self.factor(lora_A)
         dtype = torch.promote_types(max((a.dtype for a in lora_A), key=lambda d: torch.finfo(d).bits), torch.float32)
         blocks = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsc_kernels import _weighted_columns
-from nsc_kernels._op import Op, is_traced, runs_triton
+from nsc_kernels._op import Op, is_traced, refuse_tangents, runs_triton
 from nsc_kernels._rows import accumulator_dtype, expect
 
 
@@ -105,6 +105,7 @@ def _check_out(out: Tensor, args: tuple[Tensor, ...]) -> None:
         raise ValueError(f"out must be {weight.dtype} with contiguous rows, got {out.dtype} of strides {out.stride()}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*args, out)):
         raise ValueError("a fold into out has no gradient; leave out away, or fold under torch.no_grad()")
+    refuse_tangents("nsc::lora_fold", (*args, out))
 
 
 def _fold_into(out: Tensor, *args: Tensor) -> Tensor:

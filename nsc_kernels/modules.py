@@ -19,7 +19,8 @@ Paper: https://arxiv.org/abs/2603.26317, Eq. 5 (the merged model W0 + sum_k lam_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -87,6 +88,7 @@ class MergedLoRALinear(nn.Module):
         spread: buffer, (K, R), or (R, R) by rank: ``lam @ spread`` is the weight of each column of u.
         offsets: (K + 1,) int, buffer: adapter k owns columns ``offsets[k]:offsets[k + 1]`` of u.
         base, lam, watch, plan: as given; ``lam`` and ``watch`` may be replaced between forwards.
+        folded: (m, d) W of plan "weights" inside ``folded_once``, else None.
         siblings: the ``Siblings`` that the layer belongs to, or None.
 
     Args:
@@ -141,6 +143,8 @@ class MergedLoRALinear(nn.Module):
         self.base = base
         self.watch = watch
         self.siblings: Siblings | None = None
+        self.folded: Tensor | None = None
+        self._buffer: Tensor | None = None  # of ``folded``, whose address recorded graphs keep
         self.lam = lam
         offsets = [0, *accumulate(ranks)]
         spread = torch.zeros(len(ranks), offsets[-1], dtype=lam.dtype)
@@ -162,19 +166,35 @@ class MergedLoRALinear(nn.Module):
         Returns:
             (..., m) in the dtype of the base's output. Differentiable in z and ``lam``.
         """
-        lora_B = self.lora_B.to(z.dtype)
-        with torch.autocast(z.device.type, enabled=False):  # it would round the coefficients
-            c = self.lam @ self.spread  # (R,)
+        lora_B, c = self.lora_B.to(z.dtype), self._weights()
         z, u = self._down(z)
         if self.plan == "factors":
             return lora_up(self.base(z), u, c, lora_B)  # type: ignore[arg-type]  # this plan makes it
         lora_A, (m, d) = self.lora_A.to(z.dtype), self.weight.shape
+        folded = self.folded
+        if folded is None:
+            folded = lora_fold(self.weight, lora_B, c.detach(), lora_A)
+        if not c.requires_grad:
+            return F.linear(z, folded, self.bias)
         from_weight, from_rows = _gradient_flops(z.shape[:-1].numel(), d, m, len(c))
-        if not c.requires_grad or from_weight <= from_rows:
-            return F.linear(z, lora_fold(self.weight, lora_B, c, lora_A), self.bias)
-        y = F.linear(z, lora_fold(self.weight, lora_B, c.detach(), lora_A), self.bias)
+        if from_weight <= from_rows:
+            return F.linear(z, _CoefficientGradient.apply(folded, lora_B, c, lora_A.mT), self.bias)
+        y = F.linear(z, folded, self.bias)
         u = lora_fork(z.detach(), lora_A, energy=False)[1] if u is None else u.detach()
         return _CoefficientGradient.apply(y, u, c, lora_B)
+
+    def _weights(self) -> Tensor:
+        """The weight of each column of u, (R,)."""
+        with torch.autocast(self.lam.device.type, enabled=False):  # it would round the coefficients
+            return self.lam @ self.spread
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Set ``folded`` by the coefficients as they are."""
+        if self._buffer is None:
+            self._buffer = torch.empty_like(self.weight)
+        A, B = self.lora_A.to(self.weight.dtype), self.lora_B.to(self.weight.dtype)
+        self.folded = lora_fold(self.weight, B, self._weights(), A, out=self._buffer)
 
     @property
     def weight(self) -> Tensor:
@@ -201,8 +221,39 @@ class MergedLoRALinear(nn.Module):
         return z, u
 
 
+@contextmanager
+def folded_once(layers: Sequence[MergedLoRALinear]) -> Iterator[None]:
+    """Fold each layer of plan "weights" once, for all forwards inside, which differ in nothing but speed.
+
+    The folded weights stay where they are from one use to the next, so that recorded graphs can read them.
+
+    Args:
+        layers: whose ``lam`` is set already, and keeps its value until the end; layers of plan "factors" stay as they
+            are.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with folded_once(layers):  # of a model
+        ...     for rows in passes:
+        ...         model(rows).sum().backward()
+    """
+    folding = [layer for layer in layers if layer.plan == "weights"]
+    try:
+        for layer in folding:
+            layer._fold()
+        yield
+    finally:
+        for layer in folding:
+            layer.folded = None
+
+
 class _CoefficientGradient(torch.autograd.Function):
-    """The output of a layer whose weight was folded with c detached, and the gradient to c from its rows."""
+    """Y + (U * c) W', made before with c detached, and its gradient to c; W' is lora_B (m, R) as ``lora_up`` has it.
+
+    Y is the output of a layer, with u of its rows; or its folded weight, with lora_B for u and A' for lora_B.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, u: Tensor, c: Tensor, lora_B: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
 # The modules that may import transformers and peft.
 HEAVY = {
     "nsc/bases/base_model.py",
+    "nsc/bases/checkpoint_keys.py",
     "nsc/bases/experts.py",
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",

@@ -182,3 +182,13 @@ def test_pull_requests_have_the_checklist_of_contributing():
     pages = [(ROOT / page).read_text() for page in ("CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md")]
     expected, asked = (re.findall(r"- \[ \] \*\*(.+?)\*\*", page) for page in pages)
     assert len(expected) == 6 and asked == expected
+
+
+def test_continuous_integration_runs_what_contributing_says():
+    """The targets of ``.ci/run`` are those that CONTRIBUTING names, and the Makefile has them and all that it lists."""
+    says = re.search(r"Continuous integration runs (.*?) \(`\.ci/run`\)", (ROOT / "CONTRIBUTING.md").read_text())
+    runs = re.findall(r"^make (\w+)$", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    listed = re.findall(r"^make (\w+)  ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert says and re.findall(r"`make (\w+)`", says[1]) == runs
+    assert {"test", "interpret"} <= set(runs) <= set(listed) <= set(targets)

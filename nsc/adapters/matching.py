@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nsc.adapters.experts import on_experts
 from nsc.adapters.factors import LoraFactors
-from nsc.adapters.lora import Adapter
+from nsc.adapters.fused_layers import on_experts
+from nsc.adapters.lora import Adapter, read_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
+from nsc.bases.codes import FLOATS, quantization_settings
 from nsc.bases.experts import expert_of, layer_shapes
-from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
+from nsc.bases.weights import stored_tensors
 from nsc.errors import NameMismatch, NSCError
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
@@ -62,7 +63,6 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
         check_towers(task, mapping, str(base.model.main_input_name))
     kept, whole = split_saved(adapters, matches, body_of(base), keep_modules)
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
-    refuse_moving_tower(base.model, stack.names)
     return Matched(kept, matches, shapes, stack)
 
 
@@ -117,6 +117,26 @@ def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[i
         check_shapes(adapter, matches[task], shapes)
         check_coverage(adapter, matches[task], shapes)
     return matches
+
+
+def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]:
+    """Return the layers that adapters change, where the base's checkpoint holds anything but floating numbers.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        adapters: task -> PEFT folder or Hub id, which are read only if there are codes.
+
+    Returns:
+        Layers of the body with LoRA; none where the checkpoint holds no codes.
+
+    Raises:
+        NSCError: a subclass, for an adapter that cannot be merged.
+    """
+    plain = all(tensor.dtype in FLOATS for tensor in stored_tensors(base).values())
+    if plain and not quantization_settings(base.config):
+        return []
+    matches = match_adapters(on_experts(read_adapters(adapters), base.model), layer_shapes(base.model))
+    return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
 
 
 def body_of(base: Base) -> BaseLayers:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.utils import logging
 
-from nsc.bases.llava import ImageTextBody, require_llava, takes_images_and_text
+from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.errors import NSCError
 
 IMAGES_AND_TEXT = "input_ids with pixel_values"
@@ -63,14 +63,13 @@ class Base:
 
     @cached_property
     def takes(self) -> str:
-        """What the body's forward takes first: input_ids, pixel_values, or IMAGES_AND_TEXT.
+        """What the body's forward takes first: input_ids, pixel_values..., or IMAGES_AND_TEXT for LLaVA's structure.
 
         Raises:
-            NSCError: if transformers has no body for this config, or one that feeds its images differently from LLaVA.
+            NSCError: if transformers has no body for this config.
         """
         config = self.body_config
-        if takes_images_and_text(config):
-            require_llava(config)
+        if is_llava(config):
             return IMAGES_AND_TEXT
         body = _body_class(config)
         if body is None:
@@ -91,6 +90,20 @@ class Base:
         return list(getattr(causal, "_tied_weights_keys", None) or ["lm_head.weight"])
 
     @cached_property
+    def blank(self) -> Any:
+        """The body as transformers itself builds it, without weights: on the meta device.
+
+        Raises:
+            NSCError: if transformers cannot build it.
+        """
+        config = self.body_config
+        try:
+            with quiet_loading(), torch.device("meta"):
+                return auto_class(config).from_config(deepcopy(config))
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
+
+    @cached_property
     def model(self) -> nn.Module:
         """The body: with weights where they were loaded, else on the meta device, for its layers' names and shapes.
 
@@ -99,18 +112,11 @@ class Base:
         """
         if self.loaded is not None:
             return self.loaded
-        _ = self.takes  # refuses what nsc cannot feed
-        config = self.body_config
-        try:
-            with quiet_loading(), torch.device("meta"):
-                model = auto_class(config).from_config(deepcopy(config))
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
-        return ImageTextBody(model) if takes_images_and_text(config) else model
+        return ImageTextBody(self.blank) if is_llava(self.body_config) else self.blank
 
 
 def auto_class(config: Any) -> Any:
-    """Return AutoModel, or for LLaVA in transformers 4, whose body is the whole model, AutoModelForImageTextToText.
+    """Return AutoModel, or for images with text in transformers 4, whose body is the whole model, its own auto class.
 
     Args:
         config: config of the body.
@@ -119,7 +125,7 @@ def auto_class(config: Any) -> Any:
         The class whose ``from_pretrained`` and ``from_config`` give the body.
     """
     mapped = type(config) in transformers.MODEL_MAPPING
-    return AutoModel if mapped or not takes_images_and_text(config) else AutoModelForImageTextToText
+    return AutoModel if mapped or not hasattr(config, "vision_config") else AutoModelForImageTextToText
 
 
 @contextmanager
@@ -141,6 +147,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def _body_class(config: Any) -> Any:
-    """The class that AutoModel picks for a config; None if there is none."""
-    body = transformers.MODEL_MAPPING.get(type(config), None)
+    """The class of the body of a config; None if there is none."""
+    mappings = (transformers.MODEL_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    body = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
     return body[0] if isinstance(body, (list, tuple)) else body

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from nsc.bases.base_model import Base
-from nsc.bases.llava import takes_images_and_text
 from nsc.bases.structure import is_causal
-from nsc.bases.weights import read_tensors
+from nsc.bases.weights import read_parameters
 from nsc.errors import NSCError
 
 
@@ -60,13 +59,14 @@ def load_generating_head(base: Base) -> Head:
     model, config = base.model, base.config
     if not is_causal(model):
         raise NoHeadError(f"base {base.id!r} generates no tokens: its attention is not causal; give positions prompt")
-    text, images = getattr(config, "text_config", config), takes_images_and_text(config)
+    text = config.get_text_config()
     changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, n, None)]
     if changed:
         raise NSCError(f"base {base.id!r} changes its logits ({changed[0]}), which nsc does not follow")
     try:
         with torch.device("meta"):
-            whole = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_config(deepcopy(config))
+            wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            whole = (AutoModelForImageTextToText if wrapper else AutoModelForCausalLM).from_config(deepcopy(config))
     except ValueError as error:
         raise NoHeadError(f"base {base.id!r} has no head that generates tokens: {error}") from error
     head = whole.get_output_embeddings()
@@ -76,11 +76,9 @@ def load_generating_head(base: Base) -> Head:
         return Head(body.get_input_embeddings().weight.detach())
     head = whole.get_input_embeddings() if tied else head  # which is offloaded, and read again
     place = next(name for name, module in whole.named_modules() if module is head)
-    places = ["lm_head", "language_model.lm_head"] if images else [place]  # LLaVA's, in new and old checkpoints
-    stored = read_tensors(base, [f"{place}.{kind}" for place in places for kind in ("weight", "bias")])
-    there = next((place for place in places if f"{place}.weight" in stored), None)
-    if there is None:
+    stored = read_parameters(base, whole, [f"{place}.weight", f"{place}.bias"])
+    if f"{place}.weight" not in stored:
         raise NoHeadError(
             f"base {base.id!r} has no {place} in its checkpoint, so it generates no tokens; give positions prompt"
         )
-    return Head(stored[f"{there}.weight"], stored.get(f"{there}.bias"))
+    return Head(stored[f"{place}.weight"], stored.get(f"{place}.bias"))

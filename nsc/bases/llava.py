@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsc.errors import NSCError
 
 BEHIND_TOWER = ("multi_modal_projector", "language_model")
+OTHER_INPUTS = ("vision_config", "audio_config", "video_config")  # of a config with a language model beside them
 
 
 class ImageTextBody(nn.Module):
@@ -24,14 +25,13 @@ class ImageTextBody(nn.Module):
         model: what transformers loads; kept as ``stock``, with which all parts are shared.
 
     Raises:
-        NSCError: saying why, for a model that feeds its images differently.
+        NSCError: for a model that lacks one of these parts.
     """
 
     main_input_name = "input_ids"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        require_llava(model.config)  # type: ignore[arg-type]  # transformers' models have one
         if lacking := [part for part in BEHIND_TOWER if not hasattr(model, part)]:
             raise NSCError(f"{type(model).__name__} has no {lacking[0]}: {_ONLY}")
         for name, part in model.named_children():
@@ -49,13 +49,21 @@ class ImageTextBody(nn.Module):
         """The id of the placeholders."""
         return image_token_of(self.config)  # type: ignore[return-value]  # it is required
 
-    def forward(self, input_ids: Tensor, features: Tensor, place: Tensor, use_cache: bool = False, **text: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        features: Tensor | None = None,
+        place: Tensor | None = None,
+        use_cache: bool = False,
+        **text: Any,
+    ) -> Any:
         """Run the language model on token embeddings, with image features in place of the placeholders.
 
         Args:
             input_ids: (b, L) int64.
-            features: (b, I, P, h), P features of each of the I images of a row.
-            place: (b, L) int64, which of the row's I x P features stands at a token; -1 for a text token.
+            features: (b, I, P, h), P features of each of the I images of a row; None for texts alone.
+            place: (b, L) int64, which of the row's I x P features stands at a token; -1 for a text token. Given with
+                ``features``.
             use_cache: whether keys and values are kept, to generate an answer.
             text: further arguments of the language model.
 
@@ -63,6 +71,8 @@ class ImageTextBody(nn.Module):
             What the language model returns, first its last hidden states (b, L, d).
         """
         embedded = self.text.get_input_embeddings()(input_ids)  # type: ignore[operator]
+        if features is None or place is None:
+            return self.text(inputs_embeds=embedded, use_cache=use_cache, **text)
         projected = self.multi_modal_projector(features.flatten(0, 1))  # type: ignore[operator]
         projected = projected.reshape(len(features), -1, embedded.shape[-1]).to(embedded)
         index = place.clamp_min(0)[..., None].expand_as(embedded)
@@ -76,16 +86,17 @@ _ONLY = (
 )
 
 
-def takes_images_and_text(config: Any) -> bool:
-    """Return whether a model puts images where its text has placeholders.
+def is_llava(config: Any) -> bool:
+    """Return whether a model puts hidden states of an image tower where its text has placeholders, as LLaVA does.
 
     Args:
         config: config of the body.
 
     Returns:
-        Whether it does.
+        Whether it does; not where images come in tiles, whose number depends on the image.
     """
-    return hasattr(config, "vision_config") and image_token_of(config) is not None
+    placeholders = hasattr(config, "vision_config") and image_token_of(config) is not None
+    return placeholders and hasattr(config, "vision_feature_layer") and not hasattr(config, "image_grid_pinpoints")
 
 
 def image_token_of(config: Any) -> int | None:
@@ -100,20 +111,23 @@ def image_token_of(config: Any) -> int | None:
     return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
 
 
-def require_llava(config: Any) -> None:
-    """Refuse a model that feeds its images differently from LLaVA.
+def without_images(config: Any) -> str | None:
+    """Return why a model that takes more than text is fed with texts alone.
 
     Args:
         config: config of the body.
 
-    Raises:
-        NSCError: saying why.
+    Returns:
+        The reason; None for a model that is fed with all that it takes.
     """
     kind = config.model_type
+    if is_llava(config) or not any(hasattr(config, name) for name in OTHER_INPUTS):
+        return None
     if hasattr(config, "image_grid_pinpoints"):
-        raise NSCError(f"{kind} cuts images in tiles, whose number depends on the image: not supported; {_ONLY}")
-    if not hasattr(config, "vision_feature_layer"):
-        raise NSCError(f"{kind} has no vision_feature_layer: the tokens of its images are made otherwise; {_ONLY}")
+        return f"{kind} cuts images in tiles, whose number depends on the image: not supported; {_ONLY}"
+    if hasattr(config, "vision_config"):
+        return f"{kind} has no vision_feature_layer: the tokens of its images are made otherwise; {_ONLY}"
+    return f"{kind} takes more than text and images: not supported; {_ONLY}"
 
 
 def refuse_moving_tower(model: nn.Module, names: Iterable[str]) -> None:

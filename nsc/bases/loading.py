@@ -11,15 +11,18 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from nsc.bases.base_model import Base, auto_class, quiet_loading
-from nsc.bases.llava import ImageTextBody, takes_images_and_text
+from nsc.bases.codes import WRITTEN, Codes, dtype_of, quantization_settings
+from nsc.bases.llava import ImageTextBody, is_llava
+from nsc.bases.weights import has_safetensors, require_own_files, spelled_out, stored_tensors
 from nsc.errors import NSCError
 from nsc.runtime.placement import one_device, reload_in_backward
 from nsc.runtime.quantization import dequantise_where_used, quantization_config
 
+FULL_PRECISION = "give the full-precision model that it was made from as base (--set weights=nf4 loads it in 4 bits)"
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
@@ -69,9 +72,14 @@ def load_body(
         options |= {"quantization_config": quantization_config(weights)}
         if place != "cpu":  # of which transformers 4 would think that it is offloaded, and left in full
             options.setdefault("device_map", {"": place})
+    require_own_files(base)
     model = _with_weights(base, dtype, weights, options)
-    if takes_images_and_text(base.body_config):
+    if weights == "full":
+        _require_numbers(base, model)
+    if is_llava(base.body_config):
         model = ImageTextBody(model)
+    if getattr(model.config, "is_encoder_decoder", False) and base.takes == "input_ids":
+        model.register_forward_pre_hook(_feed_decoder, with_kwargs=True)
     model.config.use_cache = False  # type: ignore[union-attr]  # nothing is generated: a key-value cache would only hold memory
     model.requires_grad_(False).eval()
     if device_map:
@@ -83,21 +91,34 @@ def load_body(
     return model if options else model.to(place)
 
 
+def _require_numbers(base: Base, model: nn.Module) -> None:
+    """Refuse linears that transformers left as codes, whose dtype would be taken for that of the adapters."""
+    for name, linear in model.named_modules():
+        weight = getattr(linear, "weight", None) if isinstance(linear, nn.Linear) else None
+        if weight is not None and (type(weight) is not nn.Parameter or weight.dtype not in WRITTEN):
+            raise NSCError(
+                f"transformers loads layer {name} of base {base.id!r} as codes ({type(weight).__name__},"
+                f" {weight.dtype}), on which nothing is learned: {FULL_PRECISION}"
+            )
+
+
 def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any]) -> nn.Module:
     """What AutoModel loads; a checkpoint that lacks weights is refused."""
-    config = base.body_config
+    config = deepcopy(base.body_config)
+    settings, numbers = quantization_settings(base.config), _numbers(base)
     try:
-        precision = dtype if dtype == "auto" else getattr(torch, dtype)
+        options |= {DTYPE: dtype if dtype == "auto" else getattr(torch, dtype), "output_loading_info": True}
         with quiet_loading():
-            model, info = auto_class(config).from_pretrained(
-                base.id, config=deepcopy(config), **{DTYPE: precision}, output_loading_info=True, **options
-            )
+            if numbers is None:
+                model, info = auto_class(config).from_pretrained(base.id, config=config, **options)
+            else:
+                model, info = _from_numbers(config, numbers, options)
     except TypeError as error:
-        raise NSCError(
-            f"transformers and the library of weights {weights} do not fit: update both ({error})"
-        ) from error
+        what = f"weights {weights}" if not settings else f"{settings.get('quant_method')}, or {FULL_PRECISION}"
+        raise NSCError(f"transformers and the library of {what} do not fit: update both ({error})") from error
     except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {error}") from error
+        remedy = f"; its weights are codes ({settings.get('quant_method')}): {FULL_PRECISION}" if settings else ""
+        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {error}{remedy}") from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
     if lost:
         raise NSCError(
@@ -105,6 +126,50 @@ def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any])
             " would fill them at random; fetch the base again, or give the model that its config describes"
         )
     return model
+
+
+def _feed_decoder(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Let the decoder read the text that the encoder reads, one token later, as BART does where nothing is given."""
+    if "decoder_input_ids" in kwargs:
+        return args, kwargs
+    config, ids = model.config, kwargs["input_ids"]
+    known = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
+    start = next((token for token in known if token is not None), 0)
+    return args, {**kwargs, "decoder_input_ids": torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)}
+
+
+def _numbers(base: Base) -> dict[str, Tensor] | None:
+    """All tensors of a checkpoint that stores FP8 codes, as the numbers that they stand for; None for other ones.
+
+    transformers leaves FP8 in codes on GPUs that can multiply them; elsewhere it takes the sizes of blocks from the
+    number of scales, and gives layers the dtype of their scales.
+    """
+    settings = quantization_settings(base.config)
+    if not (settings or has_safetensors(base)):
+        return None
+    try:
+        codes = Codes(stored_tensors(base), base.config)
+    except NSCError:
+        return None  # of which transformers has its own to say
+    left = codes.left_over()
+    if left and not settings:
+        raise NSCError(
+            f"base {base.id!r} stores {left} in {codes.stored[left].dtype}, and its config does not say what these"
+            f" codes stand for: {FULL_PRECISION}"
+        )
+    return None if left or not codes.scales else spelled_out(codes)
+
+
+def _from_numbers(config: Any, numbers: dict[str, Tensor], options: dict[str, Any]) -> Any:
+    """What AutoModel would load of these tensors, and the info on what it lacks."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with torch.device("meta"):
+        kind: Any = type(auto_class(config).from_config(deepcopy(config)))
+    if options[DTYPE] == "auto":
+        options = {**options, DTYPE: dtype_of(config)}
+    return kind.from_pretrained(None, config=config, state_dict=numbers, **options)
 
 
 def load_tokenizer(base: Base) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from nsc.bases.llava import ImageTextBody
+from nsc.bases.llava import ImageTextBody, without_images
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -39,6 +40,18 @@ def _in_head(model: nn.Module, name: str) -> bool:
     return isinstance(model, ImageTextBody) and name.startswith("language_model.lm_head")
 
 
+def language_model(model: nn.Module) -> Any:
+    """Return what texts go through: LLaVA's language model, any other body itself.
+
+    Args:
+        model: the body.
+
+    Returns:
+        The module.
+    """
+    return model.text if isinstance(model, ImageTextBody) else model
+
+
 def is_causal(model: nn.Module) -> bool:
     """Return whether every attention layer sees only the past, so that right padding reaches no token.
 
@@ -48,7 +61,10 @@ def is_causal(model: nn.Module) -> bool:
     Returns:
         Whether it is causal.
     """
-    model = model.text if isinstance(model, ImageTextBody) else model
+    model = language_model(model)
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False) or without_images(config):  # PaliGemma's prompts see all of theirs
+        return False
     flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     return bool(flags) and all(flags)
 

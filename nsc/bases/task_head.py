@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from nsc.bases.base_model import Base, quiet_loading
 from nsc.bases.heads import Head
 from nsc.bases.structure import is_causal, replace_module
-from nsc.bases.weights import checkpoint_folder, read_tensors, shapes_in, shard_names
+from nsc.bases.weights import read_parameters, stored_tensors
 from nsc.errors import NSCError, first_line
 from nsc.runtime.placement import input_device
 
@@ -251,7 +251,7 @@ def _fill(whole: nn.Module, base: Base, saved: Mapping[str, Tensor], task: str) 
     names = list(dict(whole.named_parameters()))
     weights = {name: saved[name] for name in names if name in saved}
     if lacking := [name for name in names if name not in weights]:
-        weights |= read_tensors(base, lacking)
+        weights |= read_parameters(base, whole, lacking)
     if lost := [name for name in names if name not in weights]:
         raise NSCError(
             f"adapter {task}: {lost[0]} of its head {type(whole).__name__} is neither in the adapter nor in the base,"
@@ -269,9 +269,7 @@ def _fill(whole: nn.Module, base: Base, saved: Mapping[str, Tensor], task: str) 
 
 def _require_pooler(base: Base, task: str) -> None:
     """The class reads the body's pooler, which transformers fills at random where a checkpoint lacks it."""
-    source = checkpoint_folder(base)
-    keys = [key for shard in shard_names(source) for key, _ in shapes_in(source / shard)]
-    if not any("pooler" in key for key in keys):
+    if not any("pooler" in key for key in stored_tensors(base)):
         raise NSCError(
             f"adapter {task}: its head reads the base's pooler, but base {base.id!r} has no weights for it, so it was"
             " trained on one filled at random that is lost; merge this task by nsc, or name it as unseen"

@@ -104,10 +104,7 @@ def read_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[s
     Raises:
         NSCError: for an assignment of another form, or a value that is not YAML.
     """
-    import yaml
-
-    from nsc.cli.job import read_assignment
-    from nsc.errors import NSCError
+    from nsc.cli.job import assigned, read_assignment
 
     common: dict[str, Any] = {}
     of_methods: dict[str, dict[str, Any]] = {}
@@ -116,8 +113,5 @@ def read_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[s
         if not dot:
             common.update([read_assignment(text)])
             continue
-        try:
-            of_methods.setdefault(method, {})[key] = yaml.safe_load(text.partition("=")[2])
-        except yaml.YAMLError as error:
-            raise NSCError(f"--set {method}.{key}: {text.partition('=')[2]!r} is not valid YAML: {error}") from error
+        of_methods.setdefault(method, {})[key] = assigned(f"{method}.{key}", text.partition("=")[2])
     return common, of_methods

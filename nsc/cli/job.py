@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from nsc.checks import expected, typed
 from nsc.config import MergeConfig, learned_settings, preset_settings
-from nsc.errors import NSCError
+from nsc.errors import NSCError, clipped, reading
 from nsc.evaluation.scale_search import default_search
+from nsc.export.description import REMEDY, REQUIRED
 from nsc.export.record import COEFFICIENTS
 from nsc.merging.tuning import refuse_search
+from nsc.plain_yaml import parse_yaml
 from nsc.recipes.spec import OF_BASE, Recipe, read_settings, settings_of, split_learned
 
 NEEDED = {"base": "--base", "adapters": "--adapter TASK=PATH", "data": "--data TASK=FILE", "out": "--out"}
@@ -179,17 +179,15 @@ def read_file(file: Path, method: str | None = None) -> FileContent:
     Raises:
         NSCError: naming the file, and a key that does not exist or a value of the wrong type.
     """
-    try:
-        told = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise NSCError(f"{file} cannot be read as YAML: {error}") from error
+    with reading(str(file), "mend it", fault="cannot be read as YAML"):
+        told = parse_yaml(file.read_text(encoding="utf-8"))
     if not isinstance(told, dict):
         raise NSCError(f"{file} must hold a mapping of keys to values, such as base: FOLDER")
     if "method" in told and "made" in told:  # a saved merge.yaml, which also says what came out
         told = _of_record(told, file, method)
     nested = told.pop("settings", None) or {}
     if not isinstance(nested, dict):
-        raise NSCError(f"{file}: settings must be a mapping of settings to values, not {nested!r}")
+        raise NSCError(f"{file}: settings must be a mapping of settings to values, not {clipped(repr(nested))}")
     method = method or str(told.get("method", "nsc"))
     of_job, kinds = job_of(method), settings_of(method)
     job = {key: _checked(key, value, of_job, f"{file}: ") for key, value in told.items() if key in of_job}
@@ -200,8 +198,13 @@ def read_file(file: Path, method: str | None = None) -> FileContent:
 
 def _of_record(told: Mapping[str, Any], file: Path, method: str | None) -> dict[str, Any]:
     """Of a saved merge.yaml, what says the same merge again; by another method, on the same base and adapters."""
+    for key in ("adapters", "settings", "method", "base", "data"):
+        try:
+            told = {**told, key: typed(told[key], REQUIRED[key])}
+        except (KeyError, TypeError):
+            raise NSCError(f"{file}: {key} must be {expected(REQUIRED[key])}; {REMEDY}") from None
     kept = {key: value for key, value in told.items() if key in {"settings", *JOB} and value is not None}
-    kept["adapters"] = {task: entry["path"] for task, entry in told["adapters"].items()}
+    kept["adapters"] = {task: entry.get("path", "") for task, entry in told["adapters"].items()}
     learned, _ = split_learned(kept["method"])
     if method not in (None, kept["method"]):
         of_any = {key: value for key, value in kept["settings"].items() if key in OF_BASE}
@@ -232,19 +235,35 @@ def read_assignment(text: str, method: str = "nsc") -> tuple[str, Any]:
     if not equals:
         raise NSCError(f"--set {text!r} must read KEY=VALUE")
     where = "--set " if method == "nsc" else f"--set of method {method}, "
-    try:
-        return key, _checked(key, yaml.safe_load(value), settings_of(method), where)
-    except yaml.YAMLError as error:
-        raise NSCError(f"--set {key}: {value!r} is not valid YAML: {error}") from error
+    return key, _checked(key, assigned(key, value), settings_of(method), where)
+
+
+def assigned(key: str, value: str) -> Any:
+    """Read the value of a ``--set`` option.
+
+    Args:
+        key: what is set.
+        value: YAML.
+
+    Returns:
+        A plain value.
+
+    Raises:
+        NSCError: if it is no such YAML.
+    """
+    with reading(f"--set {key}: {clipped(value, 60)!r}", "mend or quote it", fault="is not valid YAML"):
+        return parse_yaml(value)
 
 
 def _checked(key: str, value: Any, schema: Mapping[str, Any], where: str, more: Mapping[str, Any] | None = None) -> Any:
     """more: keys that there are elsewhere, for the message."""
     if key not in schema:
         there = sorted({*schema, *(more or {})})
-        close = difflib.get_close_matches(str(key), there, n=1, cutoff=0.0)
-        raise NSCError(f"{where}unknown key {key}; did you mean {close[0]}? Known keys: {', '.join(there)}")
+        close = difflib.get_close_matches(str(key)[:60], there, n=1, cutoff=0.0)
+        raise NSCError(
+            f"{where}unknown key {clipped(str(key), 60)}; did you mean {close[0]}? Known keys: {', '.join(there)}"
+        )
     try:
         return typed(value, schema[key])
     except TypeError:
-        raise NSCError(f"{where}{key} must be {expected(schema[key])}, not {value!r}") from None
+        raise NSCError(f"{where}{key} must be {expected(schema[key])}, not {clipped(repr(value))}") from None

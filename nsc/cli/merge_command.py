@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,15 +27,22 @@ def merge(
 
         job, settings = gather(given(context), inputs.setting or (), inputs.config)
         out = Path(job.out)
-    with plain_errors(out):
+    with plain_errors(out), ExitStack() as stack:
+        from nsc.adapters.matching import layers_on_codes
         from nsc.bases.base_model import Base
+        from nsc.bases.weights import refuse_codes
         from nsc.errors import NSCError
         from nsc.export.output import refuse_output
         from nsc.merging.api import merge as run
-        from nsc.paths import CHECKPOINT, partial_folder
+        from nsc.paths import CHECKPOINT, held, partial_folder
         from nsc.runtime.distributed import join
 
-        refuse_output(out, Base(job.base), job.rank, job.full, job.recipe)
+        team = join(settings.device)
+        team.from_first(lambda: stack.enter_context(held(out)))
+        base = Base(job.base)
+        refuse_output(out, base, job.rank, job.full, job.recipe)
+        if job.full:
+            refuse_codes(base, layers_on_codes(base, job.adapters))
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not output.resume:
             raise NSCError(f"there is an interrupted merge in {checkpoint.parent}: add --resume, or remove that folder")
@@ -52,7 +60,7 @@ def merge(
             checkpoint=checkpoint,
             resume=output.resume,
         )
-        if join(settings.device).first:
+        if team.first:
             _finish(result.save(out, rank=job.rank, full=job.full), out)
 
 
@@ -77,6 +85,8 @@ def apply(
         if (rank is not None) + exact + full > 1:
             raise NSCError("--rank, --exact and --full exclude one another; give only one of them")
         result = run(record, adapters=pairs(adapter or [], "--adapter"), base=base)
+        for warning in result.report.warnings:
+            typer.echo(f"warning: {warning}", err=True)
         kept = result.record.rank if rank is None and not (exact or full) else rank
         _finish(result.save(out, rank=kept, full=full), out)
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from nsc.bases.llava import places
 from nsc.batch import Batch
 from nsc.data.expected import Output
-from nsc.data.images import IMAGE_FIELDS, Image, as_image
+from nsc.data.images import IMAGE_FIELDS, Image, as_image, image_in
 from nsc.data.packing import pack
 from nsc.data.sampling import draw_each
-from nsc.data.sources import Fields, Kind, read_samples, text_of
-from nsc.data.text import Pick, with_answer
+from nsc.data.sources import Fields, Kind, place_of, read_samples, text_of
+from nsc.data.text import Pick, text_of_row, with_answer
 from nsc.errors import DataError
 
 
@@ -44,22 +44,25 @@ class Prompt:
         return hashlib.sha256(f"{self.image.digest} {self.text}".encode()).hexdigest()
 
 
-def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
-    """Read the prompts of one task, each with one image, without labels.
+def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt] | list[str]:
+    """Read the prompts of one task, each with one image, without labels; or its texts, where no row has an image.
 
     Args:
         source: a JSONL file of objects (image paths are relative to that file's folder), a parquet file or
             ``hub:NAME[:CONFIG[:SPLIT]]`` with a column of images, or pairs (image, text). Append
             ``#image+field+field`` to name the fields, that of the image first; otherwise the usual names are tried, as
-            for texts and for images alone.
+            for texts and for images alone. Or what ``read_texts`` takes.
 
     Returns:
-        The prompts.
+        The prompts, or the texts.
 
     Raises:
         DataError: for a missing or empty source, a row that cannot be read (by number) or unknown fields.
     """
-    return read_samples(source, PROMPTS)
+    samples = read_samples(source, PROMPTS)
+    if len({type(sample) for sample in samples}) > 1:
+        raise DataError(f"{place_of(source)} holds rows with and without an image; give rows of one kind")
+    return samples
 
 
 class Sample(NamedTuple):
@@ -286,7 +289,9 @@ class PromptBatches:
         return draw_each(counts, self.borrowed or {}, self.batch_size, step, self.seed)
 
 
-def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt:
+def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt | str | None:
+    if isinstance(row, str) or (isinstance(row, Mapping) and not fields and not image_in(row)):
+        return text_of_row(row, fields, where, folder)
     if not isinstance(row, Mapping):
         raise DataError(f"{where} holds a {type(row).__name__}; each row must be an object with an image and a text")
     column = next((name for name in (fields[:1] if fields else IMAGE_FIELDS) if name in row), None)
@@ -298,9 +303,11 @@ def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt:
     return Prompt(image, text_of(rest, (fields or ())[1:] or None, where))
 
 
-def _given(pair: Any, where: str) -> Prompt:
+def _given(pair: Any, where: str) -> Prompt | str:
+    if isinstance(pair, str):
+        return pair
     image, text = pair
     return Prompt(as_image(image, where), str(text))
 
 
-PROMPTS = Kind("image with text", (".jsonl", ".parquet"), _prompt, _given)
+PROMPTS = Kind("image with text", (".jsonl", ".parquet", ".txt", ".text"), _prompt, _given)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nsc.batch import Batch
 from nsc.data.expected import Output, expected
 from nsc.data.sampling import draw_each
-from nsc.data.sources import FOLDER, Fields, Kind, naming_errors, optional_module, read_samples
+from nsc.data.sources import FOLDER, IMAGE_SUFFIXES, Fields, Kind, naming_errors, optional_module, read_samples
 from nsc.errors import DataError, TargetError
 from nsc.runtime.placement import input_device
 
@@ -253,6 +253,26 @@ def _columns(there: Sequence[str], fields: Fields, where: str) -> list[str]:
 def _image(row: Any, fields: Fields, where: str, folder: Path) -> Image:
     """A file of a folder, or the one column that is read of a table."""
     return as_image(row if isinstance(row, Path) else next(iter(row.values())), where)
+
+
+def image_in(row: Any) -> str | None:
+    """Return which field of a row holds an image, by its usual names or by what stands in it.
+
+    Args:
+        row: of a file or a dataset.
+
+    Returns:
+        The field, or None.
+    """
+    fields = row.items() if isinstance(row, Mapping) else ()
+    there = (name for name, value in fields if value is not None and (name in IMAGE_FIELDS or _is_image(value)))
+    return next(there, None)
+
+
+def _is_image(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower().endswith(IMAGE_SUFFIXES)
+    return (isinstance(value, Mapping) and {"bytes", "path"} <= value.keys()) or hasattr(value, "getpixel")
 
 
 def as_image(value: Any, name: str) -> Image:

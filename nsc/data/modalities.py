@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsc.bases import loading, structure
 from nsc.bases.base_model import IMAGES_AND_TEXT, Base
-from nsc.bases.llava import ImageTextBody
+from nsc.bases.llava import ImageTextBody, without_images
 from nsc.batch import Batch
 from nsc.config import MergeConfig
 from nsc.data.feature_store import FeatureStore
-from nsc.data.image_text import Prompt, PromptBatches, Prompts, read_prompts
+from nsc.data.image_text import PromptBatches, Prompts, read_prompts
 from nsc.data.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
 from nsc.data.packing import can_share_rows, collate
 from nsc.data.prompt_writer import image_features, require_same_forward, writer_of
-from nsc.data.text import Pick, TextBatches, pad_id_of, read_texts, tokenize
-from nsc.errors import NSCError
+from nsc.data.text import Pick, TextBatches, pad_id_of, read_texts, texts_alone, tokenize
+from nsc.errors import DataError, NSCError
 from nsc.runtime.cuda_graphs import obstacle
+from nsc.runtime.placement import input_device
 
 Features = Callable[[int], Tensor]  # number of a prompt -> (P, h) of its image
 Generate = Callable[[Sequence[Sequence[int]], Features | None], list[list[int]]]  # prompts, images -> answers
@@ -99,7 +101,29 @@ def feed_of(base: Base) -> Feed:
     takes = base.takes
     if takes not in FEEDS:
         raise NSCError(f"base {base.id!r} takes {takes}; nsc feeds bodies that take {' or '.join(FEEDS)}")
-    return FEEDS[takes]
+    why = without_images(base.body_config) if takes == "input_ids" else None
+    return replace(FEEDS[takes], read=partial(texts_alone, why=why)) if why else FEEDS[takes]
+
+
+def example_of(base: Base) -> Batch | None:
+    """Make rows on which two forwards of a base can be compared.
+
+    Args:
+        base: with weights.
+
+    Returns:
+        A batch without any data; None where this base cannot be fed, or does not run on it.
+    """
+    if base.takes not in FEEDS:
+        return None
+    model = base.model
+    try:
+        batch = FEEDS[base.takes].example(base)
+        with torch.no_grad():
+            model(**batch.to(input_device(model)).arguments(next(model.parameters()).dtype))
+    except Exception:  # whatever a model says to inputs that are not its own
+        return None
+    return batch
 
 
 def _text_batches(
@@ -114,7 +138,7 @@ def _text_batches(
     tokens = tokenize(tokenizer, texts, config.max_length)
     pad_id = pad_id_of(tokenizer)
     causal = structure.is_causal(base.model)
-    shares_rows = can_share_rows(base.model)
+    shares_rows = without_images(base.body_config) is None and can_share_rows(structure.language_model(base.model))
     few_shapes = config.graphs and obstacle(base.model) is None
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
     batches = _with_answers(batches, config, generate)
@@ -155,12 +179,20 @@ def _image_batches(
 def _prompt_batches(
     base: Base,
     targets: Sequence[str],
-    prompts: Mapping[str, list[Prompt]],
+    prompts: Mapping[str, list[Any]],
     config: MergeConfig,
     generate: Generate | None = None,
-) -> tuple[PromptBatches, list[Batch]]:
+) -> tuple[PromptBatches | TextBatches, list[Batch]]:
     model = base.model
     assert isinstance(model, ImageTextBody)
+    texts = {task: rows for task, rows in prompts.items() if rows and isinstance(rows[0], str)}
+    if texts:
+        if with_image := next((task for task, rows in prompts.items() if rows and task not in texts), None):
+            raise DataError(
+                f"the rows of {next(iter(texts))} are texts alone, those of {with_image} come with images; give rows of"
+                " one kind"
+            )
+        return _text_batches(base, targets, prompts, config, generate)
     processor = loading.load_processor(base)
     features = FeatureStore(image_features(model, processor))
     first = next(prompt for rows in prompts.values() for prompt in rows)
@@ -186,20 +218,33 @@ def _require_modality(modality: str, only: str) -> None:
 
 def _random_text(base: Base) -> Batch:
     """Seeded random tokens."""
-    vocabulary = next(m.num_embeddings for m in base.model.modules() if isinstance(m, nn.Embedding))
+    inner = structure.language_model(base.model)
+    vocabulary = inner.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return collate(ids.tolist(), [0, 0], 0, causal=True)
 
 
 def _random_images(base: Base) -> Batch:
-    """Seeded random pixels, as the processor prepares them; a row counts as one token."""
+    """Seeded random pixels, as the processor prepares them, or of the config's size; a row counts as one token."""
+    config, dtype = base.body_config, next(base.model.parameters()).dtype
+    try:
+        pixels = pixels_by(loading.load_image_processor(base), dtype)
+    except NSCError:
+        size = getattr(config, "image_size", 64)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (2, getattr(config, "num_channels", 3), height, width)
+        made = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return collate_images(list(made), [0, 0], 1)
     noise = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pixels = pixels_by(loading.load_image_processor(base), next(base.model.parameters()).dtype)
     return collate_images([pixels(image) for image in read_images(list(noise))], [0, 0], 1)
 
 
 def _random_prompt(base: Base) -> Batch:
-    """Seeded random pixels with a question."""
+    """Seeded random pixels with a question; random tokens where no processor writes prompts."""
+    try:
+        loading.load_processor(base)
+    except NSCError:
+        return _random_text(base)
     noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     prompts = {"example": read_prompts([(noise, "What is shown?")])}
     return _prompt_batches(base, [], prompts, MergeConfig(graphs=False))[1][0]

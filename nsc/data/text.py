@@ -9,6 +9,7 @@ from typing import Any
 
 from nsc.batch import Batch
 from nsc.data.expected import Output
+from nsc.data.images import image_in
 from nsc.data.packing import pack
 from nsc.data.sampling import draw_each
 from nsc.data.sources import Fields, Kind, read_samples, text_of
@@ -33,14 +34,58 @@ def read_texts(source: str | Path | Sequence[str]) -> list[str]:
     return read_samples(source, TEXTS)
 
 
-def _text(row: Any, fields: Fields, where: str, folder: Path) -> str | None:
+def text_of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | None:
+    """Return the text of a row.
+
+    Args:
+        row: a string, or an object.
+        fields: names of its fields, which are joined; None for the usual ones.
+        where: place of the row, for errors.
+        folder: of its file.
+
+    Returns:
+        The text; None for a blank one.
+
+    Raises:
+        DataError: if it has no such fields.
+    """
     text = row if isinstance(row, str) else text_of(row, fields, where)
     return text if text.strip() else None
 
 
 TEXTS = Kind(
-    "text", (".jsonl", ".txt", ".text"), _text, given=lambda value, where: str(value) if str(value).strip() else None
+    "text",
+    (".jsonl", ".txt", ".text"),
+    text_of_row,
+    given=lambda value, where: str(value) if str(value).strip() else None,
 )
+
+
+def texts_alone(source: str | Path | Sequence[str], why: str) -> list[str]:
+    """Read the texts of one task for a base that is fed with no image: a row that holds one is refused.
+
+    Args:
+        source: as ``read_texts`` takes it.
+        why: why images are not fed to this base.
+
+    Returns:
+        The texts.
+
+    Raises:
+        DataError: as ``read_texts`` does, and for a row with an image.
+    """
+
+    def of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | None:
+        if field := image_in(row):
+            raise DataError(f"{where} holds an image in {field}, but {why}; give this base rows of text alone")
+        return text_of_row(row, fields, where, folder)
+
+    def given(value: Any, where: str) -> str | None:
+        if not isinstance(value, str):
+            raise DataError(f"{where} is a {type(value).__name__}, not a text, but {why}; give this base texts alone")
+        return TEXTS.given(value, where)
+
+    return read_samples(source, TEXTS._replace(of_row=of_row, given=given))
 
 
 Pick = tuple[str, int]  # task and number of a sample

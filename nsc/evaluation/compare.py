@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ from nsc.evaluation.scoring import Exam, exams_of
 from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
 from nsc.evaluation.trial import Planned, ScaleSearch, Stage, row_of
 from nsc.learning.preparation import stack_on, targets_of
-from nsc.paths import absolute, partial_folder
+from nsc.paths import absolute, held, partial_folder
 from nsc.recipes.spec import read_recipe, split_learned
 from nsc.runtime.placement import input_device
 
@@ -90,21 +90,22 @@ def compare(
     planned = {name: _plan(name, config, settings, search, bool(data)) for name in methods}
     _refuse(out, planned, data, validation, search or "none", settings)
     say = printer(progress)
-    stage, exams = _prepare(Base(absolute(base)), adapters, data, test, config, metrics, say)
-    held_out = _held_out(stage, validation, test, metrics)
-    scales, planned = _scales(search, stage, held_out, grid, planned, say)
-    by = search or ("match" if scales else "none")
-    record = _record(stage, data, test, validation, metrics, planned, by, grid)
-    of_task, identity = {task: exam.metric for task, exam in exams.items()}, _identity(record)
-    done = _begin(out, identity, record["methods"], resume)
-    for name in (ALONE, BARE, *methods):
-        if name not in done:
-            row = row_of(name, stage, exams, planned.get(name), done.get(ALONE), scales)
-            done[name] = replace(row, settings=record["methods"].get(name, {}))
-        comparison = Comparison(of_task, tuple(done.values()), identity)
-        comparison.write(partial_folder(out))
-        say(_line(done[name]))
-    return _finish(replace(comparison, rows=tuple(done[name] for name in (ALONE, BARE, *methods))), out, record)
+    with held(out):
+        stage, exams = _prepare(Base(absolute(base)), adapters, data, test, config, metrics, say)
+        held_out = _held_out(stage, validation, test, metrics)
+        scales, planned = _scales(search, stage, held_out, grid, planned, say)
+        by = search or ("match" if scales else "none")
+        record = _record(stage, data, test, validation, metrics, planned, by, grid)
+        of_task, identity = {task: exam.metric for task, exam in exams.items()}, _identity(record)
+        done = _begin(out, identity, record["methods"], resume)
+        for name in (ALONE, BARE, *methods):
+            if name not in done:
+                row = row_of(name, stage, exams, planned.get(name), done.get(ALONE), scales)
+                done[name] = replace(row, settings=record["methods"].get(name, {}))
+            comparison = Comparison(of_task, tuple(done.values()), identity)
+            comparison.write(partial_folder(out))
+            say(_line(done[name]))
+        return _finish(replace(comparison, rows=tuple(done[name] for name in (ALONE, BARE, *methods))), out, record)
 
 
 def _scales(
@@ -241,7 +242,9 @@ def _finish(comparison: Comparison, out: Path, record: Mapping[str, Any]) -> Com
     folder = partial_folder(out)
     comparison.write(folder)
     (folder / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    shutil.move(folder, out)
+    if os.path.lexists(out):
+        raise NSCError(f"{out} was made meanwhile; move it away, and add --resume")
+    os.replace(folder, out)
     return comparison
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc.adapters.experts import refuse_experts
+from nsc.adapters.fused_layers import refuse_experts
 from nsc.adapters.stack import Stack
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nsc.bases.base_model import Base
-from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder, expert_parts, merged_places, read_layers
+from nsc.bases.codes import Codes
+from nsc.bases.weights import (
+    INDEX,
+    WEIGHT_FILES,
+    checkpoint_folder,
+    codes_to_spell_out,
+    expert_parts,
+    merged_places,
+    read_codes,
+    read_layers,
+)
 from nsc.export.parameters import ParameterFactors, part_updates
 from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, parameter_update, whole_updates
 
 OWN_FILES = ("readme.md", ".gitattributes")  # of the base's repository, not of the model
+OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # beside quantised weights
 
 
 def merged_layers_whole(base: Base, merged: Merged) -> dict[str, Tensor]:
@@ -90,7 +102,9 @@ def write_adapter(
 def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
     """Write the base's checkpoint with the updates added, one shard and one layer's update in memory at a time.
 
-    Shards, index, tied weights, dtypes and side files are the base's own.
+    Shards, index, tied weights, dtypes and side files are the base's own; but where a merged weight is stored as FP8
+    codes, all FP8 weights are written as the numbers that they stand for, in the dtype that the config names, and
+    config and index say no more of codes.
 
     Args:
         folder: an existing folder.
@@ -98,23 +112,49 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
         merged: the merge.
 
     Raises:
-        NSCError: if the base has no safetensors checkpoint, or a merged layer is not in it.
+        NSCError: if the base has no safetensors checkpoint, or a merged layer is not in it, or stored as codes that
+            cannot be read as numbers.
     """
-    source = checkpoint_folder(base)
     shards, places = merged_places(base, merged.names)
     parts = expert_parts(base, merged.names)
+    codes = codes_to_spell_out(base, [*places, *parts])
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata()
-        for key in tensors.keys() & places.keys():
-            if (update := parameter_update(merged, places[key])) is not None:
-                tensors[key] = (tensors[key].double() + update).to(tensors[key].dtype)
-        for key in tensors.keys() & parts.keys():
-            for index, update in part_updates(merged, parts[key]):
-                stored = tensors[key][index]
-                stored.copy_(stored.double() + update)
+        if codes:
+            tensors = {key: x for key, x in tensors.items() if key not in codes.dropped}
+        for key in tensors:
+            fp8 = codes is not None and key in codes.scales
+            update = parameter_update(merged, places[key]) if key in places else None
+            if fp8 or update is not None or key in parts:
+                before = read_codes(codes, key, tensors[key]) if codes and fp8 else tensors[key].double()
+                for at, rows in part_updates(merged, parts.get(key, ())):
+                    before[at] += rows
+                dtype = codes.dtype if codes and fp8 else tensors[key].dtype
+                tensors[key] = (before if update is None else before + update).to(dtype)
         save_file(tensors, folder / shard.name, metadata=metadata)
+    _copy_side_files(folder, checkpoint_folder(base))
+    if codes:
+        _forget_codes(folder, codes)
+
+
+def _copy_side_files(folder: Path, source: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and file.suffix not in WEIGHT_FILES and file.name.lower() not in OWN_FILES:
             shutil.copyfile(file, folder / file.name)
+
+
+def _forget_codes(folder: Path, codes: Codes) -> None:
+    """Remove what config and index say of codes from copies of them."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for side in OF_CODES:
+        (folder / side).unlink(missing_ok=True)
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index["weight_map"] = {key: file for key, file in index["weight_map"].items() if key not in codes.dropped}
+        index["metadata"] = {"total_size": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
 from nsc.bases.base_model import Base
-from nsc.bases.weights import refuse_unstreamable
+from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
-from nsc.errors import NSCError
+from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
 from nsc.export.parameters import split_by_parameter
 from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
 from nsc.export.record import Record
 from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
-from nsc.paths import CHECKPOINT, STAGING, partial_folder
+from nsc.paths import CHECKPOINT, STAGING, held
 from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged
@@ -37,15 +39,17 @@ class Output:
         record: what replays it.
         report: what was decided and seen, without what is only known once it is written.
         adapters: task -> adapter, with the head that its task keeps.
+        checkpoint: where learning kept its state, if it did.
     """
 
     merged: Merged
     record: Record
     report: Report
     adapters: Mapping[str, Adapter]
+    checkpoint: Path | None = None
 
     def write(
-        self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | None]
+        self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | str]
     ) -> Proof:
         """Write everything to ``out.partial``, prove it, and move it to ``out``.
 
@@ -53,28 +57,49 @@ class Output:
             out: new folder.
             rank: rank the adapter is truncated to; None for its exact factors.
             full: whether the whole merged model is written, instead of an adapter.
-            proof_base: gives the base in full precision, and rows to compare hidden states with, where there are any.
+            proof_base: gives the base in full precision, and rows to compare hidden states with; or why there are none.
 
         Returns:
             What was compared.
 
         Raises:
+            NSCError: if ``out`` cannot be written, another process writes it, or an interrupted merge of it is there.
             ProofError: if what was loaded back is not what was merged.
         """
-        partial = partial_folder(out)
-        staging = partial / STAGING
+        with held(out) as partial, _naming_disk_errors(out):
+            self._refuse_interrupted(partial)
+            proof = self._write_staged(out, partial / STAGING, rank, full, proof_base)
+            (partial / CHECKPOINT).unlink(missing_ok=True)
+            return proof
+
+    def _refuse_interrupted(self, partial: Path) -> None:
+        """Raise NSCError where the checkpoint of another merge would be removed."""
+        left = partial / CHECKPOINT
+        if left.exists() and (self.checkpoint is None or self.checkpoint.absolute() != left):
+            raise NSCError(
+                f"there is an interrupted merge in {partial}: finish it with nsc merge --resume, or remove that folder"
+            )
+
+    def _write_staged(
+        self, out: Path, staging: Path, rank: int | None, full: bool, proof_base: Callable[[], Any]
+    ) -> Proof:
+        """What ``write`` does while it holds ``out.partial``."""
         shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
-        staging.mkdir(parents=True)
+        staging.mkdir()
         merge = self._write_weights(staging, rank, full)
+        written = _state_of_files(staging)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
-        proof = replace(_prove(staging, merge, Base(self.record.base), full, proof_base()), lost=lost)
+        found = proof_base()
+        in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
+        proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
         _share(staging)
+        if changed := sorted(written.items() - _state_of_files(staging).items()):
+            raise ProofError(f"{staging / changed[0][0]} was changed by another program after its proof; save again")
+        if os.path.lexists(out):
+            raise NSCError(f"{out} was made meanwhile; choose another folder, or move it away")
         os.replace(staging, out)
-        (partial / CHECKPOINT).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else's files lie there
-            partial.rmdir()
         return proof
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
@@ -117,7 +142,9 @@ class Output:
                 save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
 
 
-def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None) -> None:
+def refuse_output(
+    out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None, layers: Sequence[str] = ()
+) -> None:
     """Refuse an output that cannot be written, so that it need not be learned first.
 
     Args:
@@ -126,20 +153,24 @@ def refuse_output(out: Path, base: Base, rank: int | None, full: bool, recipe: R
         rank: rank the adapter will be truncated to, if any.
         full: whether the whole model is to be written.
         recipe: recipe of the method; None for the sum by learned coefficients.
+        layers: layers of the body that are merged, where they are known.
 
     Raises:
-        NSCError: if ``out`` exists (nothing on disk is ever overwritten), if ``rank`` and ``full`` are both given, if
-            ``full`` is and the base has no checkpoint that can be streamed, or if neither is and the recipe's updates
-            are dense.
+        NSCError: if ``out`` exists (nothing on disk is ever overwritten), if ``rank`` is no rank, or given with
+            ``full``, if ``full`` is and the base has no checkpoint that can be streamed or stores one of the layers as
+            codes, or if neither is and the recipe's updates are dense.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise NSCError(f"{out} exists already; choose another folder, or move it away")
+    if rank is not None and rank < 1:
+        raise NSCError(f"rank must be 1 or more, not {rank}")
     if rank is not None and full:
         raise NSCError("rank truncates an adapter; a full model has no rank: give one of them")
     if recipe is not None and recipe.is_dense and rank is None and not full:
         raise NSCError(f"{recipe.label} works on every entry of the dense updates: {DENSE_REMEDY}")
     if full:
         refuse_unstreamable(base)
+        refuse_codes(base, layers)
 
 
 def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[Base, Batch] | None) -> Proof:
@@ -156,3 +187,20 @@ def _share(folder: Path) -> None:
     os.umask(allowed)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~allowed)
+
+
+def _state_of_files(folder: Path) -> dict[str, tuple[int, ...]]:
+    """File -> what changes when it is written or replaced."""
+    found = ((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
+    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found}
+
+
+@contextmanager
+def _naming_disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise NSCError(
+            f"{out} cannot be written ({one_line(error)}); free space or choose another folder: a checkpoint of what"
+            " was learned stays where it is"
+        ) from error

@@ -9,7 +9,7 @@ import peft
 from packaging.version import Version
 from torch import Tensor
 
-from nsc.adapters.experts import SWAPPED_SINCE
+from nsc.adapters.fused_layers import SWAPPED_SINCE
 from nsc.adapters.target_parameters import INNER, packed
 from nsc.bases.base_model import Base
 from nsc.bases.experts import FusedExperts, Part, expert_of, fused_experts, layer_of, router_shapes

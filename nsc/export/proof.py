@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,16 +17,17 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nsc.adapters.experts import on_experts
+from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
 from nsc.adapters.target_parameters import INNER
 from nsc.bases.base_model import Base
+from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.experts import FusedExperts, expert_of, fused_experts, layer_of
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
-from nsc.bases.weights import expert_parts, merged_places
+from nsc.bases.weights import codes_to_spell_out, expert_parts, merged_places, read_stored
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.export.parameters import part_updates
@@ -34,6 +36,7 @@ from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
 
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # no update is added in another dtype
 OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -48,6 +51,7 @@ class Proof:
         outputs: error of the hidden states; None where no base was at hand.
         effect: how far the merge itself moves the hidden states of the base; None where no base was at hand.
         lost: the most that a truncation left out of an update's norm; the truncated merge is what was compared.
+        unfed: why outputs were not compared.
     """
 
     what: str
@@ -56,12 +60,13 @@ class Proof:
     outputs: float | None = None
     effect: float | None = None
     lost: float = 0.0
+    unfed: str = "no base loaded"
 
     def __str__(self) -> str:
         truncated = f"truncated (up to {self.lost:.1%} of an update's norm left out), " if self.lost >= 5e-4 else ""
         line = f"{self.what}: {self.modules} modules reloaded, {truncated}weights agree to {self.weights:.1e}"
         if self.outputs is None:
-            return f"{line} (no base loaded: outputs not compared)"
+            return f"{line} ({self.unfed}: outputs not compared)"
         return f"{line}, hidden states to {self.outputs:.1e} (the merge itself moves them by {self.effect:.1e})"
 
 
@@ -227,40 +232,61 @@ def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
     shards, places = merged_places(base, merge.names)
     parts = expert_parts(base, merge.names)
+    codes = codes_to_spell_out(base, [*places, *parts])
+    if codes and quantization_settings(Base(str(folder)).config):
+        raise ProofError(f"the weights written to {folder} are numbers, but its config still speaks of codes")
     worst, dtypes = 0.0, set()
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as before, safe_open(folder / shard.name, framework="pt") as after:
-                keys = set(before.keys())
+                keys = set(before.keys()) - (codes.dropped if codes else set())
                 _same_names(set(after.keys()), keys, shard.name)
                 for key in keys:
-                    written, stored = after.get_tensor(key), before.get_tensor(key)
-                    _same_kind(key, written, stored)
-                    for index, update in part_updates(merge.merged, parts.get(key, ())):
-                        worst = max(worst, _tensor_error(key, written[index], stored[index], update))
+                    written, stored, dtype = after.get_tensor(key), before.get_tensor(key), None
+                    update = merge.update(places[key]) if key in places else None
+                    if codes and key in codes.scales:
+                        stored, dtype = _numbers(codes, key, stored), codes.dtype
+                        update = torch.zeros(()) if update is None else update
+                    here = parts.get(key, ()) if written.shape == stored.shape else ()
+                    for at, rows in part_updates(merge.merged, here):
+                        worst = max(worst, _tensor_error(key, written[at], stored[at], rows, dtype or stored.dtype))
+                        stored[at].copy_(written[at])  # what is left of the tensor must be as it was
                         dtypes.add(written.dtype)
-                        stored[index].copy_(written[index])  # and all others must be what they were
-                    whole = merge.update(places[key]) if key in places else None
-                    worst = max(worst, _tensor_error(key, written, stored, whole))
-                    if whole is not None:
+                    worst = max(worst, _tensor_error(key, written, stored, update, dtype or stored.dtype))
+                    if key in places and update is not None:
                         dtypes.add(written.dtype)
         except (SafetensorError, OSError) as error:
             raise ProofError(f"{shard.name} cannot be read back from {folder}: {error}") from error
     return worst, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _same_kind(key: str, written: Tensor, stored: Tensor) -> None:
-    if written.dtype != stored.dtype or written.shape != stored.shape:
-        was, now = (f"{t.dtype} {tuple(t.shape)}" for t in (stored, written))
-        raise ProofError(f"{key} was {was} in the base and is {now} read back")
+def _numbers(codes: Codes, key: str, stored: Tensor) -> Tensor:
+    """What the FP8 codes of a weight stand for, in float64: one scale after another, unlike the writer."""
+    numbers, scale = stored.double(), codes.scales[key]
+    factors = read_stored(codes.stored, [scale])[scale].double() if scale else torch.ones(1, dtype=torch.float64)
+    if factors.numel() == 1:
+        return numbers * factors.item()
+    m, d = numbers.shape[-2:]
+    grid = factors if factors.ndim == numbers.ndim else factors[..., None]
+    rows, columns = (1, d) if grid.shape[-2:] == (m, 1) else codes.block or (m, d)
+    place: Any
+    for place in itertools.product(*map(range, grid.shape)):
+        *which, i, j = place
+        numbers[(*which, slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))] *= grid[place]
+    return numbers
 
 
-def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None) -> float:
+def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | None, dtype: torch.dtype) -> float:
     """Relative to the largest entry; one rounding to the file's dtype is no error, nor is anything else allowed."""
+    if written.dtype != dtype or written.shape != stored.shape:
+        was, now = (f"{kind} {tuple(t.shape)}" for kind, t in ((dtype, stored), (written.dtype, written)))
+        raise ProofError(f"{key} should be {was} and is {now} read back")
     if update is None:
         if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
             raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
         return 0.0
+    if dtype not in NUMBERS:
+        raise ProofError(f"{key} read back from disk is in {dtype}, which holds codes and no weight")
     expected = stored.double() + update
     rounding = torch.finfo(written.dtype).eps * expected.abs()
     error = ((written.double() - expected).abs() - rounding).clamp_min(0).max()

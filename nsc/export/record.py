@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,14 +18,16 @@ from nsc.adapters.lora import Adapter, fingerprint
 from nsc.adapters.matching import Matched
 from nsc.adapters.modules_to_save import parameters_of
 from nsc.bases.module_names import layout
+from nsc.checks import typed
 from nsc.config import MergeConfig
-from nsc.errors import NSCError
+from nsc.errors import NSCError, reading
+from nsc.export.description import DESCRIPTION, DIGEST, REMEDY, REQUIRED, read_description, write_description
 from nsc.methods import LowRank
 from nsc.recipes.spec import Recipe, read_settings, write_settings
-from nsc_kernels import __version__
 
-COEFFICIENTS, MASKS, DESCRIPTION = "coefficients.safetensors", "masks.safetensors", "merge.yaml"
+COEFFICIENTS, MASKS = "coefficients.safetensors", "masks.safetensors"
 FACTORS, STARTED, MAGNITUDES = "factors.safetensors", "start.safetensors", "magnitudes.safetensors"
+UNVERIFIED = "this record is of a version of nsc without digests, so a change since it was written would not be noticed"
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Record:
         start_factors: layer -> its update in that merge, to which the last coefficients belong.
         magnitudes: layer -> (d,) what was measured of its inputs, where AIM followed the method.
         fitted: what a method that needs rows was made from, as the report has it.
+        verified: whether it was verified by digests; False where a version without them wrote it.
     """
 
     base: str
@@ -77,6 +77,7 @@ class Record:
     start_factors: Mapping[str, LowRank] = field(default_factory=dict)
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     fitted: Mapping[str, Any] = field(default_factory=dict)
+    verified: bool = True
 
     @classmethod
     def of(
@@ -105,13 +106,10 @@ class Record:
         Returns:
             The record.
         """
-        prefix = layout(matched.matches.values())
-        if prefix is None:
-            prefix = max((layout([match]) or "" for match in matched.matches.values()), key=len)
         return cls(
             base=base,
             method=method,
-            prefix=prefix,
+            prefix=prefix_of_merge(matched.matches),
             start=config.start,
             coefficients=coefficients,
             modules={name: matched.shapes[name] for name in matched.stack.names},
@@ -133,15 +131,19 @@ class Record:
             folder: an existing folder.
         """
         of_rows = {"modules": self.modules, "tasks": list(self.adapters)}
+        files = {
+            MASKS: self.masks,
+            FACTORS: _parts(self.factors),
+            STARTED: _parts(self.start_factors),
+            MAGNITUDES: self.magnitudes,
+        }
+        files = {name: tensors for name, tensors in files.items() if tensors}
+        for name, tensors in files.items():
+            save_file({key: x.contiguous() for key, x in tensors.items()}, folder / name)
         if self.coefficients is not None:
             metadata = {key: json.dumps(value) for key, value in of_rows.items()}
             save_file({"coefficients": self.coefficients.contiguous()}, folder / COEFFICIENTS, metadata=metadata)
-        if self.masks:
-            save_file({name: mask.contiguous() for name, mask in self.masks.items()}, folder / MASKS)
-        _write_factors(self.factors, folder / FACTORS)
-        _write_factors(self.start_factors, folder / STARTED)
-        if self.magnitudes:
-            save_file({name: x.contiguous() for name, x in self.magnitudes.items()}, folder / MAGNITUDES)
+            files[COEFFICIENTS] = {}
         description = {
             "method": self.method,
             "base": self.base,
@@ -160,10 +162,8 @@ class Record:
             **({"searched": dict(self.searched)} if self.searched else {}),
             **({"fitted": json.dumps(self.fitted)} if self.fitted else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
-            "made": {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()},
         }
-        text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
-        (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+        write_description(folder, description, files)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -176,38 +176,47 @@ class Record:
             The record.
 
         Raises:
-            NSCError: naming the file that is missing or damaged.
+            NSCError: naming the file that is missing, damaged or edited.
         """
-        try:
-            text = yaml.safe_load((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        remedy = f"a record is {DESCRIPTION} with the .safetensors files beside it: give the folder of a merge"
+        with reading(f"{folder} holds no readable record of a merge: it", remedy):
+            text = read_description(folder)
             rows, coefficients = _rows(folder, text)
-            modules = {name: (shape[0], shape[1]) for name, shape in rows["modules"].items()}
-            adapters = {task: text["adapters"][task] for task in rows["tasks"]}  # by column
-            keys = ("base", "prefix", "start", "data", "targets", "settings")
-            rest = {key: text[key] for key in keys}
-            record = cls(coefficients=coefficients, modules=modules, adapters=adapters, rank=text.get("rank"), **rest)
-            masks = load_file(folder / MASKS) if text.get("masks") else {}
-            factors = _read_factors(folder / FACTORS) if text.get("factors") else {}
             started = text.get("started", {})
-            begun = _read_factors(folder / STARTED) if started else {}
-            dense, method = tuple(text.get("dense", ())), text["method"]
-            record = replace(record, dense=dense, method=method, masks=masks, searched=text.get("searched", {}))
-            magnitudes = load_file(folder / MAGNITUDES) if text.get("magnitudes") else {}
-            record = replace(record, factors=factors, magnitudes=magnitudes, started=started, start_factors=begun)
-            record = replace(record, fitted=json.loads(text.get("fitted", "{}")))
-        except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-            raise NSCError(
-                f"{folder} holds no readable record of a merge ({DESCRIPTION} and {COEFFICIENTS}): {error}"
-            ) from error
+            record = cls(
+                coefficients=coefficients,
+                modules=typed(rows["modules"], dict[str, tuple[int, int]]),
+                adapters={task: text["adapters"][task] for task in typed(rows["tasks"], list[str])},  # by column
+                rank=text.get("rank"),
+                dense=tuple(text.get("dense", ())),
+                masks=load_file(folder / MASKS) if text.get("masks") else {},
+                factors=_read_factors(folder / FACTORS) if text.get("factors") else {},
+                magnitudes=load_file(folder / MAGNITUDES) if text.get("magnitudes") else {},
+                searched=text.get("searched", {}),
+                started=started,
+                start_factors=_read_factors(folder / STARTED) if started else {},
+                fitted=typed(json.loads(text.get("fitted", "{}")), dict[str, Any]),
+                verified=DIGEST in text,
+                **{key: text[key] for key in REQUIRED if key != "adapters"},
+            )
+            if strange := sorted(set(text["adapters"]) - set(record.adapters)):
+                raise NSCError(f"the record in {folder} has no coefficients of adapter {strange[0]}; {REMEDY}")
         record.check()
         return record
 
     def check(self) -> None:
-        """Refuse tensors that are not finite or do not fit the modules and, unless by rank, the tasks.
+        """Refuse values that no merge has, and tensors that do not fit the modules and, unless by rank, the tasks.
 
         Raises:
-            NSCError: with both shapes.
+            NSCError: naming the value, or with both shapes.
         """
+        config = self._check_values()
+        for name, mask in self.masks.items():
+            shape = (len(self.adapters), *self.modules.get(name, ()))
+            if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+                raise NSCError(
+                    f"the recorded mask of {name}, {tuple(mask.shape)}, must be true or false, {shape}; {REMEDY}"
+                )
         for name, (B, A) in (*self.factors.items(), *self.start_factors.items()):
             shape = (*B.shape[:-1], *A.shape[1:])
             fits = B.ndim == A.ndim == 2 and B.shape[1] == A.shape[0] and shape == self.modules.get(name)
@@ -229,6 +238,36 @@ class Record:
         shape = (len(self.modules), columns)
         if tuple(self.coefficients.shape) != shape or not torch.isfinite(self.coefficients).all():
             raise NSCError(f"coefficients {tuple(self.coefficients.shape)} must be finite and of shape {shape}")
+        reach = config.max_drift if "max_drift" in self.settings else None
+        if reach is not None and not self.started and (self.coefficients - self.start).abs().max() > reach + 1e-4:
+            raise NSCError(f"a recorded coefficient is farther than max_drift, {reach}, from {self.start}; {REMEDY}")
+
+    def _check_values(self) -> MergeConfig:
+        """The settings of learning. Raises NSCError for a value that no merge writes."""
+        holds = {
+            "base": self.base != "",
+            "prefix": self.prefix == "" or self.prefix.endswith("."),
+            "start": math.isfinite(self.start),
+            "rank": self.rank is None or self.rank >= 1,
+            "modules": bool(self.modules) and all(min(shape) >= 1 for shape in self.modules.values()),
+            "adapters": all({"path", "fingerprint"} <= entry.keys() for entry in self.adapters.values()),
+        }
+        if wrong := [key for key, sound in holds.items() if not sound]:
+            raise NSCError(f"the record's {wrong[0]} cannot be that of a merge ({getattr(self, wrong[0])!r}); {REMEDY}")
+        return MergeConfig(**read_settings(self.method, self.settings)[1])
+
+
+def prefix_of_merge(matches: Mapping[str, Mapping[str, str]]) -> str:
+    """Return what the names in a merged adapter carry before the body's own.
+
+    Args:
+        matches: task -> the adapter's module name -> the base's.
+
+    Returns:
+        The layout that the adapters share, or else the longest.
+    """
+    prefix = layout(matches.values())
+    return max((layout([match]) or "" for match in matches.values()), key=len) if prefix is None else prefix
 
 
 def _rows(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
@@ -240,10 +279,9 @@ def _rows(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor
         return rows, file.get_tensor("coefficients")
 
 
-def _write_factors(factors: Mapping[str, LowRank], file: Path) -> None:
-    if factors:
-        parts = {f"{n}.{key}": x for n, f in factors.items() for key, x in f._asdict().items()}
-        save_file({name: x.float().contiguous() for name, x in parts.items()}, file)
+def _parts(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Factors of layers, as one file holds them."""
+    return {f"{name}.{key}": x.float() for name, pair in factors.items() for key, x in pair._asdict().items()}
 
 
 def _read_factors(file: Path) -> dict[str, LowRank]:
@@ -251,13 +289,3 @@ def _read_factors(file: Path) -> dict[str, LowRank]:
     stored = load_file(file)
     names = [key.removesuffix(".B") for key in stored if key.endswith(".B")]
     return {name: LowRank(stored[f"{name}.B"].double(), stored[f"{name}.A"].double()) for name in names}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"nsc": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "safetensors"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions

@@ -12,10 +12,11 @@ from nsc.adapters.lora import Adapter
 from nsc.adapters.stack import Stack
 from nsc.bases import loading
 from nsc.bases.base_model import Base
+from nsc.bases.codes import quantization_settings
 from nsc.bases.experts import expert_of
 from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder
 from nsc.batch import Batch
-from nsc.data.modalities import feed_of
+from nsc.data.modalities import example_of
 from nsc.errors import NSCError
 from nsc.export.output import Output, refuse_output
 from nsc.export.proof import Proof
@@ -45,6 +46,7 @@ class MergeResult:
         combination: what another method makes of the adapters; None for the sum by learned coefficients.
         fixed: the merge itself, where its factors were found from rows and are not made again; None else.
         with_base: whether ``save`` loads the base even without rows, and makes some.
+        checkpoint: where its learning kept its state, which ``save`` removes where it lies in ``out.partial``.
     """
 
     coefficients: Tensor | None
@@ -57,6 +59,7 @@ class MergeResult:
     combination: Combination | None = None
     fixed: FixedFactors | None = None
     with_base: bool = False
+    checkpoint: Path | None = None
 
     @property
     def merged(self) -> Merged:
@@ -107,12 +110,12 @@ class MergeResult:
             NSCError: as ``refuse_output`` does.
             ProofError: if what was loaded back is not what was merged.
         """
-        refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe)
-        output = Output(self.merged, self.record, self.report, self.adapters)
+        refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe, self.merged.names)
+        output = Output(self.merged, self.record, self.report, self.adapters, self.checkpoint)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
-    def _proof_base(self, full: bool) -> tuple[Base, Batch] | None:
-        """The base in full precision and rows for it; None where none is at hand, or memory does not hold it.
+    def _proof_base(self, full: bool) -> tuple[Base, Batch] | str:
+        """The base in full precision and rows for it; or why there are none.
 
         One that was not learned on in that form is loaded anew, on the CPU.
         """
@@ -121,15 +124,22 @@ class MergeResult:
             return base, self.batch.to(input_device(self.model))
         learned = self.batch is not None
         if not (learned or full or self.with_base):
-            return None
+            return "no base loaded"
         settings, own = self.record.settings, learned or self.with_base
         device = "cpu" if learned else one_device(settings.get("device", "auto") if own else "auto")
         dense = self.recipe is not None and self.recipe.is_dense
         experts = any(map(expert_of, self.stack.names))  # which are copied to carry the merge
         if not _fits(base, 1 + full + dense + experts, device):
-            return None
-        base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
-        batch = self.batch or feed_of(base).example(base)
+            return "no base loaded, for which memory does not suffice"
+        try:
+            base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
+        except NSCError:
+            if learned or full or not quantization_settings(base.config):
+                raise
+            return "no base loaded, of whose codes only their own library makes weights"
+        batch = self.batch or example_of(base)
+        if batch is None:
+            return f"no example is known on which {type(base.model).__name__} runs"
         return base, batch.to(input_device(base.model))
 
 
@@ -140,4 +150,5 @@ def _fits(base: Base, copies: int, device: str) -> bool:
         size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     except (NSCError, OSError):
         return True
+    copies *= 2 if quantization_settings(base.config) else 1  # since codes are loaded as numbers
     return bool(files) and copies * size < (free_memory(torch.device(device)) or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from nsc.runtime.cuda_graphs import make_graphs
 from nsc.runtime.memory import free_memory
 from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import shards_of
+from nsc_kernels import MergedLoRALinear
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def prepared(
         setting.place(theta.detach().requires_grad_())
         fits = config.tokens_per_pass or (None if shards else _measure(setting.objective, first_step[0], say))
         try:
-            yield state, Passes(setting.objective, theta, fits, state.loss, graphs, setting.place)
+            yield state, Passes(setting.objective, theta, fits, state.loss, graphs, setting.place, setting.folding)
         finally:
             graphs.clear()
 
@@ -84,6 +86,7 @@ class Setting(NamedTuple):
         theta: at the start.
         frozen: which coefficients keep their value.
         place: puts theta into the layers, differentiably.
+        folding: layers that a step runs and that hold a folded weight until its end.
     """
 
     objective: Objective
@@ -91,6 +94,7 @@ class Setting(NamedTuple):
     theta: Tensor
     frozen: Tensor
     place: Callable[[Tensor], None]
+    folding: Sequence[MergedLoRALinear] = ()
 
 
 @contextmanager
@@ -109,9 +113,14 @@ def _on_coefficients(
         with shards.one_pass() if shards else nullcontext():
             reachable = _reachable(objective, row, lam)
         frozen = ~reachable | ~stack.owned.to(device)
-        yield Setting(
-            objective, coefficients, theta, frozen, lambda theta: set_coefficients(layers, coefficients(theta))
-        )
+        run = [layer for layer, there in zip(layers.values(), reachable.any(1).tolist(), strict=True) if there]
+        folding = [] if config.gradient_checkpointing else [x for x in run if isinstance(x, MergedLoRALinear)]
+        place = partial(_place, layers, coefficients)
+        yield Setting(objective, coefficients, theta, frozen, place, folding)
+
+
+def _place(layers: dict[str, Any], coefficients: Coefficients, theta: Tensor) -> None:
+    set_coefficients(layers, coefficients(theta))
 
 
 @contextmanager

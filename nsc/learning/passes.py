@@ -19,6 +19,7 @@ from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.memory import kept_bytes
 from nsc.runtime.placement import input_device
 from nsc.runtime.sharding import LostPass, Shards, shards_of, weightless
+from nsc_kernels.modules import MergedLoRALinear, folded_once
 
 SHARE = 0.4  # of free memory; the rest is for what a pass holds only for a moment, and for the graphs' own pool
 
@@ -111,6 +112,7 @@ class Passes:
         loss: () where the loss adds up; it stays where it is, since ``graphs`` write there.
         graphs: graphs that record passes; none by default.
         place: puts theta into the layers, differentiably; as their coefficients by default.
+        folding: layers of plan "weights" that fold their weight once a step instead of in every pass.
     """
 
     def __init__(
@@ -121,8 +123,9 @@ class Passes:
         loss: Tensor | None = None,
         graphs: Graphs | None = None,
         place: Callable[[Tensor], None] | None = None,
+        folding: Sequence[MergedLoRALinear] = (),
     ) -> None:
-        self.objective = objective
+        self.objective, self.folding = objective, folding
         self.theta = theta
         self.place = place or partial(set_coefficients, objective.layers)
         self.tokens = tokens
@@ -165,9 +168,12 @@ class Passes:
                 torch.cuda.empty_cache()
 
     def _gradient(self, passes: Sequence[Batch]) -> Tensor:
-        for batch in passes:
-            with self.shards.one_pass() if self.shards else nullcontext():
-                self.graphs(self._pass, batch.pinned() if self.theta.is_cuda else batch)
+        with torch.no_grad():
+            self.place(self.theta)
+        with folded_once(self.folding):
+            for batch in passes:
+                with self.shards.one_pass() if self.shards else nullcontext():
+                    self.graphs(self._pass, batch.pinned() if self.theta.is_cuda else batch)
         return self.loss
 
     def _pass(self, batch: Batch) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nsc.adapters.experts import refuse_experts
+from nsc.adapters.fused_layers import refuse_experts
 from nsc.adapters.lora import Adapter
 from nsc.adapters.matching import Matched, match_to_base
 from nsc.adapters.stack import Stack, by_rank, whitened
 from nsc.bases import loading
 from nsc.bases.base_model import Base
+from nsc.bases.llava import refuse_moving_tower
 from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.config import MergeConfig
@@ -143,6 +144,7 @@ def stack_on(
     device = "cpu" if config.shard else config.device
     base = loading.load(base, config.dtype, device, config.weights, config.device_map)
     matched = match_to_base(base, adapters, config.keep_modules)
+    refuse_moving_tower(base.model, matched.stack.names)
     if config.shard:
         shard_linears(base.model, team, one_device(config.device))
     return base, matched

@@ -115,6 +115,7 @@ def merge(
     else:
         result = merge_by_learning(home, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result
+    result = replace(result, checkpoint=place)
     return _finished(result, data, chosen, config, say)
 
 

@@ -18,7 +18,7 @@ from nsc.adapters.stack import Stack
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.errors import NSCError
-from nsc.export.record import Record
+from nsc.export.record import UNVERIFIED, Record
 from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.recipes.combination import Combination
@@ -143,6 +143,7 @@ def _weights(
     taken = taken[:, [tasks.index(task) for task in columns.values()]]
     other = [t for t, old in columns.items() if record.adapters[old]["fingerprint"] != fingerprint(adapters[t])]
     warnings = [f"{where} were learned for another adapter of the same name: {', '.join(other)}"] if other else []
+    warnings += [] if record.verified else [f"{coefficients}: {UNVERIFIED}"]
     return taken, record.start, warnings
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nsc.adapters.experts import on_experts
+from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.adapters.matching import Matched, beside, match_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
@@ -17,7 +17,8 @@ from nsc.bases.base_model import Base
 from nsc.bases.experts import expert_of
 from nsc.config import START
 from nsc.errors import NSCError
-from nsc.export.record import Record
+from nsc.export.description import REMEDY
+from nsc.export.record import UNVERIFIED, Record, prefix_of_merge
 from nsc.export.result import MergeResult
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.paths import absolute
@@ -91,6 +92,8 @@ def apply(
             )
     read = on_experts(read, Base(record.base).model) if any(map(expert_of, record.modules)) else read
     matches = match_adapters(read, record.modules)
+    if (prefix := prefix_of_merge(matches)) != record.prefix:
+        raise NSCError(f"the record's prefix is {record.prefix!r}, but that of its adapters {prefix!r}; {REMEDY}")
     body = BaseLayers(record.modules, record.dense)
     read, whole = split_saved(read, matches, body, record.settings.get("keep_modules", ()))
     stack = stack_adapters(read, matches, record.modules, dense_stacks(Base(record.base), whole))
@@ -104,5 +107,6 @@ def apply(
             f" {tuple(stack.owned.shape)}; it is damaged; merge again"
         )
     report = describe_stack(record.base, stack, lam, record.start, record.method)
-    report = replace(report, started=record.started)
+    warnings = report.warnings + ([] if record.verified else [f"{folder}: {UNVERIFIED}"])
+    report = replace(report, started=record.started, warnings=warnings)
     return replay(MergeResult(lam, report, record, read, stack))

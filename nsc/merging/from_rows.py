@@ -13,7 +13,7 @@ from typing import Any
 from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
-from nsc.data.modalities import feed_of
+from nsc.data.modalities import example_of, feed_of
 from nsc.data.sources import Source, place_of, read_data
 from nsc.errors import NSCError
 from nsc.evaluation.solving import Findings, found_on, magnitudes_on
@@ -127,7 +127,7 @@ def _with_base(
 ) -> MergeResult:
     """The merge as it is now, with the base in memory if it is whole, and where the rows were in its record."""
     record = replace(result.record, data={task: place_of(source) for task, source in data.items()})
-    batch = result.batch or feed_of(base).example(base)
+    batch = result.batch or example_of(base)
     return replace(
         result, combination=combination, record=record, model=base.model if config.whole_base else None, batch=batch
     )

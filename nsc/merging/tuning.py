@@ -14,7 +14,7 @@ from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
 from nsc.data.labelled import Labelled, read_all_labelled
-from nsc.data.modalities import feed_of
+from nsc.data.modalities import example_of, feed_of
 from nsc.data.sources import Source, place_of, read_data
 from nsc.errors import DataError, NSCError, one_line
 from nsc.evaluation.scale_search import (
@@ -266,7 +266,7 @@ def _described(
     if search.by != "labels":
         record = replace(record, data=facts["rows"])
     base = Base(result.record.base, result.model)
-    batch = result.batch or feed_of(base).example(base)
+    batch = result.batch or example_of(base)
     return replace(result, report=report, record=record, batch=batch)
 
 

@@ -1,7 +1,7 @@
 """FR-Merging: filter every update in the frequency domain, then add.
 
     D = sum_k w_k a_k Re ifft2(w * fft2(D_k)),    w(u, v) = [d <= lo] + [lo <= d <= hi]
-    d = |(u, v) - (floor(H/2), floor(W/2))|,  lo = floor(min(H, W) / 10),  hi = ratio min(H, W)
+    d = |(u, v) - (floor(H/2), floor(W/2))|,  lo = floor(min(H, W) / 10),  hi = ratio min(H, W), or ratio max(H, W)
 
 Source: https://arxiv.org/abs/2411.16815, as its code does it. The transform is not shifted, so the middle of (u, v) is
 the *highest* frequency: what lies farther from it than hi is removed, that is the lowest frequencies, the mean among
@@ -28,7 +28,7 @@ class FrSettings:
     Attributes:
         ratio: hi over the side.
         align: whether all tasks get the same mean magnitude.
-        side: "min" or "max" of H and W, for lo and hi.
+        side: "min" or "max" of H and W, for hi; lo takes the smaller one in either of the original's forms.
     """
 
     ratio: float = 0.7
@@ -92,7 +92,7 @@ def band(H: int, W: int, settings: FrSettings) -> Tensor:
     side = min(H, W) if settings.side == "min" else max(H, W)
     u, v = torch.arange(H, dtype=torch.float64)[:, None], torch.arange(W, dtype=torch.float64)
     distance = ((u - H // 2).square() + (v - W // 2).square()).sqrt()
-    low, high = side // 10, settings.ratio * side
+    low, high = min(H, W) // 10, settings.ratio * side
     w = (distance <= low).double() + ((distance >= low) & (distance <= high)).double()
     negative = w.roll((-1, -1), (0, 1)).flip(0, 1)
     return ((w + negative) / 2)[:, : W // 2 + 1]

@@ -13,8 +13,9 @@ from typing import Any, get_type_hints
 
 from nsc.checks import expected, require_fraction, typed
 from nsc.config import AUTO, LEARNED, MergeConfig
-from nsc.errors import NSCError
+from nsc.errors import NSCError, clipped
 from nsc.methods import METHODS, Method
+from nsc.methods.ties import TiesSettings
 from nsc.recipes.spaces import SPACES
 
 COMMON = ("scale", "weights", "isotropize", "aim")  # settings of every method that learns nothing
@@ -63,6 +64,12 @@ class Recipe:
         require_fraction("beta", self.beta)
         if self.aim is not None:
             require_fraction("aim", self.aim)
+        counts = isinstance(self.settings, TiesSettings) and self.settings.rules.elect == "count"
+        if counts and self.space != "full":
+            raise NSCError(
+                f"{self.full_name} cannot elect by count: signs of singular vectors are arbitrary, and a draw of counts"
+                f" goes by them; give elect mass, or {self.name} without {self.space}"
+            )
         in_core = "core" in self.method.spaces
         if self.isotropize and not (self.space != "knots" and (in_core or self.method.basis_free)):
             remedy = f"give core-{self.name}, or leave it out" if in_core else "leave it out"
@@ -154,7 +161,7 @@ def read_recipe(method: str, **settings: Any) -> Recipe:
         try:
             settings[key] = typed(value, kinds[key])
         except TypeError:
-            raise NSCError(f"{key} must be {expected(kinds[key])}, not {value!r}") from None
+            raise NSCError(f"{key} must be {expected(kinds[key])}, not {clipped(repr(value))}") from None
     mine = chosen.settings(**{key: value for key, value in settings.items() if key in own})
     return Recipe(name, space, mine, **{key: value for key, value in settings.items() if key in common})
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsc.errors import NSCError, one_line
+
 
 def input_device(model: nn.Module) -> torch.device:
     """Return where the inputs of a model belong: where its first module with weights runs, wherever those are kept.
@@ -130,5 +132,14 @@ def one_device(device: str) -> str:
 
     Returns:
         A device by name.
+
+    Raises:
+        NSCError: if there is no such device, or it holds no values.
     """
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each backend raises its own kinds
+        raise NSCError(f"device {device} cannot be used ({one_line(error)}); give cpu, or auto") from error
+    return device

@@ -88,7 +88,7 @@ def test_rows_of_every_form_are_the_same_prompts(questions, tmp_path):
 def test_rows_that_cannot_be_read(tmp_path, questions):
     file = tmp_path / "rows.jsonl"
     for row, message in (
-        ({"question": "what"}, "line 1 has the fields question, no image"),
+        ({"photo": {"bytes": "", "path": "x"}, "question": "what"}, "line 1 has the fields photo, question, no image"),
         ({"image": "none.png", "question": "what"}, "line 1 cannot be read"),
         (["what"], "line 1 holds a list"),
     ):
@@ -127,8 +127,26 @@ def test_without_a_template_the_image_comes_first(tmp_path):
 @pytest.mark.parametrize(("kind", "why"), NAMES.items())
 def test_other_ways_to_feed_images_are_refused_by_name(kind, why, tmp_path):
     transformers.AutoConfig.for_model(kind, image_token_id=5).save_pretrained(tmp_path)
-    with pytest.raises(NSCError, match=f"{kind} {why}.*LLaVA's structure"):
-        feed_of(Base(str(tmp_path)))
+    feed, rows = feed_of(Base(str(tmp_path))), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "seen"}))
+    assert feed.read(rows) == feed.read(["seen"]) == ["seen"]
+    rows.write_text(json.dumps({"photo": "cat.jpg", "text": "seen"}))
+    with pytest.raises(DataError, match=f"line 1 holds an image in photo, but {kind} {why}.*LLaVA's structure"):
+        feed.read(rows)
+    with pytest.raises(DataError, match=f"text 1 is a tuple, not a text, but {kind} {why}"):
+        feed.read([("cat.jpg", "seen")])
+
+
+def test_rows_without_images_are_read_as_texts(tmp_path, questions):
+    """Of a base that takes images with text, too; but not a row whose image goes by another name."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "what"}) + "\n" + json.dumps("word"))
+    assert read_prompts(rows) == read_prompts(["what", "word"]) == ["what", "word"]
+    image = next(iter(questions["count"].parent.glob("*.png")))
+    for name, message in (("image", "rows with and without an image"), ("photo", "no image; name it first")):
+        rows.write_text(json.dumps("word") + "\n" + json.dumps({name: str(image), "text": "what"}))
+        with pytest.raises(DataError, match=message):
+            read_prompts(rows)
 
 
 def test_a_model_that_computes_something_else_is_refused(llava, questions):

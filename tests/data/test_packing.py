@@ -177,12 +177,50 @@ def tiny(kind, **changes):
     return transformers.AutoModel.from_config(config).eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Gemma"])
-def test_causal_models_share_rows(kind, attention):
+def test_causal_models_share_rows(kind, attention, dtype):
     changes = {"num_key_value_heads": 2, "head_dim": 8} if kind == "Gemma" else {"num_key_value_heads": 2}
     model = tiny(kind, **changes, attn_implementation=attention)
+    assert can_share_rows(model.to(dtype))
+
+
+def test_short_positions_can_be_tried():
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16)
+    assert can_share_rows(transformers.GPT2Model(transformers.GPT2Config(**sizes)).eval())
+
+
+HYBRIDS = {
+    "Lfm2": dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "FalconH1": dict(mamba_d_ssm=64, mamba_d_state=8, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1),
+    "MiniMax": dict(head_dim=8, layer_types=["linear_attention", "full_attention"], num_local_experts=2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("std", [0.02, 0.1])
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_no_mixer_but_attention_shares_rows(kind, std, dtype):
+    """Convolutions, state spaces and linear attention see no mask, however little they carry into the next sample."""
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"this transformers has no {kind}")
+    model = tiny(kind, num_key_value_heads=2, pad_token_id=0, initializer_range=std, **HYBRIDS[kind])
+    assert not can_share_rows(model.to(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("offset", [1, 6, -1])
+def test_a_leak_below_any_tolerance_is_found(dtype, share, offset):
+    """A mixer that carries this share of another token's state, which the residual may round away."""
+    model = tiny("Llama").to(dtype)
+
+    def leak(module, inputs, output):
+        return output[0] + share * output[0].roll(offset, 1), *output[1:]
+
     assert can_share_rows(model)
+    model.layers[1].self_attn.register_forward_hook(leak)
+    assert not can_share_rows(model)
 
 
 def test_what_cannot_share_rows_is_found_out(monkeypatch):

@@ -1,6 +1,7 @@
 """The record replays a merge: byte for byte, without the base, and never with other adapters than those merged."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import nsc
 from nsc.errors import AdapterError, NSCError
-from nsc.export.record import Record
+from nsc.export.description import digest_of
+from nsc.export.record import UNVERIFIED, Record
 from nsc.methods import LowRank
 from nsc.recipes.updates import FixedFactors, WeightedSum
 from tests.conftest import ADAPTERS
@@ -39,11 +41,19 @@ def moved(home: Path) -> dict[str, Path]:
     return {task: home / "adapters" / task for task in ADAPTERS}
 
 
-def edit(home: Path, change) -> None:
+def edit(home: Path, change, seal: bool = True) -> None:
+    """Change merge.yaml; ``seal`` gives it the digest of what it says then."""
     file = home / "out/merge.yaml"
     record = yaml.safe_load(file.read_text())
+    record.pop("digest", None)
     change(record)
+    record = record | ({"digest": digest_of(yaml.safe_load(yaml.safe_dump(record)))} if seal else {})
     file.write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+def forget_digests(home: Path) -> None:
+    """Make the record one of a version before digests."""
+    edit(home, lambda record: record.pop("files"), seal=False)
 
 
 def weights(folder: Path) -> bytes:
@@ -161,11 +171,11 @@ def coefficients(change):
     [
         (cut("coefficients.safetensors", -4), "no readable record"),
         (cut("coefficients.safetensors", 3), "no readable record"),
-        (cut("merge.yaml", 60), "no readable record"),
-        (cut("merge.yaml", 0), "no readable record"),
+        (cut("merge.yaml", 60), "no readable record|lacks"),
+        (cut("merge.yaml", 0), "must hold a mapping"),
         (lambda out: (out / "merge.yaml").unlink(), r"no readable record.*merge\.yaml"),
         (lambda out: (out / "coefficients.safetensors").unlink(), "no readable record.*coefficients"),
-        (lambda out: (out / "merge.yaml").write_text("- a\n- b\n"), "no readable record"),
+        (lambda out: (out / "merge.yaml").write_text("- a\n- b\n"), "must hold a mapping"),
         (lambda out: (out / "merge.yaml").write_bytes(b"base: caf\xe9"), "no readable record"),
         (
             lambda out: save_file({"coefficients": torch.ones(1)}, out / "coefficients.safetensors"),
@@ -177,6 +187,7 @@ def coefficients(change):
     ],
 )
 def test_damaged_records(home, damage, said):
+    forget_digests(home)
     damage(home / "out")
     with pytest.raises(NSCError, match=said):
         nsc.apply(home / "out")
@@ -206,7 +217,10 @@ def test_recorded_factors_are_the_merge_again(fixed):
 
 @pytest.mark.parametrize("damage", ["nan", "missing", "shape"])
 def test_damaged_recorded_factors_are_refused(fixed, damage):
-    file = fixed / "out-fixed/factors.safetensors"
+    shutil.rmtree(fixed / "out")
+    (fixed / "out-fixed").rename(fixed / "out")
+    forget_digests(fixed)
+    file = fixed / "out/factors.safetensors"
     stored = load_file(file)
     name = next(iter(stored))
     if damage == "nan":
@@ -217,4 +231,96 @@ def test_damaged_recorded_factors_are_refused(fixed, damage):
         stored = {key: x for key, x in stored.items() if key[:-2] != name[:-2]}
     save_file(stored, file)
     with pytest.raises(NSCError, match="damaged"):
+        nsc.apply(fixed / "out")
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place // 8 % len(content)] ^= 1 << place % 8
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["coefficients.safetensors", "merge.yaml"])
+def test_flipped_bits_are_refused_or_change_nothing(made, tmp_path, name):
+    home = Path(shutil.copytree(made / "out", tmp_path / "out"))
+    sound, whole, places = (home / name).read_bytes(), Record.read(home), random.Random(1)
+    for _ in range(60):
+        (home / name).write_bytes(sound)
+        flip(home / name, places.randrange(8 * len(sound)))
+        try:
+            found = Record.read(home)
+        except NSCError as error:
+            assert str(error).count("\n") == 0 and len(str(error)) < 2000
+        else:
+            assert torch.equal(found.coefficients, whole.coefficients)
+            assert replace(found, coefficients=None) == replace(whole, coefficients=None)
+
+
+def test_flipped_factors_are_refused(fixed):
+    flip(fixed / "out-fixed/factors.safetensors", 8 * 5000 + 3)
+    with pytest.raises(NSCError, match=r"factors\.safetensors is not what was written; it is damaged or was edited"):
         nsc.apply(fixed / "out-fixed")
+
+
+def test_an_edited_record_is_refused_and_one_without_digests_told(home, made):
+    edit(home, lambda record: record.update(base="/elsewhere"), seal=False)
+    assert any(UNVERIFIED in warning for warning in nsc.apply(home / "out").report.warnings)
+    forget_digests(home)
+    result = nsc.apply(home / "out")
+    assert any(UNVERIFIED in warning for warning in result.report.warnings)
+    result.save(home / "again")
+    assert weights(home / "again") == weights(made / "out") and not nsc.apply(made / "out").report.warnings
+    edit_without_seal = (made / "out/merge.yaml").read_text().replace("base: /", "base: /elsewhere/")
+    (home / "out/merge.yaml").write_text(edit_without_seal)
+    with pytest.raises(NSCError, match=r"merge\.yaml is not what was written; .*--base and --adapter"):
+        nsc.apply(home / "out")
+
+
+IMPOSSIBLE = {
+    "base null": lambda r: r.update(base=None),
+    "base empty": lambda r: r.update(base=""),
+    "prefix mistyped": lambda r: r.update(prefix="modle."),
+    "prefix without dot": lambda r: r.update(prefix="model"),
+    "prefix a number": lambda r: r.update(prefix=3),
+    "start NaN": lambda r: r.update(start=float("nan")),
+    "start text": lambda r: r.update(start="half"),
+    "rank 0": lambda r: r.update(rank=0),
+    "rank true": lambda r: r.update(rank=True),
+    "adapters a list": lambda r: r.update(adapters=list(r["adapters"])),
+    "adapter without path": lambda r: r["adapters"]["plain"].pop("path"),
+    "adapter without fingerprint": lambda r: r["adapters"]["plain"].pop("fingerprint"),
+    "fingerprint null": lambda r: r["adapters"]["plain"].update(fingerprint=None),
+    "one adapter more": lambda r: r["adapters"].update(more=r["adapters"]["plain"]),
+    "method unknown": lambda r: r.update(method="magic"),
+    "method a list": lambda r: r.update(method=["nsc"]),
+    "settings null": lambda r: r.update(settings=None),
+    "setting unknown": lambda r: r["settings"].update(stepz=3),
+    "setting of another type": lambda r: r["settings"].update(steps="three"),
+    "setting NaN": lambda r: r["settings"].update(lr=float("nan")),
+    "huge setting": lambda r: r["settings"].update(seed=10**400),
+    "key unknown": lambda r: r.update(kind="merge"),
+    "key missing": lambda r: r.pop("targets"),
+    "targets numbers": lambda r: r.update(targets=[1]),
+    "dense nested": lambda r: r.update(dense=[["x"]]),
+    "masks that are not there": lambda r: r.update(masks=True),
+    "factors that are not there": lambda r: r.update(factors=True),
+    "fitted no JSON": lambda r: r.update(fitted="{"),
+    "layers a list": lambda r: r.update(layers="[1]"),
+    "layers deep": lambda r: r.update(layers="[" * 100000),
+    "files outside": lambda r: r["files"].update({"/nowhere/x": "0"}),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_record_that_no_merge_has_written_is_refused_though_it_is_sealed(home, name):
+    edit(home, IMPOSSIBLE[name])
+    with pytest.raises(NSCError) as error:
+        nsc.apply(home / "out")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_a_coefficient_beyond_the_bound_is_refused(home):
+    forget_digests(home)
+    coefficients(lambda c: c + 0.5)(home / "out")
+    with pytest.raises(NSCError, match="farther than max_drift"):
+        nsc.apply(home / "out")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nsc_kernels import MergedLoRALinear
+from nsc_kernels import MergedLoRALinear, lora_fold, modules
 from nsc_kernels.lora_down import lora_down_backward_reference, lora_down_reference
 from nsc_kernels.lora_fold import lora_fold_backward_reference, lora_fold_reference
 from nsc_kernels.lora_up import lora_up_backward_reference, lora_up_reference
@@ -187,3 +187,29 @@ def test_flops_of_a_plan_are_those_of_its_passes(plan):
             lora_fold_reference(W, B, c, A)
             lora_fold_backward_reference(y.T @ z, B, c, A, False)
     assert counter.get_total_flops() == extra_flops(plan, n, d, m, R)
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+@pytest.mark.parametrize("rows", [1, 40])  # dc from rows, and from the weight
+def test_a_weight_folded_once_is_that_of_every_forward(rows, by_rank, monkeypatch):
+    """The same bits, by one fold for all forwards inside, and of new coefficients the next time."""
+    base, A, B = make()
+    lam = torch.tensor([0.3, 0.7, -0.4, 0.2, 0.5][: 5 if by_rank else 3], dtype=torch.float64, requires_grad=True)
+    layer = MergedLoRALinear(base, A, B, RANKS, SCALES, lam, plan="weights", by_rank=by_rank)
+    passes = [torch.randn(rows, 7, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def run(z):
+        y = layer(z)
+        return y, *torch.autograd.grad(y.square().sum(), (z, lam))
+
+    folds = []
+    monkeypatch.setattr(modules, "lora_fold", lambda *args, **options: folds.append(1) or lora_fold(*args, **options))
+    for _ in range(2):
+        plain = [run(z) for z in passes]
+        folds.clear()
+        with modules.folded_once([layer]):
+            shared = [run(z) for z in passes]
+        assert len(folds) == 1 and layer.folded is None
+        torch.testing.assert_close(shared, plain, rtol=0, atol=0)
+        with torch.no_grad():
+            lam += 1

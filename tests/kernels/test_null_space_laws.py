@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nsc_kernels._op import INTERPRET
 from nsc_kernels._ratio_tl import MIN_RATIO
 from nsc_kernels.null_space_ratio import null_space_ratio
 from tests.ops import BF16, DEVICES, F16, F32, F64, Case, make
@@ -122,7 +123,7 @@ def ratio_to(z, down, gram=True):
 
 
 def test_law_within_zero_and_one(ratio):
-    for seed in range(20):
+    for seed in range(4 if INTERPRET else 20):
         inputs = make(Case(130, 6, (5,), BF16), seed=seed)
         value = ratio(inputs.z, inputs.u, inputs.gram_inverse)
         assert ((value >= 0) & (value <= 1)).all()

@@ -3,10 +3,21 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsc_kernels import lora_down, lora_fold, lora_fork, lora_moments, lora_up, null_space_ratio, ratio_from_energy
+from nsc_kernels import (
+    GramCache,
+    lora_down,
+    lora_fold,
+    lora_fork,
+    lora_moments,
+    lora_up,
+    null_space_ratio,
+    ratio_from_energy,
+)
+from nsc_kernels._op import INTERPRET
 
 z, A, B, W = torch.randn(5, 8), torch.randn(3, 8), torch.randn(6, 3), torch.randn(6, 8)
 CALLS = {
@@ -56,6 +67,8 @@ def test_fake_tensors_and_traces(name):
 @every_call
 def test_plain_tensors_go_straight(name, monkeypatch):
     """With and without a gradient the dispatcher has no part in it, and the value is the operator's."""
+    if name == "lora_fold out" and INTERPRET:
+        pytest.skip("its launch fills the buffer itself, without a range for the profiler")
     with Seen():
         want = CALLS[name](z)
     plain, leaf = CALLS[name](z), z.clone().requires_grad_()
@@ -70,6 +83,26 @@ def test_plain_tensors_go_straight(name, monkeypatch):
 def test_function_transforms(name):
     want = torch.autograd.grad(CALLS[name](leaf := z.clone().requires_grad_()), leaf)[0]
     torch.testing.assert_close(torch.func.grad(CALLS[name])(z), want)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("lora_fold out", "lora_moments")])
+def test_tangents_are_refused(name):
+    """A kernel would drop them, and the derivative be zero without a word."""
+    with forward_ad.dual_level():
+        CALLS[name](z)
+        with pytest.raises(NotImplementedError, match=r"has no forward-mode derivative; differentiate in reverse mode"):
+            CALLS[name](forward_ad.make_dual(z, torch.ones_like(z)))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(CALLS[name], (z,), (torch.ones_like(z),))
+
+
+def test_tangents_are_refused_where_no_operator_is_called():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(A, torch.ones_like(A))
+        with pytest.raises(NotImplementedError, match=r"lora_fold has no forward-mode derivative"):
+            lora_fold(W, B, torch.ones(3), dual, out=torch.empty_like(W))
+        with pytest.raises(NotImplementedError, match=r"GramCache\.inverse has no forward-mode derivative"):
+            GramCache().inverse(dual)
 
 
 def test_a_second_derivative_is_refused():

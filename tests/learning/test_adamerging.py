@@ -24,6 +24,7 @@ from nsc.errors import NSCError
 from nsc.learning.entropy import Entropy, entropy_of
 from nsc.learning.generation import continue_prompts
 from nsc.learning.loop import Learned, learn
+from nsc.seal import unsealed
 from nsc_kernels import GramCache
 from tests.learning.test_exactness import SINGLE, adapted, llama
 from tests.merging.test_option_merges import vision  # noqa: F401
@@ -213,7 +214,7 @@ def test_a_clipped_merge_stays_within_zero_and_one(base, adapters, texts, vision
     if method == "adamerging-task":
         assert (whole.coefficients == whole.coefficients[0]).all()
     nsc.merge(base, adapters, data, **settings, checkpoint=tmp_path / "state.pt")
-    theta = torch.load(tmp_path / "state.pt")["theta"]
+    theta = unsealed((tmp_path / "state.pt").read_bytes())[0]["theta"]
     assert theta.min() < 0 or theta.max() > 1  # the parameter itself goes on
     resumed = nsc.merge(base, adapters, data, **{**settings, "steps": 6}, checkpoint=tmp_path / "state.pt", resume=True)
     assert torch.equal(resumed.coefficients, whole.coefficients)

@@ -40,6 +40,7 @@ from nsc.recipes.merged_factors import factors_to_fit, starting_factors
 from nsc.recipes.updates import WeightedSum
 from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.memory import kept_bytes
+from nsc.seal import unsealed
 from tests.learning.test_loop import HostReads
 from tests.plain_options import merged_parameters
 from tests.runtime.test_cuda_graphs import Traced, taped  # noqa: F401
@@ -561,7 +562,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(long, tmp_path, name, stop
     checkpoint = tmp_path / "state.pt"
     with pytest.raises(KeyboardInterrupt):
         replace(problem, batches=interrupting).learn(checkpoint=checkpoint, progress=False)
-    assert torch.load(checkpoint)["step"] == stop + 1
+    assert unsealed(checkpoint.read_bytes())[1]["step"] == stop + 1
     assert_same_bits(problem.learn(checkpoint=checkpoint, resume=True, progress=False), whole)
 
 
@@ -586,7 +587,7 @@ def test_killed_again_and_again_equals_uninterrupted(long, tmp_path, monkeypatch
         child.start()
         child.join(60)
         assert child.exitcode == -signal.SIGKILL, (place, turn, when)
-        reached.append(torch.load(checkpoint)["step"] if checkpoint.exists() else 0)
+        reached.append(unsealed(checkpoint.read_bytes())[1]["step"] if checkpoint.exists() else 0)
     assert reached == sorted(reached) and 0 < reached[-1] < STEPS
     assert_same_bits(problem.learn(checkpoint=checkpoint, resume=True, progress=False), whole)
 

@@ -15,6 +15,7 @@ from nsc.learning.loop import learn
 from nsc.learning.objective import NullSpaceObjective
 from nsc.learning.passes import Passes, tokens_that_fit
 from nsc.runtime.memory import free_memory, kept_bytes
+from nsc_kernels import lora_fold, modules
 from tests.learning.test_loop import CONFIG, TARGETS, setting  # noqa: F401
 
 
@@ -65,3 +66,22 @@ def test_free_memory_of_this_machine():
     free = free_memory(torch.device("cpu"))
     assert 10**6 < free < 10**15
     assert free_memory(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(("checkpointing", "folds"), [(False, 3 * 4), (True, 0)])
+def test_a_step_folds_each_weight_once_for_all_passes(setting, checkpointing, folds, monkeypatch):  # noqa: F811
+    """Of the three layers that a step runs, in four steps; not where memory is what matters."""
+    model, stack, batches = setting
+    kept = []
+
+    def noted(*args, out=None):
+        kept.append(out is not None)
+        return lora_fold(*args, out=out)
+
+    monkeypatch.setattr(modules, "lora_fold", noted)
+    config = replace(CONFIG, steps=4, tokens_per_pass=8, layers="weights", gradient_checkpointing=checkpointing)
+    assert min(len(passes.in_passes(batches(step), 8)) for step in range(4)) > 1
+    found = learn(model, stack, TARGETS, batches, config).coefficients
+    assert sum(kept) == folds < len(kept)
+    by_factors = learn(model, stack, TARGETS, batches, replace(config, layers="factors")).coefficients
+    torch.testing.assert_close(found, by_factors)

@@ -130,7 +130,7 @@ def test_fr_is_the_filter_of_its_code(shape, settings):
     X, layer = noise(3, *shape), layer_info(3, [1.0, 0.5, 2.0])
     H, W = shape
     side = (max if settings.get("side") == "max" else min)(shape)
-    low, high = side // 10, settings.get("ratio", 0.7) * side
+    low, high = min(shape) // 10, settings.get("ratio", 0.7) * side
     d = torch.tensor([[((u - H // 2) ** 2 + (v - W // 2) ** 2) ** 0.5 for v in range(W)] for u in range(H)])
     w = (d <= low).double() + ((low <= d) & (d <= high)).double()
     parts = torch.fft.ifft2(torch.fft.fft2(X) * w).real

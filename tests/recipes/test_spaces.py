@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsc.errors import NSCError
 from nsc.methods import METHODS, Updates
 from nsc.recipes.combination import Combination, stack_of
 from nsc.recipes.spaces import SPACES, core, knots
@@ -208,3 +209,30 @@ def test_a_layer_without_any_update():
     updates = replace(updates, B=tuple(torch.zeros_like(b) for b in updates.B))
     for space in ("core", "knots"):
         assert torch.equal(merged(f"{space}-task-arithmetic", updates), torch.zeros(30, 20, dtype=torch.float64))
+
+
+def turned(updates: Updates, seed: int) -> Updates:
+    """The same updates with other orthogonal factors: (Q A, B Q')."""
+    draw = torch.Generator().manual_seed(seed)
+    turns = [torch.linalg.qr(torch.randn(r, r, generator=draw, dtype=torch.float64)).Q for r in updates.ranks]
+    A = tuple(q @ a for q, a in zip(turns, updates.A, strict=True))
+    return replace(updates, A=A, B=tuple(b @ q.T for q, b in zip(turns, updates.B, strict=True)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"elect": "normmass"}, {"preset": "peft"}, {"density": 1.0}], ids=str)
+@pytest.mark.parametrize("method", ["knots-ties", "core-ties", "ctm-ties", "knots-dare-ties"])
+def test_ties_does_not_depend_on_signs_of_singular_vectors(method, settings):
+    updates = factors((30, 20), (4, 4, 4))
+    want = merged(method, updates, **settings)
+    for seed in (1, 2, 3):
+        torch.testing.assert_close(merged(method, turned(updates, seed), **settings), want)
+
+
+@pytest.mark.parametrize("settings", [{"preset": "nsc"}, {"elect": "count"}], ids=str)
+@pytest.mark.parametrize("method", ["ties", "dare-ties"])
+def test_an_election_that_would_depend_on_them_is_refused(method, settings):
+    assert read_recipe(method, **settings).settings.rules.elect == "count"
+    for space in ("core", "knots", "ctm"):
+        with pytest.raises(NSCError, match=f"{space}-{method} cannot elect by count.*give elect mass, or {method}"):
+            read_recipe(f"{space}-{method}", **settings)
+    assert read_recipe(f"knots-{method}", preset="nsc", elect="mass").settings.rules.agg == "sum"

@@ -16,6 +16,7 @@ from nsc.data.packing import pack
 from nsc.errors import NonFiniteError, ResumeError
 from nsc.learning.passes import Passes, share_out
 from nsc.runtime.distributed import RankError, join
+from nsc.seal import unsealed
 from tests.runtime.ranks import CLOSE, CONFIG, assert_same, run, together, torchrun
 
 
@@ -73,7 +74,7 @@ def test_a_rank_that_dies_costs_no_step(setting, alone, tmp_path, monkeypatch, d
     assert outcomes.pop(dies) == 9
     for error in outcomes:
         assert isinstance(error, RankError) and "lost the others" in str(error) and "resume" in str(error)
-    assert torch.load(checkpoint)["step"] == 5
+    assert unsealed(checkpoint.read_bytes())[1]["step"] == 5
     assert_same(together(tmp_path, resumed_by, lambda rank: run(setting, checkpoint=checkpoint, resume=True)), alone)
 
 
@@ -90,7 +91,7 @@ def test_an_interrupt_of_one_rank_stops_all_at_one_step(setting, alone, tmp_path
         return run(setting, batches=interrupting, checkpoint=checkpoint)
 
     assert [type(o) for o in together(tmp_path, 2, work)] == [KeyboardInterrupt] * 2
-    assert torch.load(checkpoint)["step"] == 5
+    assert unsealed(checkpoint.read_bytes())[1]["step"] == 5
     assert_same(together(tmp_path, 4, lambda rank: run(setting, checkpoint=checkpoint, resume=True)), alone)
 
 
@@ -171,7 +172,7 @@ def test_the_command_line_under_torchrun(command, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     killed = torchrun(2, [str(tmp_path / "dies.py")], command, out)
     assert killed.returncode == 1 and "nsc (rank 0): rank 0 of 2 lost the others" in killed.stderr
-    assert torch.load(partial / "checkpoint.pt")["step"] == 20 and not out.exists()
+    assert unsealed((partial / "checkpoint.pt").read_bytes())[1]["step"] == 20 and not out.exists()
 
     done = torchrun(2, ["-m", "nsc"], command, out, "--resume")
     assert done.returncode == 0, done.stderr
