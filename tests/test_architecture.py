@@ -18,6 +18,8 @@ HEAVY = {
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",
     "nsc/bases/loading.py",
+    "nsc/export/card.py",
+    "nsc/export/served.py",
     "nsc/export/files.py",
     "nsc/export/parameters.py",
     "nsc/export/proof.py",

@@ -206,11 +206,11 @@ def rewrite(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     return file
 
 
-def dense_updates(adapter: Path, kind: str = "AutoModelForCausalLM") -> dict[str, Tensor]:
+def dense_updates(adapter: Path, kind: str = "AutoModelForCausalLM", **config: Any) -> dict[str, Tensor]:
     """Body module -> scale * B @ A in float64, with factors and scale as PEFT itself loads them."""
     import peft
 
-    model = peft.PeftModel.from_pretrained(tiny_llama(kind), adapter)
+    model = peft.PeftModel.from_pretrained(tiny_llama(kind, **config), adapter)
     updates = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):

@@ -6,6 +6,7 @@ from nsc.cli.compare_command import compare
 from nsc.cli.inspect_command import inspect, methods
 from nsc.cli.merge_command import apply, merge
 from nsc.cli.plan_command import plan, profile
+from nsc.cli.push_command import push
 
 app = typer.Typer(
     name="nsc",
@@ -13,5 +14,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (merge, apply, methods, inspect, plan, profile, compare):
+for command in (merge, apply, push, methods, inspect, plan, profile, compare):
     app.command()(command)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nsc.cli.options import JSON
+from nsc.cli.options import FOR, JSON
 from nsc.cli.terminal import plain_errors
 
 
@@ -22,6 +22,7 @@ def methods(as_json: Annotated[bool, JSON] = False) -> None:
 def inspect(
     adapter: Annotated[list[str], typer.Argument(help="PEFT folders or Hub ids.")],
     as_json: Annotated[bool, JSON] = False,
+    programs: Annotated[list[str] | None, FOR] = None,
 ) -> None:
     """Show ranks, scales, targets, condition numbers, overlaps and unsupported features of adapters."""
     with plain_errors():
@@ -29,9 +30,19 @@ def inspect(
 
         from nsc.adapters.inspection import format_inspection
         from nsc.adapters.inspection import inspect as run
+        from nsc.errors import NSCError
+        from nsc.export.served import read_programs, serving
 
+        names = read_programs(programs or ())
         reports = run(adapter)
-        text = (
-            json.dumps([asdict(r) for r in reports], default=str, indent=1) if as_json else format_inspection(reports)
-        )
-        typer.echo(text)
+        served = [{name: serving(name, report.path) for name in names} for report in reports]
+        if as_json:
+            rows = [asdict(r) | ({"for": told} if names else {}) for r, told in zip(reports, served, strict=True)]
+            typer.echo(json.dumps(rows, default=str, indent=1))
+        else:
+            commands = [told["command"] for by_name in served for told in by_name.values() if told["command"]]
+            typer.echo("\n\n".join([format_inspection(reports), *commands]))
+        if refused := [
+            f"{r.name}: {p}" for r, s in zip(reports, served, strict=True) for t in s.values() for p in t["problems"]
+        ]:
+            raise NSCError("; ".join(refused))

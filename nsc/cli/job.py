@@ -15,7 +15,7 @@ from nsc.checks import expected, typed
 from nsc.config import MergeConfig, learned_settings, preset_settings
 from nsc.errors import NSCError, clipped, reading
 from nsc.evaluation.scale_search import default_search
-from nsc.export.description import REMEDY, REQUIRED
+from nsc.export.description import REMEDY, REQUIRED, with_own_places
 from nsc.export.record import COEFFICIENTS
 from nsc.merging.tuning import refuse_search
 from nsc.plain_yaml import parse_yaml
@@ -35,6 +35,9 @@ class Job:
         out: new folder.
         rank: rank the written adapter is truncated to; None for exact factors.
         full: whether the whole model is written.
+        ragged: whether each module of the adapter keeps its own rank.
+        base_id: name of the base on the Hub.
+        programs: those that the adapter is for.
         preset: one of PRESETS.
         method: name of a method.
         coefficients: folder of an earlier merge, whose coefficients weight the method.
@@ -51,6 +54,9 @@ class Job:
     out: str
     rank: int | None = None
     full: bool = False
+    ragged: bool = False
+    base_id: str | None = None
+    programs: tuple[str, ...] = ()
     preset: str | None = None
     method: str = "nsc"
     coefficients: str | None = None
@@ -184,7 +190,7 @@ def read_file(file: Path, method: str | None = None) -> FileContent:
     if not isinstance(told, dict):
         raise NSCError(f"{file} must hold a mapping of keys to values, such as base: FOLDER")
     if "method" in told and "made" in told:  # a saved merge.yaml, which also says what came out
-        told = _of_record(told, file, method)
+        told = _of_record(with_own_places(told, file.parent), file, method)
     nested = told.pop("settings", None) or {}
     if not isinstance(nested, dict):
         raise NSCError(f"{file}: settings must be a mapping of settings to values, not {clipped(repr(nested))}")

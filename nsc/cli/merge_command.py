@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nsc.cli.options import FULL, RANK, InputFlags, LearningFlags, MethodFlags, OutputFlags, RunningFlags, grouped
+from nsc.cli.options import (
+    BASE_ID,
+    FOR,
+    FULL,
+    RAGGED,
+    RANK,
+    InputFlags,
+    LearningFlags,
+    MethodFlags,
+    OutputFlags,
+    RunningFlags,
+    grouped,
+)
 from nsc.cli.terminal import given, pairs, plain_errors
 
 
@@ -33,6 +46,8 @@ def merge(
         from nsc.bases.weights import refuse_codes
         from nsc.errors import NSCError
         from nsc.export.output import refuse_output
+        from nsc.export.served import read_programs, refuse_early
+        from nsc.export.sharing import require_hub_id
         from nsc.merging.api import merge as run
         from nsc.paths import CHECKPOINT, held, partial_folder
         from nsc.runtime.distributed import join
@@ -43,6 +58,9 @@ def merge(
         refuse_output(out, base, job.rank, job.full, job.recipe)
         if job.full:
             refuse_codes(base, layers_on_codes(base, job.adapters))
+        require_hub_id(job.base_id)
+        programs = read_programs(job.programs)
+        refuse_early(programs, base, job.rank, job.full, job.ragged)
         checkpoint = partial_folder(out) / CHECKPOINT
         if checkpoint.exists() and not output.resume:
             raise NSCError(f"there is an interrupted merge in {checkpoint.parent}: add --resume, or remove that folder")
@@ -61,7 +79,8 @@ def merge(
             resume=output.resume,
         )
         if team.first:
-            _finish(result.save(out, rank=job.rank, full=job.full), out)
+            form = {"rank": job.rank, "full": job.full, "ragged": job.ragged, "base_id": job.base_id}
+            _save(result, out, programs, **form)
 
 
 def apply(
@@ -76,10 +95,14 @@ def apply(
         bool, typer.Option("--exact", help="Write the exact factors, even if the merge was truncated.")
     ] = False,
     full: Annotated[bool, FULL] = False,
+    ragged: Annotated[bool | None, RAGGED] = None,
+    base_id: Annotated[str | None, BASE_ID] = None,
+    programs: Annotated[list[str] | None, FOR] = None,
 ) -> None:
     """Repeat a recorded merge without learning; the base model is only needed for --full."""
     with plain_errors():
         from nsc.errors import NSCError
+        from nsc.export.served import read_programs
         from nsc.merging.from_record import apply as run
 
         if (rank is not None) + exact + full > 1:
@@ -88,8 +111,18 @@ def apply(
         for warning in result.report.warnings:
             typer.echo(f"warning: {warning}", err=True)
         kept = result.record.rank if rank is None and not (exact or full) else rank
-        _finish(result.save(out, rank=kept, full=full), out)
+        ragged = result.record.ragged if ragged is None else ragged
+        names = read_programs(programs or result.record.programs)
+        _save(result, out, names, rank=kept, full=full, ragged=ragged, base_id=base_id)
 
 
-def _finish(proof: Any, out: Path) -> None:
+def _save(result: Any, out: Path, programs: Sequence[str], **form: Any) -> None:
+    """Write, prove, and say where it lies and what serves it."""
+    from nsc.export.programs import Place, commands
+    from nsc.export.served import Contents
+
+    proof = result.save(out, programs=programs, **form)
     typer.echo(f"proof: {proof}\nwritten to {out}")
+    if programs:
+        adapter = {} if form["full"] else {"base": result.record.base, "rank": Contents.of(out).rank}
+        typer.echo(commands(programs, Place(out, **adapter)))

@@ -14,14 +14,25 @@ import typer
 
 ADAPTER = typer.Option(metavar="TASK=PATH", help="PEFT folder or Hub id; repeat for each task.")
 BASE = typer.Option(help="Base model: folder or Hub id.")
+BASE_ID = typer.Option(
+    metavar="USER/NAME", help="Name of the base on the Hub, for what is shared.  [default: what the adapters name]"
+)
 BATCH_SIZE = typer.Option(help="Samples per task and step.")
 DATA = typer.Option(metavar="TASK=FILE", help="Unlabeled rows or images of a task; repeat for each task.")
 DTYPE = typer.Option(help="Of the base model: auto, bfloat16, float32...")
 DEVICE = typer.Option(help="auto, cpu, cuda...")
+FOR = typer.Option(
+    "--for",
+    metavar="PROGRAM",
+    help="peft, vllm, sglang or llama.cpp: refuse what it cannot serve, and print its command; repeat for more.",
+)
 FULL = typer.Option("--full", help="Write the whole merged model instead of an adapter.")
 JSON = typer.Option("--json", help="Print JSON.")
 LAYERS = typer.Option(help="How a layer applies its adapters: auto, factors or weights.")
 MAX_LENGTH = typer.Option(help="Tokens per sample, at most.")
+RAGGED = typer.Option(
+    "--ragged/--one-rank", help="Keep each module's own rank, instead of padding all with zeros to the largest."
+)
 RANK = typer.Option(help="Truncate the merged adapter to this rank.")
 TARGET_BLOCK = typer.Option(help="Measure in this block; repeat for more.")
 TARGET_MODULE = typer.Option(help="Measure the inputs of this module; repeat for more.")
@@ -139,6 +150,9 @@ class OutputFlags:
     out: Annotated[Path | None, typer.Option(help="New folder for the result.")] = None
     rank: Annotated[int | None, RANK] = None
     full: Annotated[bool, FULL] = False
+    ragged: Annotated[bool, RAGGED] = False
+    base_id: Annotated[str | None, BASE_ID] = None
+    programs: Annotated[list[str] | None, FOR] = None
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted merge of OUT.")] = False
 
 

@@ -32,6 +32,7 @@ def given(context: typer.Context) -> dict[str, Any]:
         "validation": ("validation", lambda values: pairs(values, "--validation")),
         "out": ("out", str),
         "coefficients": ("coefficients", str),
+        "programs": ("programs", tuple),
         "target_module": ("target_modules", tuple),
         "target_block": ("target_blocks", tuple),
         "max_drift": ("max_drift", lambda drift: None if drift < 0 else drift),

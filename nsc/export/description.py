@@ -1,4 +1,7 @@
-"""``merge.yaml``: typed, and sealed by digests of itself and of the tensor files beside it."""
+"""``merge.yaml``: typed, sealed by digests of itself and of the tensor files beside it, and without paths.
+
+Paths of this machine are in ``local.yaml``, sealed likewise, which is not shared.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import yaml
 
 from nsc.checks import expected, typed
 from nsc.errors import NSCError, reading
+from nsc.export.sharing import LOCAL, PublicNames, difference, overlaid
 from nsc.plain_yaml import parse_yaml
 from nsc_kernels import __version__
 
@@ -40,25 +44,30 @@ OPTIONAL: dict[str, Any] = {
     "searched": dict[str, Any],
     "fitted": str,
     "layers": str,
+    "ragged": bool,
+    "base_id": str,
+    "programs": list[str],
     "made": dict[str, Any],
     FILES: dict[str, str],
     DIGEST: str,
 }
 
 
-def write_description(folder: Path, values: Mapping[str, Any], files: Iterable[str]) -> None:
-    """Write merge.yaml, with digests of its values and of files.
+def write_description(folder: Path, values: Mapping[str, Any], files: Iterable[str], names: PublicNames) -> None:
+    """Write merge.yaml, with digests of its values and of files, and local.yaml.
 
     Args:
         folder: where the files lie already.
         values: keys of REQUIRED and OPTIONAL -> plain values.
         files: names of the tensor files that belong to the record.
+        names: what the places of this machine are called.
     """
     made = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()}
     values = {**values, "made": made, FILES: {name: _sha256(folder / name) for name in files}}
-    as_read = yaml.safe_load(yaml.safe_dump(values))
-    text = yaml.safe_dump({**values, DIGEST: digest_of(as_read)}, sort_keys=False, allow_unicode=True)
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    public = names.apply(values)
+    _write_sealed(folder / DESCRIPTION, public)
+    if own := difference(values, public):
+        _write_sealed(folder / LOCAL, own)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -68,8 +77,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         folder: folder of an earlier merge.
 
     Returns:
-        Key -> value of the type that REQUIRED or OPTIONAL says. A record of a version before digests has no "digest",
-        and nothing is verified.
+        Key -> value of the type that REQUIRED or OPTIONAL says, with the places of local.yaml, if it is there. A record
+        of a version before digests has no "digest", and nothing is verified.
 
     Raises:
         NSCError: naming the file that is missing, damaged or edited, or the key at fault.
@@ -85,8 +94,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     if lost := sorted(REQUIRED.keys() - values.keys()):
         raise NSCError(f"{file} lacks {lost[0]}; {REMEDY}")
-    if DIGEST in values and values[DIGEST] != digest_of({key: x for key, x in values.items() if key != DIGEST}):
-        raise NSCError(f"{file} is not what was written; {REMEDY}")
+    _verify(file, values)
+    values = with_own_places(values, folder)
     for key, value in values.items():
         try:
             values[key] = typed(value, known[key])
@@ -97,6 +106,42 @@ def read_description(folder: Path) -> dict[str, Any]:
             if _sha256(folder / name) != digest:
                 raise NSCError(f"{folder / name} is not what was written; {REMEDY}")
     return values
+
+
+def with_own_places(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Lay the places of this machine over the values of a record.
+
+    Args:
+        values: as merge.yaml has them.
+        folder: where local.yaml lies, if the record was made here.
+
+    Returns:
+        The values with paths instead of names.
+
+    Raises:
+        NSCError: if local.yaml is damaged or edited.
+    """
+    file = folder / LOCAL
+    if not file.is_file():
+        return dict(values)
+    with reading(str(file), REMEDY):
+        own = parse_yaml(file.read_text(encoding="utf-8"))
+    if not isinstance(own, dict) or DIGEST not in own:
+        raise NSCError(f"{file} is not what was written; {REMEDY}")
+    _verify(file, own)
+    return dict(overlaid(values, {key: value for key, value in own.items() if key != DIGEST}))
+
+
+def _write_sealed(file: Path, values: Mapping[str, Any]) -> None:
+    as_read = yaml.safe_load(yaml.safe_dump(values))
+    text = yaml.safe_dump({**values, DIGEST: digest_of(as_read)}, sort_keys=False, allow_unicode=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _verify(file: Path, values: Mapping[str, Any]) -> None:
+    """Raise NSCError where the values are not those of the digest beside them."""
+    if DIGEST in values and values[DIGEST] != digest_of({key: x for key, x in values.items() if key != DIGEST}):
+        raise NSCError(f"{file} is not what was written; {REMEDY}")
 
 
 def digest_of(values: Mapping[str, Any]) -> str:

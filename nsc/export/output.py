@@ -19,13 +19,17 @@ from nsc.bases.base_model import Base
 from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
+from nsc.export.card import CARD, card_data, licence_warnings, model_card
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
 from nsc.export.parameters import split_by_parameter
+from nsc.export.programs import vllm_rank
 from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
+from nsc.export.push import seal
 from nsc.export.record import Record
-from nsc.export.report import Report, draw_heat_map, model_card, vllm_limits, vllm_rank
+from nsc.export.report import Report, draw_heat_map, padding_cost, vllm_limits
+from nsc.export.served import require_served, served_prefix
 from nsc.paths import CHECKPOINT, STAGING, held
-from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors
+from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors, padded, padding_bytes
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged
 
@@ -94,6 +98,7 @@ class Output:
         proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
+        seal(staging, proof)
         _share(staging)
         if changed := sorted(written.items() - _state_of_files(staging).items()):
             raise ProofError(f"{staging / changed[0][0]} was changed by another program after its proof; save again")
@@ -104,14 +109,17 @@ class Output:
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
-        base, prefix = Base(self.record.base), self.record.prefix
+        base, prefix, programs = Base(self.record.base), self.record.prefix, self.record.programs
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
+        prefix = served_prefix(programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
-        modules, parameters = split_by_parameter(base, factors)
-        write_adapter(folder, modules, prefix, base.id, whole, parameters)
+        written = factors if self.record.ragged else padded(factors)
+        modules, parameters = split_by_parameter(base, written)
+        write_adapter(folder, modules, prefix, self.record.base_id or base.id, whole, parameters)
+        require_served(programs, folder)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -124,7 +132,9 @@ class Output:
         return replace(
             report,
             truncation={name: f.error for name, f in merge.factors.items()} if rank is not None else {},
-            warnings=report.warnings + vllm_limits(top, merge.merged.whole),
+            warnings=report.warnings
+            + vllm_limits(top, merge.merged.whole)
+            + padding_cost(ranks, 0 if self.record.ragged else padding_bytes(merge.factors)),
             merged_rank=top,
             vllm_max_lora_rank=vllm_rank(top),
             ranks_by_module=ranks,
@@ -132,8 +142,12 @@ class Output:
 
     def _describe(self, folder: Path, report: Report) -> None:
         """Everything beside the weights that is for people or programs, and each task's own head."""
+        base = Base(self.record.base)
+        report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
+        report = self.record.public_names.apply(report)
+        data = card_data(base, self.record.base_id, self.adapters, report.full)
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        (folder / CARD).write_text(model_card(report, data), encoding="utf-8")
         if report.coefficients:
             draw_heat_map(folder / "coefficients.png", report)
         for task, adapter in self.adapters.items():

@@ -22,6 +22,7 @@ from nsc.checks import typed
 from nsc.config import MergeConfig
 from nsc.errors import NSCError, reading
 from nsc.export.description import DESCRIPTION, DIGEST, REMEDY, REQUIRED, read_description, write_description
+from nsc.export.sharing import PublicNames
 from nsc.methods import LowRank
 from nsc.recipes.spec import Recipe, read_settings, write_settings
 
@@ -56,6 +57,9 @@ class Record:
         magnitudes: layer -> (d,) what was measured of its inputs, where AIM followed the method.
         fitted: what a method that needs rows was made from, as the report has it.
         verified: whether it was verified by digests; False where a version without them wrote it.
+        ragged: whether each module of the adapter kept its own rank.
+        base_id: name of the base on the Hub, where one is known.
+        programs: those that the adapter was written for.
     """
 
     base: str
@@ -78,6 +82,9 @@ class Record:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     fitted: Mapping[str, Any] = field(default_factory=dict)
     verified: bool = True
+    ragged: bool = False
+    base_id: str | None = None
+    programs: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -124,8 +131,16 @@ class Record:
         """What was done with the adapters; None for the sum by learned coefficients. Raises as ``read_settings``."""
         return read_settings(self.method, self.settings)[0]
 
+    @property
+    def public_names(self) -> PublicNames:
+        """What the places of this machine are called in files that are shared."""
+        told = [*(entry["path"] for entry in self.adapters.values()), *map(str, self.data.values())]
+        return PublicNames.of(self.base, self.base_id, told)
+
     def write(self, folder: Path) -> None:
         """Write merge.yaml, and each tensor there is in a .safetensors file: coefficients, masks, factors, magnitudes.
+
+        Places of this machine are in local.yaml alone.
 
         Args:
             folder: an existing folder.
@@ -154,6 +169,7 @@ class Record:
             "targets": self.targets,
             "settings": self.settings,
             "rank": self.rank,
+            **({"ragged": True} if self.ragged else {}),
             "dense": list(self.dense),
             "masks": bool(self.masks),
             **({"factors": True} if self.factors else {}),
@@ -162,8 +178,10 @@ class Record:
             **({"searched": dict(self.searched)} if self.searched else {}),
             **({"fitted": json.dumps(self.fitted)} if self.fitted else {}),
             **({} if self.coefficients is not None else {"layers": json.dumps(of_rows)}),
+            **({"base_id": self.base_id} if self.base_id else {}),
+            **({"programs": list(self.programs)} if self.programs else {}),
         }
-        write_description(folder, description, files)
+        write_description(folder, description, files, self.public_names)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -197,6 +215,9 @@ class Record:
                 start_factors=_read_factors(folder / STARTED) if started else {},
                 fitted=typed(json.loads(text.get("fitted", "{}")), dict[str, Any]),
                 verified=DIGEST in text,
+                ragged=text.get("ragged", False),
+                base_id=text.get("base_id"),
+                programs=tuple(text.get("programs", ())),
                 **{key: text[key] for key in REQUIRED if key != "adapters"},
             )
             if strange := sorted(set(text["adapters"]) - set(record.adapters)):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nsc.bases.experts import expert_of
 from nsc.config import START
 from nsc.console import json_ready
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
+from nsc.export.programs import PROGRAMS, VLLM_RANKS, vllm_rank
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Report:
         conditions: task -> the worst condition number of an A (its Gram matrix has the square).
         conditions_by_module: module -> condition numbers, None where an adapter has no factors.
         absent: coefficients of adapters that do not touch the module.
-        merged_rank: rank of the written adapter; None before it is known, and for a full model.
+        merged_rank: largest rank in the written adapter; None before it is known, and for a full model.
         vllm_max_lora_rank: smallest ``max_lora_rank`` of vLLM that serves it; None if there is none.
         targets: modules whose inputs were measured.
         ratio_before: mean null-space ratio of each task over its targets; NaN for an unseen task.
@@ -60,7 +59,7 @@ class Report:
         source: where the method is from.
         space: space in which another method runs; None for the weighted sum.
         settings: settings of the method.
-        ranks_by_module: module -> rank in the written adapter.
+        ranks_by_module: module -> rank of its own factors, before any padding.
         tried: method -> its best scale and its distance from the experts on held-out rows, if several were tried.
         searched: how the scale was found, if it was searched: search, measure, range, every scale tried and its value
             (curve), the best, and seconds.
@@ -147,18 +146,6 @@ class Report:
         return "\n".join(lines + [f"  warning: {text}" for text in self.warnings])
 
 
-def vllm_rank(rank: int) -> int | None:
-    """Return the smallest ``max_lora_rank`` of vLLM that serves a rank.
-
-    Args:
-        rank: rank of an adapter.
-
-    Returns:
-        One of VLLM_RANKS, or None if the rank is too large.
-    """
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
-
-
 def vllm_limits(rank: int, whole: list[str]) -> list[str]:
     """Say what vLLM would refuse in an adapter, with the remedy.
 
@@ -175,12 +162,32 @@ def vllm_limits(rank: int, whole: list[str]) -> list[str]:
             f"vLLM cannot serve this adapter: its rank {rank} is above {VLLM_RANKS[-1]}, the most that max_lora_rank"
             " takes; save it with a smaller --rank, or the whole model with --full"
         )
-    if whole:
+    if whole := [name for name in whole if name not in (PROGRAMS["vllm"].saved or ())]:
         limits.append(
-            f"vLLM cannot serve this adapter: it does not load modules_to_save, here {', '.join(whole[:3])}"
+            f"vLLM cannot serve this adapter: it does not load such modules_to_save, here {', '.join(whole[:3])}"
             f"{f' and {len(whole) - 3} more' * (len(whole) > 3)}; save the whole model with --full"
         )
     return limits
+
+
+def padding_cost(ranks: Mapping[str, int], extra: int) -> list[str]:
+    """Say what it costs that all modules are written with one rank.
+
+    Args:
+        ranks: module -> rank of its own factors.
+        extra: bytes of zeros in the file.
+
+    Returns:
+        One warning, or none where nothing was padded.
+    """
+    if not extra:
+        return []
+    low, top = min(ranks.values()), max(ranks.values())
+    smaller = sum(rank < top for rank in ranks.values())
+    return [
+        f"{smaller} of {len(ranks)} modules have a smaller rank, from {low}, and are padded with zeros to {top}, since"
+        f" llama.cpp and SGLang read one rank for all: {extra / 2**20:.2g} MiB more; --ragged keeps each module's rank"
+    ]
 
 
 def draw_heat_map(path: Path, report: Report) -> None:
@@ -324,10 +331,21 @@ def _tried_table(tried: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _rank_table(report: Report) -> str:
     lines = ["| module | rank | truncation |", "|---|---|---|"]
-    for name, rank in report.ranks_by_module.items():
-        error = report.truncation.get(name)
-        lines.append(f"| {name} | {rank} | {'none' if error is None else f'{error:.3g}'} |")
+    experts: dict[str, list[str]] = {}  # of one parameter in one line
+    for name in report.ranks_by_module:
+        parameter, _ = expert_of(name) or (name, 0)
+        experts.setdefault(parameter, []).append(name)
+    for parameter, names in experts.items():
+        ranks = _range([report.ranks_by_module[name] for name in names], "d")
+        errors = [report.truncation[name] for name in names if name in report.truncation]
+        whose = parameter if names == [parameter] else f"{parameter}, {len(names)} experts"
+        lines.append(f"| {whose} | {ranks} | {_range(errors, '.3g') if errors else 'none'} |")
     return "\n".join(lines)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _task_table(report: Report) -> str:
@@ -374,23 +392,3 @@ def _absent(report: Report, module: str) -> list[bool]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def model_card(report: Report) -> str:
-    """Return the model card of a written merge: metadata for the Hub, then the report.
-
-    Args:
-        report: complete, with its proof.
-
-    Returns:
-        Markdown with a YAML header.
-    """
-    library, kind = ("transformers", "model") if report.full else ("peft", "adapter")
-    head = f"---\nlibrary_name: {library}\nbase_model: {json.dumps(report.base)}\ntags:\n- merge\n- nsc\n---\n"
-    by = "Null-Space Compression (arXiv 2603.26317)"
-    if report.method != "nsc":
-        by = f"{report.method}: {report.line} ({report.source})"
-    title = f"# A merged {kind}: {', '.join(task for task in report.tasks if task != START)}\n\nMerged by {by}."
-    heads = "\nThe tasks' own heads, where they have any, are under `heads/`; `merge.yaml` replays this merge."
-    picture = "\n![coefficients](coefficients.png)\n" if report.coefficients else ""
-    return f"{head}\n{title}{heads}\n\n{report.to_markdown()}\n{picture}"

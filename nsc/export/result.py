@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from nsc.export.output import Output, refuse_output
 from nsc.export.proof import Proof
 from nsc.export.record import Record
 from nsc.export.report import Report
+from nsc.export.served import read_programs, refuse_early
+from nsc.export.sharing import public_base, require_hub_id
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import FixedFactors, Merged, WeightedSum
@@ -92,7 +95,16 @@ class MergeResult:
         """The tasks: the columns of the coefficients."""
         return list(self.stack.tasks)
 
-    def save(self, out: str | Path, *, rank: int | None = None, full: bool = False) -> Proof:
+    def save(
+        self,
+        out: str | Path,
+        *,
+        rank: int | None = None,
+        full: bool = False,
+        ragged: bool = False,
+        base_id: str | None = None,
+        programs: Sequence[str] | None = None,
+    ) -> Proof:
         """Write the merge to a new folder and prove it by loading it back.
 
         Beside the weights lie the record, the report, a model card, a heat map, and each task's own head under
@@ -102,6 +114,10 @@ class MergeResult:
             out: folder that does not exist yet.
             rank: truncate the adapter to this rank; None writes its exact factors.
             full: write the whole merged model instead of an adapter.
+            ragged: keep each module's own rank, instead of padding all with zeros to the largest.
+            base_id: name of the base on the Hub, for what is shared; None for that which the adapters' configs name.
+            programs: those that the adapter is for, such as "vllm": what they cannot serve is refused. None for those
+                of the merge that is replayed.
 
         Returns:
             What was compared, and how well it agrees.
@@ -110,8 +126,14 @@ class MergeResult:
             NSCError: as ``refuse_output`` does.
             ProofError: if what was loaded back is not what was merged.
         """
-        refuse_output(Path(out), Base(self.record.base), rank, full, self.recipe, self.merged.names)
-        output = Output(self.merged, self.record, self.report, self.adapters, self.checkpoint)
+        names = read_programs(self.record.programs if programs is None else programs)
+        base, kept = Base(self.record.base), base_id or self.record.base_id
+        refuse_output(Path(out), base, rank, full, self.recipe, self.merged.names)
+        refuse_early(names, base, rank, full, ragged)
+        require_hub_id(base_id)
+        known = public_base(base.id, (adapter.base for adapter in self.adapters.values()), kept)
+        record = replace(self.record, ragged=ragged and not full, base_id=known, programs=names)
+        output = Output(self.merged, record, self.report, self.adapters, self.checkpoint)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
     def _proof_base(self, full: bool) -> tuple[Base, Batch] | str:

@@ -20,6 +20,7 @@ from nsc.errors import NSCError
 from nsc.export.description import REMEDY
 from nsc.export.record import UNVERIFIED, Record, prefix_of_merge
 from nsc.export.result import MergeResult
+from nsc.export.sharing import hub_id
 from nsc.merging.report_builder import describe_recipe, describe_stack
 from nsc.paths import absolute
 from nsc.recipes.combination import Combination
@@ -83,13 +84,21 @@ def apply(
     if unknown:
         raise NSCError(f"the record has no task {', '.join(unknown)}; it has {', '.join(record.adapters)}")
     record = replace(record, base=absolute(base) if base else record.base)
-    read = read_adapters({task: moved.get(task, entry["path"]) for task, entry in record.adapters.items()})
+    places = {task: str(moved.get(task, entry["path"])) for task, entry in record.adapters.items()}
+    if lost := [t for t, place in places.items() if not (t in moved or Path(place).exists() or hub_id(place))]:
+        raise NSCError(
+            f"the record says only that adapter {lost[0]} was called {places[lost[0]]!r}; say where it lies, by"
+            f" --adapter {lost[0]}=PATH or adapters={{...}}"
+        )
+    read = read_adapters(places)
     for task, adapter in read.items():
         if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
             raise NSCError(
                 f"adapter {task} at {adapter.path} is not the one that was merged: its weights or scale have changed"
                 " since; find the original, or merge again"
             )
+    moved_to = {task: {**entry, "path": str(read[task].path.resolve())} for task, entry in record.adapters.items()}
+    record = replace(record, adapters=moved_to)
     read = on_experts(read, Base(record.base).model) if any(map(expert_of, record.modules)) else read
     matches = match_adapters(read, record.modules)
     if (prefix := prefix_of_merge(matches)) != record.prefix:

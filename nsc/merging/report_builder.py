@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nsc.adapters.stack import Stack
 from nsc.config import LEARNED, PAPER_REACH, MergeConfig
-from nsc.export.report import Report, vllm_rank
+from nsc.export.programs import vllm_rank
+from nsc.export.report import Report
 from nsc.learning.coefficients import starts
 from nsc.learning.loop import Learned
 from nsc.recipes.spec import Recipe, method_of, split_learned

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsc.adapters.stack import Stack
 from nsc.config import START, MergeConfig
@@ -51,6 +52,34 @@ def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedF
         raise NSCError(f"rank must be 1 or more, not {rank}")
     whole = set(merged.whole)
     return {name: _factors(name, merged.update(name), rank) for name in merged.names if name not in whole}
+
+
+def padded(factors: Mapping[str, MergedFactors]) -> dict[str, MergedFactors]:
+    """Give all layers one rank, by rows and columns of zeros, which change no product.
+
+    PEFT and vLLM read a rank for each module, but llama.cpp scales all modules by one, and SGLang takes no other.
+
+    Args:
+        factors: layer -> its factors.
+
+    Returns:
+        Layer -> factors of the largest rank.
+    """
+    top = max((len(f.A) for f in factors.values()), default=0)
+    return {name: f if len(f.A) == top else _padded(f, top - len(f.A)) for name, f in factors.items()}
+
+
+def padding_bytes(factors: Mapping[str, MergedFactors]) -> int:
+    """Return how many bytes of zeros ``padded`` adds to a file.
+
+    Args:
+        factors: layer -> its factors.
+
+    Returns:
+        Bytes, in float32.
+    """
+    top = max((len(f.A) for f in factors.values()), default=0)
+    return sum((top - len(f.A)) * (f.A.shape[1] + len(f.B)) * f.A.element_size() for f in factors.values())
 
 
 def exact_or_nearest(merged: Merged, ranks: Mapping[str, int]) -> dict[str, MergedFactors]:
@@ -118,6 +147,10 @@ def starting_factors(merged: Merged, rank: int | Mapping[str, int] | None = None
         found = _factors(name, update, min(wanted or most, most))
         start[name] = found.A, found.B
     return start
+
+
+def _padded(factors: MergedFactors, rows: int) -> MergedFactors:
+    return replace(factors, A=pad(factors.A, (0, 0, 0, rows)), B=pad(factors.B, (0, rows)))
 
 
 def _factors(name: str, update: LowRank | Tensor, rank: int | None) -> MergedFactors:

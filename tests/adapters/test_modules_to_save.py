@@ -270,4 +270,4 @@ def test_a_rank_and_layers_that_vllm_does_not_take():
     (rank,) = vllm_limits(513, [])
     assert "rank 513 is above 512" in rank and "--rank" in rank and "--full" in rank
     (saved,) = vllm_limits(8, ["w", "x", "y", "z"])
-    assert "modules_to_save, here w, x, y and 1 more" in saved and "--full" in saved
+    assert "such modules_to_save, here w, x, y and 1 more" in saved and "--full" in saved

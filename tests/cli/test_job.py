@@ -93,7 +93,7 @@ def test_every_field_can_be_said(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(step=5), "unknown key step; did you mean steps? Known keys: adapters, base, batch_size"),
+        (dict(step=5), "unknown key step; did you mean steps? Known keys: adapters, base, base_id, batch_size"),
         (dict(adapter={"a": "x"}), "unknown key adapter; did you mean adapters?"),
         (dict(settings={"learning_rate": 1}), "unknown key learning_rate; did you mean "),
         (dict(settings=[1]), "settings must be a mapping of settings to values, not [1]"),

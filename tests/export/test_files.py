@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModel, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import nsc
+from nsc.cli import app
 from nsc.errors import NSCError
 from nsc.recipes.merged_factors import merged_factors
 from tests.conftest import ADAPTERS, KINDS
@@ -54,7 +56,52 @@ def exact(merged, tmp_path_factory):
     return out
 
 
-def test_concatenation_has_scale_one_and_full_names(exact, merged):
+def test_programs_that_know_one_rank_and_one_alpha_read_the_merge(exact, update):
+    """llama.cpp scales every module by alpha / r of the config, and SGLang gives every module r rows."""
+    config = json.loads((exact / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    tensors = load_file(exact / "adapter_model.safetensors")
+    for name, dense in update.items():
+        A, B = (tensors[f"base_model.model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        assert len(A) == B.shape[1] == config["r"] == 22
+        assert (config["lora_alpha"] / config["r"] * B @ A - dense).norm() < 1e-6 * dense.norm()
+
+
+def test_what_padding_costs_is_said(exact, merged, tmp_path):
+    report = json.loads((exact / "report.json").read_text())
+    merged.save(tmp_path / "ragged", ragged=True)
+    files = [folder / "adapter_model.safetensors" for folder in (exact, tmp_path / "ragged")]
+    more = sum(
+        sum(t.nbytes for t in load_file(file).values()) * sign for file, sign in zip(files, (1, -1), strict=True)
+    )
+    (told,) = [line for line in report["warnings"] if "padded" in line]
+    assert f"{more / 2**20:.2g} MiB more" in told and "from 4, and are padded with zeros to 22" in told
+    assert report["ranks_by_module"]["layers.0.mlp.down_proj"] == 4
+    assert not [w for w in json.loads((tmp_path / "ragged/report.json").read_text())["warnings"] if "padded" in w]
+
+
+def test_a_padded_adapter_is_merged_again_like_its_ragged_twin(exact, merged, base, tmp_path):
+    merged.save(tmp_path / "ragged", ragged=True)
+    padded, ragged = (
+        nsc.merge(base, {"a": folder}, method="task-arithmetic", progress=False).merged
+        for folder in (exact, tmp_path / "ragged")
+    )
+    for name in ragged.names:
+        (B, A), (E, D) = ragged.update(name), padded.update(name)
+        assert torch.allclose(B @ A, E @ D, rtol=0, atol=1e-9)
+
+
+def test_a_replay_keeps_ragged_ranks_unless_told_otherwise(merged, tmp_path):
+    merged.save(tmp_path / "ragged", ragged=True)
+    for more, ragged in ([], True), (["--one-rank"], False):
+        out = tmp_path / f"again-{ragged}"
+        run = CliRunner().invoke(app, ["apply", str(tmp_path / "ragged"), "--out", str(out), *more])
+        assert not run.exception, run.output
+        assert bool(json.loads((out / "adapter_config.json").read_text())["rank_pattern"]) == ragged
+
+
+def test_concatenation_has_scale_one_and_full_names(merged, tmp_path):
+    merged.save(exact := tmp_path / "out", ragged=True)
     config = json.loads((exact / "adapter_config.json").read_text())
     ranks = {f"model.{name}": sum(module.ranks) for name, module in merged.stack.modules.items()}
     top = max(ranks.values())
@@ -114,9 +161,7 @@ def test_truncated_adapter_on_disk(merged, base, update, tmp_path):
     report = json.loads((tmp_path / "out/report.json").read_text())
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 5 == report["merged_rank"] and report["vllm_max_lora_rank"] == 8
-    assert config["rank_pattern"] == {
-        f"model.layers.{i}.{m}": 4 for i in range(4) for m in ("self_attn.k_proj", "mlp.down_proj")
-    }
+    assert config["rank_pattern"] == {}
     model = peft.PeftModel.from_pretrained(causal(base), tmp_path / "out").get_base_model()
     for name, dense in update.items():
         u, sigma, vh = torch.linalg.svd(dense)

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import nsc
-from nsc.errors import AdapterError, NSCError
+from nsc.errors import NSCError
 from nsc.export.description import digest_of
 from nsc.export.record import UNVERIFIED, Record
 from nsc.methods import LowRank
@@ -41,9 +41,9 @@ def moved(home: Path) -> dict[str, Path]:
     return {task: home / "adapters" / task for task in ADAPTERS}
 
 
-def edit(home: Path, change, seal: bool = True) -> None:
-    """Change merge.yaml; ``seal`` gives it the digest of what it says then."""
-    file = home / "out/merge.yaml"
+def edit(home: Path, change, seal: bool = True, name: str = "merge.yaml") -> None:
+    """Change a file of the record; ``seal`` gives it the digest of what it says then."""
+    file = home / "out" / name
     record = yaml.safe_load(file.read_text())
     record.pop("digest", None)
     change(record)
@@ -62,7 +62,7 @@ def weights(folder: Path) -> bytes:
 
 def test_apply_is_byte_identical_without_the_base(home):
     shutil.rmtree(home / "base")
-    edit(home, lambda record: record.update(base=str(home / "base")))
+    edit(home, lambda record: record.update(base=str(home / "base")), name="local.yaml")
     result = nsc.apply(home / "out")
     assert result.model is None
     result.save(home / "again")
@@ -97,14 +97,15 @@ def test_write_and_read_are_inverse(home, tmp_path):
 
 
 def test_moved_adapters_and_base(home, made):
-    edit(home, lambda r: [entry.update(path=f"/gone/{task}") for task, entry in r["adapters"].items()])
-    with pytest.raises(AdapterError, match="/gone/plain does not exist"):
+    gone = {task: {"path": f"/gone/{task}"} for task in moved(home)}
+    edit(home, lambda r: r.update(adapters=gone), name="local.yaml")
+    with pytest.raises(NSCError, match="adapter plain was called '/gone/plain'; say where it lies"):
         nsc.apply(home / "out")
     nsc.apply(home / "out", adapters=moved(home)).save(home / "again")
     assert weights(home / "again") == weights(made / "out")
     with pytest.raises(NSCError, match="the record has no task typo; it has plain, rslora"):
         nsc.apply(home / "out", adapters={"typo": made})
-    edit(home, lambda r: r.update(base="/gone/base"))
+    edit(home, lambda r: r.update(base="/gone/base"), name="local.yaml")
     result = nsc.apply(home / "out", adapters=moved(home), base=home / "base")
     result.save(home / "full", full=True)
     assert result.record.base == str(home / "base") and (home / "full/model.safetensors").is_file()
@@ -270,7 +271,7 @@ def test_an_edited_record_is_refused_and_one_without_digests_told(home, made):
     assert any(UNVERIFIED in warning for warning in result.report.warnings)
     result.save(home / "again")
     assert weights(home / "again") == weights(made / "out") and not nsc.apply(made / "out").report.warnings
-    edit_without_seal = (made / "out/merge.yaml").read_text().replace("base: /", "base: /elsewhere/")
+    edit_without_seal = (made / "out/merge.yaml").read_text().replace("base: ", "base: else")
     (home / "out/merge.yaml").write_text(edit_without_seal)
     with pytest.raises(NSCError, match=r"merge\.yaml is not what was written; .*--base and --adapter"):
         nsc.apply(home / "out")

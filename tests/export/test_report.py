@@ -15,7 +15,8 @@ from nsc.bases.base_model import Base
 from nsc.bases.loading import load_tokenizer
 from nsc.data.packing import collate
 from nsc.data.text import tokenize
-from nsc.export.report import draw_heat_map, vllm_rank
+from nsc.export.programs import vllm_rank
+from nsc.export.report import draw_heat_map
 from nsc.learning.objective import NullSpaceObjective
 from tests.tiny import random_factors, write_adapter
 
@@ -135,7 +136,7 @@ def test_an_absent_adapter_is_null_in_json(base, adapters, texts):
 def test_model_card(out, merged, base):
     card = (out / "README.md").read_text()
     front = card.split("---")[1]
-    assert "library_name: peft" in front and f'base_model: "{base}"' in front
+    assert "library_name: peft" in front and "base_model" not in front and f"- base: {base.name}\n" in card
     rows = {cells[1].strip(): cells[2:-1] for line in card.splitlines() if len(cells := line.split("|")) == 7}
     for name, row, present in zip(merged.modules, merged.coefficients, merged.stack.present, strict=True):
         for cell, value, there in zip(rows[name], row.tolist(), present.tolist(), strict=True):

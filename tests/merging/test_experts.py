@@ -19,6 +19,7 @@ from nsc.adapters.target_parameters import packed, unpacked, wrapped_parameters
 from nsc.bases.base_model import Base
 from nsc.bases.experts import fused_experts, layer_shapes
 from nsc.errors import AdapterError, NameMismatch, NSCError, UnsupportedAdapter
+from nsc.export.served import serving
 from nsc.methods import METHODS
 from tests.tiny import save_tokenizer, write_adapter
 
@@ -391,6 +392,16 @@ def test_what_is_no_lora_on_a_parameter_is_refused_by_name(qwen, tmp_path):
     write(json.dumps(config | {"r": 5}))
     with pytest.raises(AdapterError, match="lora_A has 24 rows, no multiple of the rank 5"):
         read_adapter(tmp_path / "a")
+
+
+def test_programs_that_take_linear_modules_alone_say_so(qwen, tmp_path):
+    trained(tmp_path / "a", qwen, 1, r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    result = nsc.merge(qwen, {"a": tmp_path / "a"}, **SUM)
+    result.save(tmp_path / "out")
+    assert "| layers.1.mlp.experts.down_proj, 12 experts | 2 | none |" in (tmp_path / "out/README.md").read_text()
+    for name in ("vllm", "llama.cpp"):
+        assert "takes no LoRA on the experts of model.layers.0" in serving(name, tmp_path / "out")["problems"][0]
+    assert serving("peft", tmp_path / "out")["problems"] == []
 
 
 def test_inspection_shows_experts_in_a_line_each(qwen, tmp_path):
