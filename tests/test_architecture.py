@@ -14,6 +14,7 @@ DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
 HEAVY = {
     "nsc/bases/base_model.py",
     "nsc/bases/checkpoint_keys.py",
+    "nsc/bases/conv1d.py",
     "nsc/bases/experts.py",
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",

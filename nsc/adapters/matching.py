@@ -16,6 +16,7 @@ from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
 from nsc.bases.codes import FLOATS, quantization_settings
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.experts import expert_of, layer_shapes
 from nsc.bases.module_names import layer_kind, prefix_of, resolve
 from nsc.bases.weights import stored_tensors
@@ -155,7 +156,7 @@ def body_of(base: Base) -> BaseLayers:
     if outputs := base.tied_outputs:
         embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
         tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
-    return BaseLayers(structure.linear_shapes(model), list(parameters), tied)
+    return BaseLayers(structure.linear_shapes(model), list(parameters), tied, transposed_weights(model))
 
 
 def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.utils import logging
 
+from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.errors import NSCError
 
@@ -91,7 +92,7 @@ class Base:
 
     @cached_property
     def blank(self) -> Any:
-        """The body as transformers itself builds it, without weights: on the meta device.
+        """The body as transformers itself builds and names it, without weights: on the meta device.
 
         Raises:
             NSCError: if transformers cannot build it.
@@ -112,6 +113,7 @@ class Base:
         """
         if self.loaded is not None:
             return self.loaded
+        run_as_linears(self.blank)
         return ImageTextBody(self.blank) if is_llava(self.body_config) else self.blank
 
 

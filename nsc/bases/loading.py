@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from nsc.bases.base_model import Base, auto_class, quiet_loading
 from nsc.bases.codes import WRITTEN, Codes, dtype_of, quantization_settings
+from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.bases.weights import has_safetensors, require_own_files, spelled_out, stored_tensors
 from nsc.errors import NSCError
@@ -76,6 +77,7 @@ def load_body(
     model = _with_weights(base, dtype, weights, options)
     if weights == "full":
         _require_numbers(base, model)
+    run_as_linears(model)
     if is_llava(base.body_config):
         model = ImageTextBody(model)
     if getattr(model.config, "is_encoder_decoder", False) and base.takes == "input_ids":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import (
     INDEX,
     WEIGHT_FILES,
@@ -56,6 +57,7 @@ def write_adapter(
     base: str,
     whole: Mapping[str, Tensor] | None = None,
     parameters: Mapping[str, ParameterFactors] | None = None,
+    transposed: bool = False,
 ) -> None:
     """Write a PEFT folder whose scale is 1 in every module and whose targets are full module names.
 
@@ -66,6 +68,7 @@ def write_adapter(
         base: id of the base, for the config.
         whole: parameters of layers that are written to modules_to_save as they are.
         parameters: full name of a parameter -> its factors, of experts and routers.
+        transposed: whether the base stores the weights of all these layers transposed, as Conv1D does.
     """
     whole, parameters = whole or {}, parameters or {}
     saved = sorted({prefix + name.rpartition(".")[0] for name in whole})
@@ -82,6 +85,7 @@ def write_adapter(
         rank_pattern=smaller,
         alpha_pattern=dict(smaller),
         lora_dropout=0.0,
+        fan_in_fan_out=transposed,
         modules_to_save=saved or None,
         base_model_name_or_path=base,
         inference_mode=True,
@@ -117,7 +121,7 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
     """
     shards, places = merged_places(base, merged.names)
     parts = expert_parts(base, merged.names)
-    codes = codes_to_spell_out(base, [*places, *parts])
+    codes, turned = codes_to_spell_out(base, [*places, *parts]), transposed_weights(base.model)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -127,6 +131,7 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
         for key in tensors:
             fp8 = codes is not None and key in codes.scales
             update = parameter_update(merged, places[key]) if key in places else None
+            update = update.T if update is not None and places[key] in turned else update
             if fp8 or update is not None or key in parts:
                 before = read_codes(codes, key, tensors[key]) if codes and fp8 else tensors[key].double()
                 for at, rows in part_updates(merged, parts.get(key, ())):

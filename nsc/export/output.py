@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
 from nsc.bases.base_model import Base
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
@@ -96,6 +97,8 @@ class Output:
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
         proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        if not full:
+            require_served(self.record.programs, staging)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
@@ -109,17 +112,17 @@ class Output:
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
-        base, prefix, programs = Base(self.record.base), self.record.prefix, self.record.programs
+        base, prefix = Base(self.record.base), self.record.prefix
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
-        prefix = served_prefix(programs, base, list(factors), prefix)
+        prefix = served_prefix(self.record.programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)
+        named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
         modules, parameters = split_by_parameter(base, written)
-        write_adapter(folder, modules, prefix, self.record.base_id or base.id, whole, parameters)
-        require_served(programs, folder)
+        write_adapter(folder, modules, prefix, named, whole, parameters, transposed)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -154,6 +157,14 @@ class Output:
             if adapter.saved:
                 (folder / "heads").mkdir(exist_ok=True)
                 save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+
+
+def _are_transposed(base: Base, layers: Collection[str]) -> bool:
+    """Whether the base stores these layers transposed; PEFT asks the layer itself, and warns of another answer."""
+    try:
+        return {f"{name}.weight" for name in layers} <= transposed_weights(base.model)
+    except NSCError:  # a recorded merge is repeated without its base
+        return False
 
 
 def refuse_output(

@@ -52,11 +52,14 @@ def split_by_parameter(
         Module -> its factors, and full name of the parameter -> its factors.
 
     Raises:
-        NSCError: if the installed PEFT knows no LoRA on parameters.
+        NSCError: if the installed PEFT knows no LoRA on parameters; or as ``Base.model``, for experts.
     """
-    if not _may_have_experts(base, factors):
+    try:
+        fused, routers = fused_experts(base.model), router_shapes(base.model)
+    except NSCError:  # a recorded merge is repeated without its base
+        if any(map(expert_of, factors)):
+            raise
         return dict(factors), {}
-    fused, routers = fused_experts(base.model), router_shapes(base.model)
     stacked = [name for name in fused if any(layer_of(name, e) in factors for e in range(fused[name].count))]
     found = {name: _packed(_module(name, stacked), name, fused[name], factors) for name in stacked}
     modules = {}
@@ -86,16 +89,6 @@ def part_updates(merged: Merged, parts: Sequence[Part]) -> Iterator[tuple[tuple[
     for part in parts:
         update = dense(merged.update(part.layer))[part.rows]
         yield part.at, update.mT if part.transposed else update
-
-
-def _may_have_experts(base: Base, factors: Mapping[str, MergedFactors]) -> bool:
-    """Whether the base must be asked, by its config alone."""
-    if any(map(expert_of, factors)):
-        return True
-    try:
-        return any("expert" in key for key in base.config.get_text_config().to_dict())
-    except NSCError:  # it is not there, and was not needed to repeat a merge
-        return False
 
 
 def _module(parameter: str, stacked: list[str]) -> str:

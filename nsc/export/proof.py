@@ -24,6 +24,7 @@ from nsc.adapters.surgery import merged_layers
 from nsc.adapters.target_parameters import INNER
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
+from nsc.bases.conv1d import as_stored, transposed_weights
 from nsc.bases.experts import FusedExperts, expert_of, fused_experts, layer_of
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
@@ -186,7 +187,7 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     fused = fused_experts(model)
-    with _loaded_by_peft(model, folder, merge) as (layers, whole):
+    with as_stored(model), _loaded_by_peft(model, folder, merge) as (layers, whole):
         held = {name: _layers_of(name, layer, fused) for name, layer in layers.items()}
         _same_names(_without_idle(chain(*held.values()), merge), set(merge.factors), "PEFT's model")
         updates = _updates_of(layers, held, fused)
@@ -232,7 +233,7 @@ def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
     shards, places = merged_places(base, merge.names)
     parts = expert_parts(base, merge.names)
-    codes = codes_to_spell_out(base, [*places, *parts])
+    codes, turned = codes_to_spell_out(base, [*places, *parts]), transposed_weights(base.model)
     if codes and quantization_settings(Base(str(folder)).config):
         raise ProofError(f"the weights written to {folder} are numbers, but its config still speaks of codes")
     worst, dtypes = 0.0, set()
@@ -244,6 +245,7 @@ def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.
                 for key in keys:
                     written, stored, dtype = after.get_tensor(key), before.get_tensor(key), None
                     update = merge.update(places[key]) if key in places else None
+                    update = update.T if update is not None and places[key] in turned else update
                     if codes and key in codes.scales:
                         stored, dtype = _numbers(codes, key, stored), codes.dtype
                         update = torch.zeros(()) if update is None else update
@@ -308,10 +310,16 @@ def _updates_of(
 ) -> Iterator[tuple[str, Tensor]]:
     """The update of every layer as PEFT computes it, (out, in)."""
     for name, layer in layers.items():
-        update = layer.get_delta_weight("default")
+        update = _delta(layer)
         experts = fused.get(held[name][0].rpartition("[")[0])
         parts = [update] if experts is None else (update.mT if experts.transposed else update).unbind(0)
         yield from zip(held[name], parts, strict=True)
+
+
+def _delta(layer: LoraLayer) -> Tensor:
+    """(m, d), also of a layer that stores its weight transposed."""
+    delta = layer.get_delta_weight("default")
+    return delta.T if layer.fan_in_fan_out else delta
 
 
 @contextmanager

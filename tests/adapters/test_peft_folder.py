@@ -225,7 +225,6 @@ REFUSED_SETTINGS = [
     (dict(kasa_config={"beta": 1e-4}), "KaSA"),
     (dict(velora_config={"num_groups": 64}), "VeLoRA"),
     (dict(monteclora_config={"num_samples": 8}), "MonteCLoRA"),
-    (dict(fan_in_fan_out=True), "Conv1D"),
     (dict(megatron_config={"a": 1}), "megatron"),
     (dict(ensure_weight_tying=True), "tied embeddings"),
     *[
