@@ -8,7 +8,7 @@ A layer that adapters have fine-tuned whole, such as LLaVA's projector, is a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -211,18 +211,6 @@ class Stack:
         modules = {name: m.only(k) for name, m in self.modules.items() if m.ranks[k]}
         dense = {name: layer.only(k) for name, layer in self.dense.items() if layer.present[k]}
         return Stack((task,), modules, dense, tuple(name for name in self.names if name in modules or name in dense))
-
-    def without(self, names: Collection[str]) -> Stack:
-        """Return the stack without some of its layers.
-
-        Args:
-            names: names of layers with LoRA.
-
-        Returns:
-            The others.
-        """
-        modules = {name: module for name, module in self.modules.items() if name not in names}
-        return replace(self, modules=modules, order=tuple(name for name in self.names if name not in names))
 
     def by_task(self, values: Tensor, reduce: Callable[[Tensor], Tensor], absent: float = 0) -> Tensor:
         """Bring values of coefficients to one per module and task.

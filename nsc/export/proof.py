@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import Stack
-from nsc.adapters.surgery import merged_layers
+from nsc.adapters.surgery import copied, merged_layers
 from nsc.adapters.target_parameters import INNER
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
@@ -34,7 +34,7 @@ from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.export.parameters import part_updates
 from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
-from nsc.recipes.updates import Merged, as_stack, parameter_update, whole_updates
+from nsc.recipes.updates import Merged, as_stack, dense, parameter_update, whole_updates
 
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # no update is added in another dtype
@@ -134,6 +134,24 @@ class Merge:
         with merged_layers(model, stack, lam.to(batch.weight.device)):
             return hidden_states(model, batch)
 
+    def rounded_states(self, model: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """Return the hidden states of the merge with weights rounded as a file has them.
+
+        A router takes a sum that is rounded otherwise for another choice of experts.
+
+        Args:
+            model: body of the base.
+            batch: rows on the model's device.
+            dtype: of the file.
+
+        Returns:
+            (n, d) float64 on the CPU, as ``hidden_states`` gives them.
+        """
+        with copied(model, self.names) as held:
+            for name, (stored, base) in held.items():
+                stored.copy_((base.double() + dense(self.merged.update(name)).to(base.device)).to(dtype))
+            return hidden_states(model, batch)
+
     def _truncated(self) -> tuple[Stack, Tensor]:
         whole = whole_updates(self.merged)
         updates: dict[str, LowRank | Tensor] = {name: LowRank(f.B, f.A) for name, f in self.factors.items()}
@@ -219,7 +237,8 @@ def prove_full_model(
     weights, coarsest = _worst_tensor(folder, base, merge)
     if model is None or batch is None:
         return Proof("full model", len(merge.names), weights)
-    in_memory = merge.hidden_states(model, batch)
+    by_router = any(map(expert_of, merge.names)) and not merge.merged.whole
+    in_memory = merge.rounded_states(model, batch, coarsest) if by_router else merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     try:
         loaded = load_body(Base(str(folder)), str(_dtype(model)).removeprefix("torch."), str(batch.weight.device))

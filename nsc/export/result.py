@@ -150,11 +150,13 @@ class MergeResult:
         settings, own = self.record.settings, learned or self.with_base
         device = "cpu" if learned else one_device(settings.get("device", "auto") if own else "auto")
         dense = self.recipe is not None and self.recipe.is_dense
-        experts = any(map(expert_of, self.stack.names))  # which are copied to carry the merge
-        if not _fits(base, 1 + full + dense + experts, device):
+        # Experts are copied to carry the merge, and chosen by a router, which few bits would make choose others.
+        experts = any(map(expert_of, self.stack.names))
+        if not _fits(base, (1 + full + dense + experts) * (1 + experts), device):
             return "no base loaded, for which memory does not suffice"
+        dtype = settings.get("dtype", "auto") if own else "auto"
         try:
-            base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
+            base = loading.load(base, "float32" if experts else dtype, device)
         except NSCError:
             if learned or full or not quantization_settings(base.config):
                 raise
