@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,6 +81,81 @@ def held(out: Path) -> Iterator[Path]:
         del _HELD[folder]
         _remove_empty([folder, *missing[1:]])
         os.close(handle)
+
+
+def states_of_files(folder: Path, depth: int = 1) -> dict[Path, tuple[int, ...]]:
+    """Return what changes of files when they are written or replaced.
+
+    Args:
+        folder: where they lie.
+        depth: 1 for its own files, 2 for those of its sub-folders as well.
+
+    Returns:
+        File -> its inode, size and time of change.
+    """
+    files = [file for level in range(depth) for file in folder.glob("*/" * level + "*") if file.is_file()]
+    states = {file: file.stat() for file in files}
+    return {file: (state.st_ino, state.st_size, state.st_mtime_ns) for file, state in states.items()}
+
+
+def states_of_sources(*places: str | Path) -> dict[Path, tuple[int, ...]]:
+    """Return what changes of the weights and configs in folders when they are written or replaced.
+
+    Args:
+        places: folders; names of the Hub, whose files do not change, are passed over.
+
+    Returns:
+        File -> its state, as ``states_of_files`` has it.
+    """
+    folders = [Path(place).expanduser() for place in places]
+    found = [states_of_files(folder, 2) for folder in folders if folder.is_dir()]
+    read = (".safetensors", ".json")
+    return {file: state for states in found for file, state in states.items() if file.suffix in read}
+
+
+def refuse_changed(before: Mapping[Path, tuple[int, ...]]) -> None:
+    """Refuse to go on if files are no longer what they were.
+
+    Args:
+        before: what ``states_of_sources`` returned.
+
+    Raises:
+        NSCError: naming a file that was changed, replaced or removed since.
+    """
+    now = {file: state for folder in {f.parent for f in before} for file, state in states_of_files(folder).items()}
+    if changed := sorted(file for file, state in before.items() if now.get(file) != state):
+        raise NSCError(f"{changed[0]} was changed while it was merged, so the merge may hold some of each: merge again")
+
+
+def write_through(folder: Path) -> None:
+    """Have the system write all files of a folder to the disk, and the folder itself, so that a power cut loses none.
+
+    Args:
+        folder: with all that lies below it.
+    """
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def move_into_place(folder: Path, out: Path) -> None:
+    """Move a folder that is complete to its final name, so that after a power cut it is whole or not there.
+
+    Args:
+        folder: on the same file system as ``out``.
+        out: does not exist yet.
+    """
+    write_through(folder)
+    os.replace(folder, out)
+    _sync(out.absolute().parent)
+
+
+def _sync(path: Path) -> None:
+    with suppress(PermissionError):  # Windows opens no folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _lock(folder: Path) -> int:

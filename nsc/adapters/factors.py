@@ -107,7 +107,8 @@ def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if name in saved:
             raise checkpoint.error(f"'{key}' is there under two adapter names; save one adapter a folder")
         floating = tensor.is_floating_point()
-        saved[name] = _checked(checkpoint, key, tensor, ndim=tensor.ndim) if floating else tensor
+        # Cloned, since the tensors of safetensors are the file itself, and what is kept is written after the merge.
+        saved[name] = (_checked(checkpoint, key, tensor, ndim=tensor.ndim) if floating else tensor).clone()
     return saved
 
 

@@ -34,6 +34,8 @@ class Adapter:
         saved: modules_to_save tensors, such as "score.weight".
         config: adapter_config.json.
         sha256: digest of the weights file.
+        given: names of all modules_to_save tensors that were read, whatever became of them.
+        behind: layer of the base behind its body that the adapter fine-tuned whole and that is merged, if any.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Adapter:
     saved: dict[str, Tensor]  # modules_to_save, such as "score.weight"
     config: dict[str, Any]
     sha256: str
+    given: frozenset[str] = frozenset()
+    behind: str | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -73,7 +77,9 @@ def read_adapter(path_or_hub_id: str | Path, name: str | None = None) -> Adapter
     factors, saved = read_factors(checkpoint), read_saved(checkpoint)
     if all(f.is_zero for f in factors.values()):
         raise checkpoint.error("the update of every module is zero; was it trained, and was the right folder given?")
-    return Adapter(checkpoint.name, checkpoint.path, factors, saved, checkpoint.config, checkpoint.sha256)
+    return Adapter(
+        checkpoint.name, checkpoint.path, factors, saved, checkpoint.config, checkpoint.sha256, frozenset(saved)
+    )
 
 
 def read_adapters(adapters: Mapping[str, str | Path]) -> dict[str, Adapter]:

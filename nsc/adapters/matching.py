@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from nsc.adapters.factors import LoraFactors
 from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import Adapter, read_adapters
@@ -62,7 +64,9 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(base.model.main_input_name))
-    kept, whole = split_saved(adapters, matches, body_of(base), keep_modules)
+    outputs = base.output_layers if any(adapter.saved for adapter in adapters.values()) else {}
+    kept, whole = split_saved(adapters, matches, body_of(base, outputs), keep_modules)
+    shapes = shapes | {name: (layer.out_features, layer.in_features) for name, layer in outputs.items()}
     stack = stack_adapters(kept, matches, shapes, dense_stacks(base, whole))
     return Matched(kept, matches, shapes, stack)
 
@@ -140,11 +144,12 @@ def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]
     return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
 
 
-def body_of(base: Base) -> BaseLayers:
+def body_of(base: Base, outputs: Mapping[str, nn.Linear] | None = None) -> BaseLayers:
     """Return the facts about a base's layers that ``split_saved`` needs.
 
     Args:
         base: the base; shapes are enough.
+        outputs: layers behind the body that belong to the base as well, by name.
 
     Returns:
         Its linear layers, parameters and tied names.
@@ -153,10 +158,15 @@ def body_of(base: Base) -> BaseLayers:
     parameters = structure.body_parameters(model)
     shared = Counter(map(id, parameters.values()))
     tied = {name for name, parameter in parameters.items() if shared[id(parameter)] > 1}
-    if outputs := base.tied_outputs:
+    if names := base.tied_outputs:
         embeddings = getattr(model, "text", model).get_input_embeddings().weight  # type: ignore[operator]
-        tied |= {*outputs, *(name for name, parameter in parameters.items() if parameter is embeddings)}
-    return BaseLayers(structure.linear_shapes(model), list(parameters), tied, transposed_weights(model))
+        tied |= {*names, *(name for name, parameter in parameters.items() if parameter is embeddings)}
+    behind = outputs or {}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in behind.items()}
+    own = [f"{name}.{kind}" for name, layer in behind.items() for kind, _ in layer.named_parameters()]
+    return BaseLayers(
+        structure.linear_shapes(model) | shapes, [*parameters, *own], tied, transposed_weights(model), tuple(behind)
+    )
 
 
 def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mapping[str, tuple[int, int]]) -> None:

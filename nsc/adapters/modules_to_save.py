@@ -32,12 +32,14 @@ class BaseLayers:
         parameters: names of all parameters.
         tied: names of parameters, also outside the body, that share one tensor with another parameter.
         transposed: weights that the base stores as (in, out).
+        behind: those of the linears that lie behind the body, such as lm_head.
     """
 
     linears: Mapping[str, tuple[int, int]]
     parameters: Sequence[str]
     tied: Collection[str] = ()
     transposed: Collection[str] = ()
+    behind: Collection[str] = ()
 
 
 def split_saved(
@@ -72,7 +74,11 @@ def split_saved(
         _refuse_tied(task, names, inside, body)
         merged[task] = {p: adapter.saved[n] for n, p in inside.items()}
         _require_linears(task, merged[task], body)
-        kept[task] = replace(adapter, saved={n: x for n, x in adapter.saved.items() if n not in inside})
+        kept[task] = replace(
+            adapter,
+            saved={n: x for n, x in adapter.saved.items() if n not in inside},
+            behind=next((name for name in body.behind if f"{name}.weight" in merged[task]), None),
+        )
     _refuse_lora_beside(merged, matches)
     return kept, merged
 
@@ -178,7 +184,15 @@ def without_body(model: nn.Module, adapter: Adapter) -> Adapter:
 
     Returns:
         The adapter; what is left in ``saved`` is its head.
+
+    Raises:
+        NSCError: if the adapter fine-tuned the base's own layer over the vocabulary, by which its outputs differ.
     """
+    if adapter.behind:
+        raise NSCError(
+            f"adapter {adapter.name} fine-tuned {adapter.behind} whole, so the base's own cannot say what it says of"
+            " its tokens: merge by nsc, or by a method that learns and searches nothing"
+        )
     ends = tuple(f".{name}" for name in structure.linear_shapes(model))
     kept = [name for name in adapter.saved if f".{name.rpartition('.')[0]}".endswith(ends)]
     return replace(adapter, saved={name: x for name, x in adapter.saved.items() if name not in kept})

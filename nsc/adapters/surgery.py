@@ -28,9 +28,10 @@ def merged_layers(
     """Put all adapters into the model, weighted by coefficients, and restore the model afterwards.
 
     The model is changed in place and is exactly what it was on leaving, also after an exception. A layer that adapters
-    fine-tuned whole becomes a MergedDenseLinear, which is no target and shares no input. Factors are cast to the dtype
-    and device in which their layer computes. Experts and routers are no modules that could be replaced: their updates
-    are added to the parameters, without a gradient.
+    fine-tuned whole becomes a MergedDenseLinear, which is no target and shares no input; one behind the body, such as
+    lm_head, stands last in the stack and is left out. Factors are cast to the dtype and device in which their layer
+    computes. Experts and routers are no modules that could be replaced: their updates are added to the parameters,
+    without a gradient.
 
     Args:
         model: the body.
@@ -42,7 +43,8 @@ def merged_layers(
         Name -> layer that carries the adapters.
     """
     added = set(unwatched(model, stack.names))
-    originals = {name: model.get_submodule(name) for name in stack.names if name not in added}
+    behind = {name for name in stack.names if is_behind(model, stack, name)}
+    originals = {name: model.get_submodule(name) for name in stack.names if name not in added | behind}
     dtype = next(model.parameters()).dtype
     rows = dict(zip(stack.names, lam.detach(), strict=True))
     with copied(model, added) as held:
@@ -51,6 +53,7 @@ def merged_layers(
             if name in added
             else _merged_layer(originals[name], stack.layer(name), row, (plans or {}).get(name, "factors"), dtype)
             for name, row in rows.items()
+            if name not in behind
         }
         try:
             for name in originals:
@@ -86,6 +89,11 @@ class AddedUpdate:
 
     @lam.setter
     def lam(self, lam: Tensor) -> None:
+        """Set the coefficients, and with them the matrix.
+
+        Args:
+            lam: one per adapter.
+        """
         self._lam = lam.detach()
         self._stored.copy_(self._original.double() + self._layer.delta(self._lam).to(self._original.device))
 
@@ -119,14 +127,28 @@ def copied(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, tuple
             parameter.data = originals[key]
 
 
+def is_behind(model: nn.Module, stack: Stack, name: str) -> bool:
+    """Return whether a layer of a stack lies behind the body, as the layer over the vocabulary does.
+
+    Args:
+        model: the body.
+        stack: the adapters.
+        name: name of the layer.
+
+    Returns:
+        Whether adapters fine-tuned it whole, and the body has none of that name.
+    """
+    return name in stack.dense and name.partition(".")[0] not in dict(model.named_children())
+
+
 def set_coefficients(layers: dict[str, MergedLoRALinear], lam: Tensor | Sequence[Tensor]) -> None:
     """Point every layer at its row of the coefficients; the next forward is differentiable in them.
 
     Args:
         layers: name -> layer that carries the adapters.
-        lam: (M, C), or one row per layer.
+        lam: (M, C), or one row per layer; those of layers behind the body, which are the last, are not used.
     """
-    for layer, row in zip(layers.values(), lam, strict=True):
+    for layer, row in zip(layers.values(), lam, strict=False):
         layer.lam = row[: layer.lam.numel()].to(layer.lam.device)  # by rank, rows are as long as the longest
 
 

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.utils import logging
 
 from nsc.bases.conv1d import run_as_linears
@@ -103,6 +109,33 @@ class Base:
                 return auto_class(config).from_config(deepcopy(config))
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
+
+    @cached_property
+    def generating(self) -> Any:
+        """The whole model that generates tokens, without weights: on the meta device; None if there is none."""
+        kind, auto = type(self.config), AutoModelForCausalLM
+        if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            auto = AutoModelForImageTextToText
+        elif getattr(self.config, "is_encoder_decoder", False):
+            auto = AutoModelForSeq2SeqLM
+        try:
+            with quiet_loading(), torch.device("meta"):
+                return auto.from_config(deepcopy(self.config))
+        except (ValueError, ImportError):
+            return None
+
+    @cached_property
+    def output_layers(self) -> dict[str, nn.Linear]:
+        """The layer behind the body by which the base names its next token, by its name and without weights.
+
+        Empty where it is one with the embeddings, or there is none.
+        """
+        head = self.generating and self.generating.get_output_embeddings()
+        if self.tied_outputs or not isinstance(head, nn.Linear):
+            return {}
+        if head.weight is self.generating.get_input_embeddings().weight:
+            return {}
+        return {name: head for name, module in self.generating.named_modules() if module is head}
 
     @cached_property
     def model(self) -> nn.Module:

@@ -263,6 +263,8 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
     keys = [*tensors, *(f"{module}.weight" for module in codes.packed())]
     wanted = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     places = {key: name for key, name in parameter_names(base.blank, keys).items() if name in wanted}
+    if behind := {f"{name}.{kind}" for name in _behind(base, names) for kind in ("weight", "bias")}:
+        places |= {key: name for key, name in parameter_names(base.generating, keys).items() if name in behind}
     if lost := sorted({f"{name}.weight" for name in names} - set(places.values())):
         raise NameMismatch(
             f"{len(lost)} merged layers, such as {lost[0]}, are not in the checkpoint {source}, or transformers"
@@ -272,6 +274,13 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
         if name.endswith(".weight"):
             require_readable(base, codes, key, name.removesuffix(".weight"))
     return [source / name for name in shard_names(source)], {k: name for k, name in places.items() if k in tensors}
+
+
+def _behind(base: Base, names: Sequence[str]) -> list[str]:
+    """Those of the layers that the body has not, but the whole model that generates tokens."""
+    body = dict(base.blank.named_modules())
+    outside = [name for name in names if name not in body]
+    return [name for name in outside if name in base.output_layers]
 
 
 def read_parameters(base: Base, model: Any, names: Sequence[str]) -> dict[str, Tensor]:

@@ -282,12 +282,18 @@ def place_of(source: Source) -> str:
     return absolute(source) if isinstance(source, (str, Path)) else f"{len(source)} samples given in Python"
 
 
-def _lines(path: Path) -> list[str]:
-    """By newlines alone: ``splitlines`` would also break at U+2028 and others, which JSON strings may hold."""
+def _lines(path: Path) -> Iterator[str]:
+    """One at a time, by newlines alone: ``splitlines`` would also break at U+2028 and others, which JSON may hold."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                yield line.removesuffix("\n")
+    except UnicodeDecodeError:
+        try:
+            path.read_bytes().decode("utf-8-sig")  # which counts bytes from the start of the file
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+        raise
 
 
 @contextmanager

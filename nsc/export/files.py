@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -58,6 +58,7 @@ def write_adapter(
     whole: Mapping[str, Tensor] | None = None,
     parameters: Mapping[str, ParameterFactors] | None = None,
     transposed: bool = False,
+    behind: Collection[str] = (),
 ) -> None:
     """Write a PEFT folder whose scale is 1 in every module and whose targets are full module names.
 
@@ -69,9 +70,11 @@ def write_adapter(
         whole: parameters of layers that are written to modules_to_save as they are.
         parameters: full name of a parameter -> its factors, of experts and routers.
         transposed: whether the base stores the weights of all these layers transposed, as Conv1D does.
+        behind: those of the layers that lie behind the body, whose names take no prefix.
     """
-    whole, parameters = whole or {}, parameters or {}
-    saved = sorted({prefix + name.rpartition(".")[0] for name in whole})
+    parameters = parameters or {}
+    named = {n if n.rpartition(".")[0] in behind else prefix + n: tensor for n, tensor in (whole or {}).items()}
+    saved = sorted({name.rpartition(".")[0] for name in named})
     modules, held = sorted(prefix + name for name in factors), sorted(prefix + name for name in parameters)
     ranks = {prefix + name: f.A.shape[0] for name, f in factors.items()}
     ranks |= {prefix + name: f.rank for name, f in parameters.items()}
@@ -99,7 +102,7 @@ def write_adapter(
     for p in parameters.values():
         tensors[f"base_model.model.{prefix}{p.module}.lora_A.weight"] = p.A.contiguous()
         tensors[f"base_model.model.{prefix}{p.module}.lora_B.weight"] = p.B.contiguous()
-    tensors |= {f"base_model.model.{prefix}{name}": tensor.contiguous() for name, tensor in whole.items()}
+    tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

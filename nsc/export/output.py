@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from nsc.export.card import CARD, card_data, licence_warnings, model_card
 from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
 from nsc.export.parameters import split_by_parameter
 from nsc.export.programs import vllm_rank
-from nsc.export.proof import Merge, Proof, prove_adapter, prove_files, prove_full_model
+from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
 from nsc.export.push import seal
 from nsc.export.record import Record
 from nsc.export.report import Report, draw_heat_map, padding_cost, vllm_limits
 from nsc.export.served import require_served, served_prefix
-from nsc.paths import CHECKPOINT, STAGING, held
+from nsc.paths import CHECKPOINT, STAGING, held, move_into_place, refuse_changed, states_of_files
 from nsc.recipes.merged_factors import DENSE_REMEDY, merged_factors, padded, padding_bytes
 from nsc.recipes.spec import Recipe
 from nsc.recipes.updates import Merged
@@ -45,6 +45,7 @@ class Output:
         report: what was decided and seen, without what is only known once it is written.
         adapters: task -> adapter, with the head that its task keeps.
         checkpoint: where learning kept its state, if it did.
+        sources: files of base and adapters -> their states before anything was read of them.
     """
 
     merged: Merged
@@ -52,6 +53,7 @@ class Output:
     report: Report
     adapters: Mapping[str, Adapter]
     checkpoint: Path | None = None
+    sources: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     def write(
         self, out: Path, rank: int | None, full: bool, proof_base: Callable[[], tuple[Base, Batch] | str]
@@ -68,7 +70,8 @@ class Output:
             What was compared.
 
         Raises:
-            NSCError: if ``out`` cannot be written, another process writes it, or an interrupted merge of it is there.
+            NSCError: if ``out`` cannot be written, another process writes it, an interrupted merge of it is there, or
+                base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
         with held(out) as partial, _naming_disk_errors(out):
@@ -92,22 +95,25 @@ class Output:
         shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
-        written = _state_of_files(staging)
+        self._write_heads(staging)
+        written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
         proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
         if not full:
             require_served(self.record.programs, staging)
+        prove_heads(staging, self.adapters)
         self._describe(staging, self._reported(merge, proof, rank, full))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
         _share(staging)
-        if changed := sorted(written.items() - _state_of_files(staging).items()):
-            raise ProofError(f"{staging / changed[0][0]} was changed by another program after its proof; save again")
+        if changed := sorted(written.items() - states_of_files(staging, 2).items()):
+            raise ProofError(f"{changed[0][0]} was changed by another program after its proof; save again")
+        refuse_changed(self.sources)
         if os.path.lexists(out):
             raise NSCError(f"{out} was made meanwhile; choose another folder, or move it away")
-        os.replace(staging, out)
+        move_into_place(staging, out)
         return proof
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
@@ -122,7 +128,8 @@ class Output:
         written = factors if self.record.ragged else padded(factors)
         named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
         modules, parameters = split_by_parameter(base, written)
-        write_adapter(folder, modules, prefix, named, whole, parameters, transposed)
+        behind = base.output_layers if whole else {}
+        write_adapter(folder, modules, prefix, named, whole, parameters, transposed, behind)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -153,10 +160,14 @@ class Output:
         (folder / CARD).write_text(model_card(report, data), encoding="utf-8")
         if report.coefficients:
             draw_heat_map(folder / "coefficients.png", report)
+
+    def _write_heads(self, folder: Path) -> None:
+        """What each task keeps for itself."""
         for task, adapter in self.adapters.items():
             if adapter.saved:
-                (folder / "heads").mkdir(exist_ok=True)
-                save_file({k: v.contiguous() for k, v in adapter.saved.items()}, folder / f"heads/{task}.safetensors")
+                (folder / HEADS).mkdir(exist_ok=True)
+                tensors = {name: tensor.contiguous() for name, tensor in adapter.saved.items()}
+                save_file(tensors, folder / HEADS / f"{task}.safetensors")
 
 
 def _are_transposed(base: Base, layers: Collection[str]) -> bool:
@@ -212,12 +223,6 @@ def _share(folder: Path) -> None:
     os.umask(allowed)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~allowed)
-
-
-def _state_of_files(folder: Path) -> dict[str, tuple[int, ...]]:
-    """File -> what changes when it is written or replaced."""
-    found = ((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
-    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found}
 
 
 @contextmanager

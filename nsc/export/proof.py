@@ -15,10 +15,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nsc.adapters.fused_layers import on_experts
-from nsc.adapters.lora import read_adapter
+from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import copied, merged_layers
 from nsc.adapters.target_parameters import INNER
@@ -36,6 +37,7 @@ from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, as_stack, dense, parameter_update, whole_updates
 
+HEADS = "heads"  # the folder of what each task keeps for itself
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # no update is added in another dtype
 OUTPUT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -158,6 +160,56 @@ class Merge:
         updates |= {name: whole[f"{name}.weight"] for name in self.merged.whole}
         stack = as_stack(updates, {name: whole[f"{name}.bias"] for name in updates if f"{name}.bias" in whole})
         return stack, torch.ones(len(updates), 1)
+
+
+def prove_complete(adapters: Mapping[str, Adapter], stack: Stack) -> None:
+    """Count the tensors of adapters: each must be merged, or kept for its own task.
+
+    Args:
+        adapters: task -> adapter, with what its task keeps.
+        stack: what is merged.
+
+    Raises:
+        ProofError: naming the adapter, if one is in neither.
+    """
+    for task, adapter in adapters.items():
+        k = stack.tasks.index(task)
+        factors = sum(module.present[k] for module in stack.modules.values())
+        dense = [layer for layer in stack.dense.values() if layer.present[k]]
+        whole = len(dense) + sum(layer.bias_deltas is not None for layer in dense)
+        if (factors, whole + len(adapter.saved)) != (len(adapter.factors), len(adapter.given)):
+            raise ProofError(
+                f"adapter {task} holds factors of {len(adapter.factors)} modules and {len(adapter.given)} tensors of"
+                f" modules_to_save, but {factors} and {whole} are merged and {len(adapter.saved)} kept; do not use it"
+            )
+
+
+def prove_heads(folder: Path, adapters: Mapping[str, Adapter]) -> None:
+    """Read back what tasks keep for themselves: bit for bit what their adapters held when they were read.
+
+    Args:
+        folder: folder the merge was written to.
+        adapters: task -> adapter, with what its task keeps.
+
+    Raises:
+        ProofError: if something is missing, extra or different.
+    """
+    kept = {f"{task}.safetensors": adapter.saved for task, adapter in adapters.items() if adapter.saved}
+    _same_names({file.name for file in (folder / HEADS).glob("*")}, set(kept), HEADS)
+    for name, tensors in kept.items():
+        try:
+            written = load_file(folder / HEADS / name)
+        except (SafetensorError, OSError) as error:
+            raise ProofError(f"{HEADS}/{name} cannot be read back from {folder}: {error}") from error
+        _same_names(set(written), set(tensors), f"{HEADS}/{name}")
+        for key, tensor in tensors.items():
+            same = written[key].dtype == tensor.dtype and written[key].shape == tensor.shape
+            if not (same and torch.equal(_bits(written[key]), _bits(tensor))):
+                raise ProofError(f"{key} read back from {HEADS}/{name} is not what the adapter held; do not use it")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
@@ -303,7 +355,7 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
         was, now = (f"{kind} {tuple(t.shape)}" for kind, t in ((dtype, stored), (written.dtype, written)))
         raise ProofError(f"{key} should be {was} and is {now} read back")
     if update is None:
-        if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (written, stored))):
+        if not torch.equal(_bits(written), _bits(stored)):
             raise ProofError(f"{key} carries no LoRA, but what was read back is not what the base holds")
         return 0.0
     if dtype not in NUMBERS:
@@ -347,14 +399,19 @@ def _loaded_by_peft(
 ) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
     """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
     prefix, shell = merge.prefix, cast(Any, model)
-    originals = {name: model.get_submodule(name) for name in merge.merged.whole}
+    known = dict(model.named_modules())
+    originals = {name: known[name] for name in merge.merged.whole if name in known}
     for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
         outer = nn.Module()
         outer.add_module(part, shell)
         shell = outer
+    for name in set(merge.merged.whole) - originals.keys():  # behind the body
+        m, d = merge.whole[f"{name}.weight"].shape
+        shell.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
     peft_model = PeftModel.from_pretrained(shell, folder)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    saved |= {name: m for name, m in shell.named_children() if isinstance(m, ModulesToSaveWrapper)}
     active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
     try:
         yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
@@ -362,6 +419,8 @@ def _loaded_by_peft(
         peft_model.unload()
         for name, original in originals.items():  # PEFT leaves its own there
             replace_module(model, name, original)
+        for name in set(merge.merged.whole) - originals.keys():
+            delattr(shell, name)
 
 
 def _proof(

@@ -31,6 +31,8 @@ class Report:
         conditions_by_module: module -> condition numbers, None where an adapter has no factors.
         absent: coefficients of adapters that do not touch the module.
         merged_rank: largest rank in the written adapter; None before it is known, and for a full model.
+        whole: modules that adapters fine-tuned whole, merged as differences.
+        heads: task -> tensors of its modules_to_save that it keeps, under ``heads/``.
         vllm_max_lora_rank: smallest ``max_lora_rank`` of vLLM that serves it; None if there is none.
         targets: modules whose inputs were measured.
         ratio_before: mean null-space ratio of each task over its targets; NaN for an unseen task.
@@ -81,6 +83,8 @@ class Report:
     absent: list[str]
     merged_rank: int | None
     vllm_max_lora_rank: int | None
+    whole: list[str] = field(default_factory=list)
+    heads: dict[str, list[str]] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     ratio_before: list[float] = field(default_factory=list)
     ratio_after: list[float] = field(default_factory=list)
@@ -238,6 +242,10 @@ def _facts(report: Report) -> str:
         lines.append(f"- unseen, merged without data of their own: {', '.join(unseen)}")
     if report.by_states:
         lines.append(f"- without an output, compared by pooled last hidden states: {', '.join(report.by_states)}")
+    if report.whole:
+        lines.append(f"- fine-tuned whole, merged as differences: {', '.join(report.whole)}")
+    if kept := [f"{task} ({', '.join(names)})" for task, names in report.heads.items()]:
+        lines.append(f"- kept under heads/, each for its own task: {'; '.join(kept)}")
     lines += [_started(report.started)] if report.started else []
     if report.targets:
         lines += [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from nsc.batch import Batch
 from nsc.data.modalities import example_of
 from nsc.errors import NSCError
 from nsc.export.output import Output, refuse_output
-from nsc.export.proof import Proof
+from nsc.export.proof import Proof, prove_complete
 from nsc.export.record import Record
 from nsc.export.report import Report
 from nsc.export.served import read_programs, refuse_early
@@ -50,6 +50,7 @@ class MergeResult:
         fixed: the merge itself, where its factors were found from rows and are not made again; None else.
         with_base: whether ``save`` loads the base even without rows, and makes some.
         checkpoint: where its learning kept its state, which ``save`` removes where it lies in ``out.partial``.
+        sources: files of base and adapters -> their states before anything was read of them; ``save`` finds them so.
     """
 
     coefficients: Tensor | None
@@ -63,6 +64,7 @@ class MergeResult:
     fixed: FixedFactors | None = None
     with_base: bool = False
     checkpoint: Path | None = None
+    sources: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def merged(self) -> Merged:
@@ -133,7 +135,8 @@ class MergeResult:
         require_hub_id(base_id)
         known = public_base(base.id, (adapter.base for adapter in self.adapters.values()), kept)
         record = replace(self.record, ragged=ragged and not full, base_id=known, programs=names)
-        output = Output(self.merged, record, self.report, self.adapters, self.checkpoint)
+        prove_complete(self.adapters, self.stack)
+        output = Output(self.merged, record, self.report, self.adapters, self.checkpoint, self.sources)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 
     def _proof_base(self, full: bool) -> tuple[Base, Batch] | str:

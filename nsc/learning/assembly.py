@@ -113,7 +113,7 @@ def _on_coefficients(
         with shards.one_pass() if shards else nullcontext():
             reachable = _reachable(objective, row, lam)
         frozen = ~reachable | ~stack.owned.to(device)
-        run = [layer for layer, there in zip(layers.values(), reachable.any(1).tolist(), strict=True) if there]
+        run = [layer for layer, there in zip(layers.values(), reachable.any(1).tolist(), strict=False) if there]
         folding = [] if config.gradient_checkpointing else [x for x in run if isinstance(x, MergedLoRALinear)]
         place = partial(_place, layers, coefficients)
         yield Setting(objective, coefficients, theta, frozen, place, folding)

@@ -182,7 +182,8 @@ def count_tokens(rows: Rows) -> dict[str, int]:
 
 def _readings(model: nn.Module, stack: Stack, rows: Rows, inputs: Inputs, tokens: int) -> Readings:
     batch = next(iter(next(iter(rows.values()))())).split(1)[0].to(input_device(model))
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in stack.names}
+    known = dict(model.named_modules())
+    layers: dict[str, Any] = {name: known[name] for name in stack.names if name in known}
     groups, runs = readers(model, layers, batch)
     if missing := [name for name in stack.names if not runs.get(name)]:
         raise TargetError(

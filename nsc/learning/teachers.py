@@ -230,7 +230,8 @@ def _heads(
     heads: list[TaskHead | None] = []
     shared: TaskHead | None = None
     for task, adapter in adapters.items():
-        saved = without_body(base.model, adapter).saved if positions == "prompt" else {}
+        saved = without_body(base.model, adapter).saved
+        saved = saved if positions == "prompt" else {}
         if task in unseen:
             heads.append(None)
         elif saved and (kind := adapter.config.get("task_type")) in OF_EACH_TOKEN:

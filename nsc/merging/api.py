@@ -19,7 +19,7 @@ from nsc.merging.from_data import merge_by_learning
 from nsc.merging.from_recipe import Masks, Weights, combine, combine_learned, require_weights_of_tasks
 from nsc.merging.from_rows import find_magnitudes, find_updates, refuse_without_rows, settled
 from nsc.merging.tuning import Search, at_best_scale, read_search, refuse_base, refuse_search
-from nsc.paths import absolute
+from nsc.paths import absolute, states_of_sources
 from nsc.recipes.spec import Recipe, read_settings
 from nsc.runtime.distributed import join
 
@@ -88,13 +88,14 @@ def merge(
     if recipe and recipe.needs_rows:
         refuse_without_rows(recipe, data, config)
     home = Base(absolute(base))
+    sources = states_of_sources(home.id, *adapters.values())
     chosen = read_search(search, home, adapters, data, validation, scales, over, not asked)
     say = printer(progress and join(config.device).first)
     if recipe and not recipe.learned:
         if resume:
             raise NSCError(f"method {recipe.label} learns nothing, so there is nothing to resume; leave it out")
         result = combine(home, adapters, recipe, config, coefficients, masks, searches, say)
-        return _finished(result, data, chosen, config, say)
+        return _finished(replace(result, sources=sources), data, chosen, config, say)
     if coefficients is not None or (masks and not recipe):
         what = "coefficients" if coefficients is not None else "masks"
         raise NSCError(
@@ -116,7 +117,7 @@ def merge(
         result = merge_by_learning(home, adapters, data, config, name, place, resume, progress)
     result = combine_learned(result, recipe, config, masks) if recipe else result
     result = replace(result, checkpoint=place)
-    return _finished(result, data, chosen, config, say)
+    return _finished(replace(result, sources=sources), data, chosen, config, say)
 
 
 def _finished(

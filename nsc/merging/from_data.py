@@ -29,7 +29,7 @@ from nsc.learning.loop import Learned
 from nsc.learning.passes import in_passes, own_share
 from nsc.learning.preparation import Problem, prepare, stack_on
 from nsc.learning.ratios import NullSpaceRatio
-from nsc.merging.report_builder import describe_merge
+from nsc.merging.report_builder import describe_merge, kept_by_tasks
 from nsc.recipes.merged_factors import factors_to_fit
 from nsc.recipes.updates import Merged, fitted
 from nsc.runtime.distributed import Team, join
@@ -113,7 +113,7 @@ def merge_by_learning(
     report = _report(problem, learned, coefficients, before, after, name, read)
     return MergeResult(
         coefficients,
-        replace(report, started=begun.told),
+        replace(report, started=begun.told, heads=kept_by_tasks(matched.adapters)),
         record,
         matched.adapters,
         problem.stack,

@@ -20,7 +20,7 @@ from nsc.config import MergeConfig
 from nsc.errors import NSCError
 from nsc.export.record import UNVERIFIED, Record
 from nsc.export.result import MergeResult
-from nsc.merging.report_builder import describe_recipe, describe_stack
+from nsc.merging.report_builder import describe_recipe, describe_stack, kept_by_tasks
 from nsc.recipes.combination import Combination
 from nsc.recipes.spec import Recipe, config_fields, write_settings
 from nsc.runtime.placement import one_device
@@ -67,7 +67,8 @@ def combine(
     combination = Combination(stack, recipe, taken, masks, one_device(config.device))
     say(f"base {base.id}: {len(stack.names)} modules of {len(read)} adapters, merged by {recipe.label}")
     report = describe_recipe(describe_stack(base.id, stack, taken, start, recipe.label), recipe)
-    report = replace(report, warnings=report.warnings + warnings + base_warnings(base.id, read))
+    warnings = report.warnings + warnings + base_warnings(base.id, read)
+    report = replace(report, warnings=warnings, heads=kept_by_tasks(matched.adapters))
     record = Record.of(
         base.id, recipe.label, matched, read, taken, replace(config, start=start), recipe, masks=combination.masks
     )

@@ -21,8 +21,8 @@ from nsc.export.description import REMEDY
 from nsc.export.record import UNVERIFIED, Record, prefix_of_merge
 from nsc.export.result import MergeResult
 from nsc.export.sharing import hub_id
-from nsc.merging.report_builder import describe_recipe, describe_stack
-from nsc.paths import absolute
+from nsc.merging.report_builder import describe_recipe, describe_stack, kept_by_tasks
+from nsc.paths import absolute, states_of_sources
 from nsc.recipes.combination import Combination
 from nsc.recipes.updates import FixedFactors, WeightedSum, as_lora
 from nsc.runtime.placement import one_device
@@ -90,6 +90,7 @@ def apply(
             f"the record says only that adapter {lost[0]} was called {places[lost[0]]!r}; say where it lies, by"
             f" --adapter {lost[0]}=PATH or adapters={{...}}"
         )
+    sources = states_of_sources(record.base, *places.values())
     read = read_adapters(places)
     for task, adapter in read.items():
         if fingerprint(adapter) != record.adapters[task]["fingerprint"]:
@@ -117,5 +118,5 @@ def apply(
         )
     report = describe_stack(record.base, stack, lam, record.start, record.method)
     warnings = report.warnings + ([] if record.verified else [f"{folder}: {UNVERIFIED}"])
-    report = replace(report, started=record.started, warnings=warnings)
-    return replay(MergeResult(lam, report, record, read, stack))
+    report = replace(report, started=record.started, warnings=warnings, heads=kept_by_tasks(read))
+    return replay(MergeResult(lam, report, record, read, stack, sources=sources))

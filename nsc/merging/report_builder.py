@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsc.adapters.lora import Adapter
 from nsc.adapters.stack import Stack
 from nsc.config import LEARNED, PAPER_REACH, MergeConfig
 from nsc.export.programs import vllm_rank
@@ -43,12 +45,25 @@ def describe_stack(base: str, stack: Stack, coefficients: Tensor | None, start: 
         conditions={task: _worst_condition(stack, k) for k, task in _tasks(stack)},
         conditions_by_module={n: [g.condition if g else None for g in m.grams] for n, m in stack.modules.items()},
         absent=_named(~stack.present, stack),
+        whole=list(stack.dense),
         merged_rank=rank,
         vllm_max_lora_rank=vllm_rank(rank),
         warnings=_gram_warnings(stack) if split_learned(method)[0] else [],
         method=method,
         **_about(method),
     )
+
+
+def kept_by_tasks(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """Name the tensors that tasks keep for themselves.
+
+    Args:
+        adapters: task -> adapter.
+
+    Returns:
+        Task -> names of its tensors, of tasks that keep any.
+    """
+    return {task: sorted(adapter.saved) for task, adapter in adapters.items() if adapter.saved}
 
 
 def describe_recipe(report: Report, recipe: Recipe) -> Report:
