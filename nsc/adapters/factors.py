@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsc.adapters.peft_folder import CONFIG, Checkpoint
 from nsc.adapters.target_parameters import unpacked, wrapped_parameters
+from nsc.adapters.tensor_file import read
 from nsc.adapters.unsupported import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name
 from nsc.bases.experts import layer_of
 
@@ -24,7 +25,7 @@ class LoraFactors:
     """The update ``scale * B @ A`` of one module.
 
     Attributes:
-        A: (r, d), in the dtype it was stored in; of VeRA in at least float32.
+        A: (r, d), in the dtype it was stored in, over the mapped file; of VeRA in at least float32.
         B: (m, r), likewise.
         scale: s = alpha / r, or alpha / sqrt(r) for rsLoRA.
         wide: whether A has columns beyond the module's d, which only the base tells; ``narrowed`` removes them.
@@ -43,7 +44,7 @@ class LoraFactors:
     @property
     def is_zero(self) -> bool:
         """Whether the update is zero because a factor is: training starts there."""
-        return self.scale == 0 or not self.A.any() or not self.B.any()
+        return self.scale == 0 or not read(self.A).any() or not read(self.B).any()
 
     def narrowed(self, d: int) -> LoraFactors:
         """Return the factors for a module with d inputs.
@@ -229,6 +230,6 @@ def _checked(checkpoint: Checkpoint, key: str, tensor: Tensor, ndim: int = 2) ->
         raise checkpoint.error(f"tensor '{key}' has shape {(*tensor.shape,)}; it must be {ndim}-D in a linear layer")
     if tensor.dtype not in DTYPES:
         raise checkpoint.error(f"tensor '{key}' is {tensor.dtype}; save the adapter in float16, bfloat16 or float32")
-    if not tensor.isfinite().all():
+    if not read(tensor).isfinite().all():
         raise checkpoint.error(f"tensor '{key}' has NaN or infinity in it; its training diverged or it is damaged")
     return tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from nsc.adapters.tensor_file import map_tensors
 from nsc.adapters.unsupported import unsupported
 from nsc.errors import AdapterError, UnsupportedAdapter
+from nsc.paths import digest_of_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -69,7 +69,7 @@ def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Chec
             raise AdapterError(f"adapter '{name}': {path} has no {file}; {_missing_file_remedy(path)}")
     config, weights = _read_config(path / CONFIG, name), path / WEIGHTS
     try:
-        return Checkpoint(name, path, config, load_file(weights), hashlib.sha256(weights.read_bytes()).hexdigest())
+        return Checkpoint(name, path, config, map_tensors(weights), digest_of_file(weights))
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"adapter '{name}': {weights} is truncated or corrupt ({error}); copy it again") from error
 

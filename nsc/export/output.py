@@ -74,7 +74,7 @@ class Output:
                 base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
-        with held(out) as partial, _naming_disk_errors(out):
+        with held(out) as partial, _naming_disk_errors(out), _naming_changes(self.sources):
             self._refuse_interrupted(partial)
             proof = self._write_staged(out, partial / STAGING, rank, full, proof_base)
             (partial / CHECKPOINT).unlink(missing_ok=True)
@@ -223,6 +223,16 @@ def _share(folder: Path) -> None:
     os.umask(allowed)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~allowed)
+
+
+@contextmanager
+def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
+    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed from it."""
+    try:
+        yield
+    except NSCError:
+        refuse_changed(sources)
+        raise
 
 
 @contextmanager

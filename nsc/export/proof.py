@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import copied, merged_layers
 from nsc.adapters.target_parameters import INNER
+from nsc.adapters.tensor_file import read
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.conv1d import as_stored, transposed_weights
@@ -35,7 +37,7 @@ from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.export.parameters import part_updates
 from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
-from nsc.recipes.updates import Merged, as_stack, dense, parameter_update, whole_updates
+from nsc.recipes.updates import Merged, as_stack, dense, distance, norm, parameter_update, whole_updates
 
 HEADS = "heads"  # the folder of what each task keeps for itself
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
@@ -227,15 +229,15 @@ def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
         ProofError: if something is missing, extra or different.
     """
     try:
-        read = read_adapter(folder, "merged")
+        stored = read_adapter(folder, "merged")
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
-    if any(map(expert_of, read.factors)):
-        read = on_experts({"merged": read}, base.model)["merged"]
-    written = {name.removeprefix(merge.prefix): f for name, f in read.factors.items()}
+    if any(map(expert_of, stored.factors)):
+        stored = on_experts({"merged": stored}, base.model)["merged"]
+    written = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
     _same_names(_without_idle(written, merge), set(merge.factors), "the adapter file")
-    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in read.saved.items()}
-    updates = ((name, f.scale * (f.B.double() @ f.A.double())) for name, f in written.items())
+    whole = {name.removeprefix(merge.prefix): tensor for name, tensor in stored.saved.items()}
+    updates = ((name, LowRank(f.scale * read(f.B).double(), read(f.A))) for name, f in written.items())
     return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
 
 
@@ -436,30 +438,32 @@ def _proof(
     return Proof(what, modules, weights, error, effect)
 
 
-def _worst_update(updates: Iterable[tuple[str, Tensor]], merge: Merge) -> float:
+def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge) -> float:
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
     for name, written in updates:
         if name not in merge.factors:  # an expert that no adapter touches
-            if written.any():
+            if norm(written) != 0:
                 raise ProofError(f"{name} read back from disk has an update, though no adapter touches it")
             continue
-        expected = cast(Tensor, merge.update(f"{name}.weight"))
-        distance = (written.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-30)
+        expected = merge.merged.update(name)
+        away = distance(written, expected).item() / max(norm(expected).item(), 1e-30)
         allowed = merge.factors[name].error + _rounding(written)
-        excess = max(0.0, distance.item() - allowed) if distance.isfinite() else distance.item()
+        excess = max(0.0, away - allowed) if math.isfinite(away) else away
         if not excess <= WEIGHT_TOLERANCE:
             raise ProofError(
-                f"the update of {name} read back from disk is {distance:.1e} of its norm away from the merge in memory"
+                f"the update of {name} read back from disk is {away:.1e} of its norm away from the merge in memory"
                 f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
             )
         worst = max(worst, excess)
     return worst
 
 
-def _rounding(update: Tensor) -> float:
+def _rounding(update: LowRank | Tensor) -> float:
     """What an update may be off because PEFT rounds it to the base's dtype, as it does on parameters."""
-    return torch.finfo(update.dtype).eps if update.dtype in (torch.float16, torch.bfloat16) else 0.0
+    if isinstance(update, Tensor) and update.dtype in (torch.float16, torch.bfloat16):
+        return torch.finfo(update.dtype).eps
+    return 0.0
 
 
 def _without_idle(names: Iterable[str], merge: Merge) -> set[str]:

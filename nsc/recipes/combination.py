@@ -341,7 +341,6 @@ def stack_of(updates: Mapping[str, Updates]) -> Stack:
         The stack, without Gram factors.
     """
     modules = {
-        name: ModuleStack(torch.cat(u.A), torch.cat(u.B, 1), u.ranks, u.scales, (None,) * len(u.tasks), None)
-        for name, u in updates.items()
+        name: ModuleStack(u.A, u.B, u.ranks, u.scales, (None,) * len(u.tasks), None) for name, u in updates.items()
     }
     return Stack(next(iter(updates.values())).tasks, modules)
