@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from nsc.bases.structure import linear_shapes
 
@@ -169,7 +169,7 @@ def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def router_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the routers beside fused experts that are no linear modules.
+    """Return the shapes of the routers beside fused experts that are not run as linear modules.
 
     Args:
         model: the body; the meta device is enough.
@@ -180,8 +180,11 @@ def router_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     blocks = {name.rpartition(".")[0].rpartition(".")[0] for name in fused_experts(model)}
     found = {}
     for name, module in model.named_modules():
-        weight = dict(_own_parameters(module)).get("weight") if name.rpartition(".")[0] in blocks else None
-        if weight is not None and weight.ndim == 2:
+        if name.rpartition(".")[0] not in blocks:
+            continue
+        runs_otherwise = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        weight = module.weight if runs_otherwise else dict(_own_parameters(module)).get("weight")
+        if isinstance(weight, Tensor) and weight.ndim == 2:
             found[name] = (weight.shape[0], weight.shape[1])
     return found
 

@@ -119,9 +119,18 @@ def test_lora_on_parameters_of_every_layout(family, tmp_path):
     base, holder = tmp_path / "base", FAMILIES[family][2]
     save_moe(base, config_of(family))
     both = [f"{holder}.gate_up_proj", f"{holder}.down_proj"]
+    router = "router.weight" if family in ("gpt-oss", "granite-moe", "llama4") else "mlp.gate.weight"
     experts = [
         trained(tmp_path / "a", base, 1, r=2, target_modules=["o_proj"], target_parameters=both),
-        trained(tmp_path / "b", base, 2, r=3, target_modules=["o_proj"], target_parameters=both[1:], use_rslora=True),
+        trained(
+            tmp_path / "b",
+            base,
+            2,
+            r=3,
+            target_modules=["o_proj"],
+            target_parameters=[both[1], router],
+            use_rslora=True,
+        ),
         trained(
             tmp_path / "c",
             base,
@@ -220,6 +229,10 @@ def test_old_mixtral_with_its_router_is_what_stock_peft_makes_of_it(tmp_path):
             factors[f"model.layers.{block}.block_sparse_moe.{name}"] = pair
     folder = write_adapter(tmp_path / "old", factors, r=2, alpha=4, target_modules=["w1", "w2", "w3", "gate"])
     expert = peft.PeftModel.from_pretrained(causal(base), folder).merge_and_unload()
+    peft.PeftModel.from_pretrained(causal(base), folder).save_pretrained(tmp_path / "new")  # in names of today
+    stacks = [match_to_base(Base(str(base)), {"a": read_adapter(f)}).stack for f in (folder, tmp_path / "new")]
+    for name, module in stacks[0].modules.items():
+        torch.testing.assert_close(stacks[1].modules[name].delta(torch.ones(1)), module.delta(torch.ones(1)))
     result = nsc.merge(base, {"old": folder}, **SUM)
     assert "layers.0.mlp.gate" in result.modules
     result.save(tmp_path / "out")
