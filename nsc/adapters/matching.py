@@ -237,7 +237,7 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
         return
     prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
     kinds = set() if any("." in target for target in targets) else {layer_kind(base) for base in resolved}
-    for base in available:
+    for base in _of_trained_part(mapping, available):
         if base == layer_kind(base) or expert_of(base):  # a pooler comes and goes with wrappers; an expert may lack
             continue
         targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or layer_kind(base) in kinds
@@ -246,6 +246,13 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
                 f"adapter '{adapter.name}' targets '{base}' by its config, but has no factors for it. "
                 f"Is the base deeper than the one it was trained on? {_trained_on(adapter)}"
             )
+
+
+def _of_trained_part(mapping: Mapping[str, str], available: Iterable[str]) -> list[str]:
+    """The base's layers, but for those beside its language model where the adapter was trained on that by itself."""
+    inside = all("language_model" in base.split(".") for base in mapping.values())
+    alone = inside and not any("language_model" in name.split(".") for name in mapping)
+    return [base for base in available if not alone or "language_model" in base.split(".")]
 
 
 def _trained_on(adapter: Adapter) -> str:

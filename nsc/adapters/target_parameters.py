@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc.adapters.patterns import pattern_matches
+
 INNER = ".base_layer"
 REGISTERED_LAST = ("down", "output", "w2", "fc2")  # what leads out of an expert, in every family of transformers
 
@@ -116,5 +118,5 @@ def _is_on(target: tuple[str, str], holder: str, config: Mapping[str, Any]) -> b
         return f".{holder}".endswith(f".{module}")
     modules = config.get("target_modules") or []  # of a name alone, any module may have such a parameter
     if isinstance(modules, str):
-        return not re.fullmatch(modules, holder)
+        return not pattern_matches(rf"(?:{modules})\Z", holder)
     return not any(f".{holder}".endswith(f".{name}") for name in modules)

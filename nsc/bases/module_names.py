@@ -32,7 +32,8 @@ _LLAVA = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 )
-RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA)
+_TEXT_IN_WRAPPER = ((r"^(model\.)?(?=layers\.)", "model.language_model."),)  # trained on the language model by itself
+RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA, _TEXT_IN_WRAPPER)
 
 
 def resolve(adapter_name: str, names: Iterable[str], available: Mapping[str, tuple[int, int]]) -> dict[str, str]:

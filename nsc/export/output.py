@@ -21,7 +21,7 @@ from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
-from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.files import agreed_fields, copy_tokenizer, merged_layers_whole, write_adapter, write_full_model
 from nsc.export.parameters import split_by_parameter
 from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
@@ -96,15 +96,17 @@ class Output:
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
         self._write_heads(staging)
+        warnings = copy_tokenizer(staging, self.adapters)
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
         proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        prove_heads(staging, self.adapters)
         if not full:
             require_served(self.record.programs, staging)
-        prove_heads(staging, self.adapters)
-        self._describe(staging, self._reported(merge, proof, rank, full))
+        report = self._reported(merge, proof, rank, full)
+        self._describe(staging, replace(report, warnings=report.warnings + warnings))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
         _share(staging)
@@ -129,7 +131,8 @@ class Output:
         named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
         modules, parameters = split_by_parameter(base, written)
         behind = base.output_layers if whole else {}
-        write_adapter(folder, modules, prefix, named, whole, parameters, transposed, behind)
+        about = agreed_fields(self.adapters)
+        write_adapter(folder, modules, prefix, named, whole, parameters, transposed, behind, about)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -151,7 +154,7 @@ class Output:
         )
 
     def _describe(self, folder: Path, report: Report) -> None:
-        """Everything beside the weights that is for people or programs, and each task's own head."""
+        """Everything beside the weights that is for people or programs."""
         base = Base(self.record.base)
         report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
         report = self.record.public_names.apply(report)
@@ -227,7 +230,7 @@ def _share(folder: Path) -> None:
 
 @contextmanager
 def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
-    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed from it."""
+    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed."""
     try:
         yield
     except NSCError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -410,7 +410,9 @@ def _loaded_by_peft(
     for name in set(merge.merged.whole) - originals.keys():  # behind the body
         m, d = merge.whole[f"{name}.weight"].shape
         shell.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
-    peft_model = PeftModel.from_pretrained(shell, folder)
+    config = PeftConfig.from_pretrained(folder)
+    config.task_type = None  # PEFT's class for a task asks more of a model than that it has these layers
+    peft_model = PeftModel.from_pretrained(shell, folder, config=config)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     saved |= {name: m for name, m in shell.named_children() if isinstance(m, ModulesToSaveWrapper)}
