@@ -101,7 +101,8 @@ class Output:
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
-        proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        proof = _prove(staging, merge, Base(self.record.base), full, in_memory)
+        proof = replace(proof, lost=lost, unfed=unfed or proof.unfed)
         prove_heads(staging, self.adapters)
         if not full:
             require_served(self.record.programs, staging)
@@ -217,7 +218,7 @@ def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[
     if full:
         return prove_full_model(folder, merge, base, model, batch)
     files = prove_files(folder, merge, base)
-    return prove_adapter(folder, merge, model, batch) if model is not None and batch is not None else files
+    return prove_adapter(folder, merge, *in_memory) if in_memory else files
 
 
 def _share(folder: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -23,7 +23,7 @@ from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import copied, merged_layers
-from nsc.adapters.target_parameters import INNER
+from nsc.adapters.target_parameters import INNER, unpacked
 from nsc.adapters.tensor_file import read
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
@@ -32,6 +32,7 @@ from nsc.bases.experts import FusedExperts, expert_of, fused_experts, layer_of
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
 from nsc.bases.weights import codes_to_spell_out, expert_parts, merged_places, read_stored
+from nsc.bases.wrappers import wrapper_of
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.export.parameters import part_updates
@@ -215,7 +216,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
-    """Read the adapter back without any model: every update must be there, and nothing else.
+    """Read the adapter back without weights of a model: every update must be there, and nothing else.
+
+    Stock PEFT loads it, too, onto a class of transformers without weights, where the base's config can be read.
 
     Args:
         folder: folder the adapter was written to.
@@ -232,23 +235,49 @@ def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
         stored = read_adapter(folder, "merged")
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
-    if any(map(expert_of, stored.factors)):
+    in_file = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
+    if any(map(expert_of, in_file)):
         stored = on_experts({"merged": stored}, base.model)["merged"]
     written = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
     _same_names(_without_idle(written, merge), set(merge.factors), "the adapter file")
     whole = {name.removeprefix(merge.prefix): tensor for name, tensor in stored.saved.items()}
     updates = ((name, LowRank(f.scale * read(f.B).double(), read(f.A))) for name, f in written.items())
-    return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
+    worst = max(_worst_update(updates, merge), _worst_whole(whole, merge))
+    if not _has_config(base):
+        return Proof("adapter", len(merge.names), worst, unfed="no base at hand, onto which PEFT could load it")
+    with _loaded_by_peft(folder, merge, base) as (layers, loaded):
+        there = _factors_by_peft(layers)
+        _same_names(set(there), set(in_file), "PEFT's model")
+        for name, f in in_file.items():
+            A, B, scale = there[name]
+            if not (torch.equal(A, read(f.A)) and torch.equal(B, read(f.B)) and math.isclose(scale, f.scale)):
+                raise ProofError(f"PEFT loads other factors of {name} than there are in {folder}; do not use it")
+        return Proof("adapter", len(merge.names), max(worst, _worst_whole(loaded, merge)))
 
 
-def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
+def _factors_by_peft(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and scale of every layer as PEFT loaded them, by name as ``read_adapter`` has it."""
+    found = {}
+    for name, layer in layers.items():
+        A, B = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+        holder, scale = name.replace(INNER, ""), layer.scaling["default"]
+        parameter = getattr(layer, "parameter_name", "weight")
+        if parameter == "weight" and getattr(layer, "num_experts", 1) == 1:
+            found[holder] = A, B, scale
+            continue
+        for expert, (a, b) in enumerate(unpacked(A, B, layer.r["default"])):
+            found[layer_of(f"{holder}.{parameter}", expert)] = a, b, scale
+    return found
+
+
+def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof:
     """Load the folder with stock PEFT onto the base: its updates and hidden states must be those in memory.
 
     Args:
         folder: folder the adapter was written to.
         merge: what should be there.
-        model: body of the base in full precision, left as it was.
-        batch: rows on the model's device.
+        base: with its body in full precision, which is left as it was.
+        batch: rows on the body's device.
 
     Returns:
         What was compared.
@@ -256,10 +285,11 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     Raises:
         ProofError: if something is missing, extra or different.
     """
+    model = base.model
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     fused = fused_experts(model)
-    with as_stored(model), _loaded_by_peft(model, folder, merge) as (layers, whole):
+    with as_stored(model), _loaded_by_peft(folder, merge, base) as (layers, whole):
         held = {name: _layers_of(name, layer, fused) for name, layer in layers.items()}
         _same_names(_without_idle(chain(*held.values()), merge), set(merge.factors), "PEFT's model")
         updates = _updates_of(layers, held, fused)
@@ -396,35 +426,70 @@ def _delta(layer: LoraLayer) -> Tensor:
 
 
 @contextmanager
-def _loaded_by_peft(
-    model: nn.Module, folder: Path, merge: Merge
-) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
-    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
-    prefix, shell = merge.prefix, cast(Any, model)
-    known = dict(model.named_modules())
+def _loaded_by_peft(folder: Path, merge: Merge, base: Base) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
+    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the base.
+
+    They are on a class of transformers whose layers have the prefix, around the body itself where that is loaded.
+    """
+    prefix, body = merge.prefix, base.loaded
+    known = dict(base.model.named_modules())
     originals = {name: known[name] for name in merge.merged.whole if name in known}
-    for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
-        outer = nn.Module()
-        outer.add_module(part, shell)
-        shell = outer
-    for name in set(merge.merged.whole) - originals.keys():  # behind the body
-        m, d = merge.whole[f"{name}.weight"].shape
-        shell.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
+    behind = set(merge.merged.whole) - originals.keys()  # such as lm_head
+    shell = _shell(merge, base, behind)
     config = PeftConfig.from_pretrained(folder)
     config.task_type = None  # PEFT's class for a task asks more of a model than that it has these layers
-    peft_model = PeftModel.from_pretrained(shell, folder, config=config)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    saved |= {name: m for name, m in shell.named_children() if isinstance(m, ModulesToSaveWrapper)}
+    peft_model = PeftModel.from_pretrained(shell, folder, config=config, torch_device="cpu")
+    layers = {name: module for name, module in shell.named_modules() if isinstance(module, LoraLayer)}
+    saved = {name: m for name, m in shell.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
+    whole = {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
     try:
-        yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
+        yield (
+            {name.removeprefix(prefix): m for name, m in layers.items()},
+            {name.removeprefix(prefix): x for name, x in whole.items()},
+        )
     finally:
         peft_model.unload()
         for name, original in originals.items():  # PEFT leaves its own there
-            replace_module(model, name, original)
-        for name in set(merge.merged.whole) - originals.keys():
+            replace_module(base.model, name, original)
+        for name in behind if shell is body else ():
             delattr(shell, name)
+
+
+def _shell(merge: Merge, base: Base, behind: Collection[str]) -> Any:
+    """The body itself where nothing stands before its names, else a class of transformers around it.
+
+    Without weights, it has parameters of one zero each, since PEFT puts adapters where their layers are. Layers that
+    are loaded whole are copied into, so they get memory of their own.
+    """
+    prefix, body = merge.prefix, base.loaded
+    if body is not None and not prefix:
+        for name in behind:
+            m, d = merge.whole[f"{name}.weight"].shape
+            body.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
+        return body
+    inside = [name for name in merge.names if name not in behind]
+    shell = wrapper_of(base, prefix, inside, behind)
+    if shell is None:
+        raise ProofError(
+            f"the merged adapter names its layers '{prefix}{inside[0]}', as no class of transformers for"
+            f" {base.config.model_type} does: it fits no model"
+        )
+    whole = {name if name in behind else prefix + name for name in merge.merged.whole}
+    for name, parameter in list(shell.named_parameters()):
+        home, _, last = name.rpartition(".")
+        zeros = torch.zeros(parameter.shape) if home in whole else torch.zeros(()).expand(parameter.shape)
+        setattr(shell.get_submodule(home), last, nn.Parameter(zeros, requires_grad=False))
+    if body is not None:
+        replace_module(shell, prefix.rstrip("."), body)
+    return shell
+
+
+def _has_config(base: Base) -> bool:
+    try:
+        return base.config is not None
+    except NSCError:
+        return False
 
 
 def _proof(
