@@ -63,7 +63,7 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     Raises:
         NSCError: a subclass that names adapter and module, for anything that has no place there.
     """
-    shapes, adapters = layer_shapes(base.model), on_experts(adapters, base.model)
+    shapes = layer_shapes(base.model)
     adapters = in_new_names(base, adapters, shapes)
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
@@ -111,14 +111,17 @@ def beside(matched: Matched, task: str, factors: Mapping[str, LoraFactors]) -> M
 def in_new_names(base: Base, adapters: Mapping[str, Adapter], shapes: Mapping[str, Any]) -> dict[str, Adapter]:
     """Rename modules of adapters that an older transformers made, as the installed one renames weights on loading.
 
+    LoRA on experts is brought to the matrices that the base has for them.
+
     Args:
-        base: asked only where a name matches none of ``shapes``; its weights need not be loaded.
+        base: asked only where a name matches none of ``shapes``, or experts are among them; no weights are needed.
         adapters: task -> adapter.
         shapes: linear layers of the base by name.
 
     Returns:
         Task -> adapter; the same one where its names match, or none of its class's rules would make them match.
     """
+    adapters = on_experts(adapters, base.model) if any(map(expert_of, shapes)) else adapters
     return {task: _renamed(base, adapter, shapes) for task, adapter in adapters.items()}
 
 

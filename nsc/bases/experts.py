@@ -141,6 +141,19 @@ def parameter_of(layer: str) -> tuple[str, tuple[int, ...]]:
     return (place[0], (place[1],)) if place else (f"{layer}.weight", ())
 
 
+def holder_of(layer: str) -> str:
+    """Return the module that holds a layer's matrix.
+
+    Args:
+        layer: name of a layer.
+
+    Returns:
+        Name of the module; of an expert, that of all experts of its block.
+    """
+    place = expert_of(layer)
+    return place[0].rpartition(".")[0] if place else layer
+
+
 def unwatched(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Return the layers that are no linear modules, so that their inputs cannot be watched: experts' and routers.
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nsc.bases.base_model import Base, quiet_loading
-from nsc.bases.experts import expert_of
+from nsc.bases.experts import holder_of
 from nsc.bases.structure import linear_shapes
 
 
@@ -32,14 +32,8 @@ def wrapper_of(base: Base, prefix: str, names: Iterable[str], behind: Iterable[s
     Returns:
         The first such class, without weights, on the meta device; None if there is none.
     """
-    wanted = {*behind, *(f"{prefix}{_module_of(name)}" for name in names)}
+    wanted = {*behind, *(f"{prefix}{holder_of(name)}" for name in names)}
     return next((model for model in _models(base) if wanted <= dict(model.named_modules()).keys()), None)
-
-
-def _module_of(layer: str) -> str:
-    """The module that a layer is, or that holds it where it is an expert's matrix."""
-    expert = expert_of(layer)
-    return expert[0].rpartition(".")[0] if expert else layer
 
 
 def prefixes_of_classes(base: Base) -> dict[str, str]:

@@ -19,12 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nsc.adapters.factors import LoraFactors
 from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import copied, merged_layers
-from nsc.adapters.target_parameters import INNER
+from nsc.adapters.target_parameters import INNER, unpacked
 from nsc.adapters.tensor_file import read
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
@@ -236,7 +235,8 @@ def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
         stored = read_adapter(folder, "merged")
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
-    if any(map(expert_of, stored.factors)):
+    in_file = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
+    if any(map(expert_of, in_file)):
         stored = on_experts({"merged": stored}, base.model)["merged"]
     written = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
     _same_names(_without_idle(written, merge), set(merge.factors), "the adapter file")
@@ -246,25 +246,28 @@ def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
     if not _has_config(base):
         return Proof("adapter", len(merge.names), worst, unfed="no base at hand, onto which PEFT could load it")
     with _loaded_by_peft(folder, merge, base) as (layers, loaded):
-        worst = max(worst, _worst_loaded(layers, written, merge, fused_experts(base.model)))
+        there = _factors_by_peft(layers)
+        _same_names(set(there), set(in_file), "PEFT's model")
+        for name, f in in_file.items():
+            A, B, scale = there[name]
+            if not (torch.equal(A, read(f.A)) and torch.equal(B, read(f.B)) and math.isclose(scale, f.scale)):
+                raise ProofError(f"PEFT loads other factors of {name} than there are in {folder}; do not use it")
         return Proof("adapter", len(merge.names), max(worst, _worst_whole(loaded, merge)))
 
 
-def _worst_loaded(
-    layers: Mapping[str, LoraLayer], written: Mapping[str, LoraFactors], merge: Merge, fused: Mapping[str, FusedExperts]
-) -> float:
-    """Compare PEFT's layers with the file: the very factors of linear layers, the updates of fused experts."""
-    held = {name: _layers_of(name, layer, fused) for name, layer in layers.items()}
-    _same_names(_without_idle(chain(*held.values()), merge), set(merge.factors), "PEFT's model")
-    linear = {name: layer for name, layer in layers.items() if held[name] == [name]}
-    for name, layer in linear.items():
-        f = written[name]
-        A, B, scale = (getattr(layer, part)["default"] for part in ("lora_A", "lora_B", "scaling"))
-        same = torch.equal(A.weight, read(f.A)) and torch.equal(B.weight, read(f.B))
-        if not (same and math.isclose(scale, f.scale)):
-            raise ProofError(f"PEFT loads other factors of {name} than the adapter file holds; do not use it")
-    wrapped = {name: layer for name, layer in layers.items() if name not in linear}
-    return _worst_update(_updates_of(wrapped, held, fused), merge) if wrapped else 0.0
+def _factors_by_peft(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and scale of every layer as PEFT loaded them, by name as ``read_adapter`` has it."""
+    found = {}
+    for name, layer in layers.items():
+        A, B = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+        holder, scale = name.replace(INNER, ""), layer.scaling["default"]
+        parameter = getattr(layer, "parameter_name", "weight")
+        if parameter == "weight" and getattr(layer, "num_experts", 1) == 1:
+            found[holder] = A, B, scale
+            continue
+        for expert, (a, b) in enumerate(unpacked(A, B, layer.r["default"])):
+            found[layer_of(f"{holder}.{parameter}", expert)] = a, b, scale
+    return found
 
 
 def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof:

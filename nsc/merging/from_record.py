@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import fingerprint, read_adapters
 from nsc.adapters.matching import Matched, beside, in_new_names, match_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import by_rank, stack_adapters
 from nsc.bases.base_model import Base
-from nsc.bases.experts import expert_of
 from nsc.config import START
 from nsc.errors import NSCError
 from nsc.export.description import REMEDY
@@ -101,7 +99,6 @@ def apply(
     moved_to = {task: {**entry, "path": str(read[task].path.resolve())} for task, entry in record.adapters.items()}
     record = replace(record, adapters=moved_to)
     read = in_new_names(Base(record.base), read, record.modules)
-    read = on_experts(read, Base(record.base).model) if any(map(expert_of, record.modules)) else read
     matches = match_adapters(read, record.modules)
     if (prefix := prefix_of_merge(matches)) != record.prefix:
         raise NSCError(f"the record's prefix is {record.prefix!r}, but that of its adapters {prefix!r}; {REMEDY}")
