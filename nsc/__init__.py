@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nsc.config import MergeConfig
     from nsc.errors import NSCError
     from nsc.evaluation.compare import compare
+    from nsc.export.push import push
     from nsc.export.result import MergeResult
     from nsc.merging.api import merge
     from nsc.merging.from_record import apply
@@ -30,6 +31,7 @@ _HOMES = {
     "format_inspection": "nsc.adapters.inspection",
     "inspect": "nsc.adapters.inspection",
     "merge": "nsc.merging.api",
+    "push": "nsc.export.push",
     "read_adapter": "nsc.adapters.lora",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "format_inspection",
     "inspect",
     "merge",
+    "push",
     "read_adapter",
 ]
 

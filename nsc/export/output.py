@@ -225,7 +225,7 @@ def _share(folder: Path) -> None:
 
 @contextmanager
 def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
-    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed from it."""
+    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed."""
     try:
         yield
     except NSCError:
