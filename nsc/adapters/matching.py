@@ -18,8 +18,9 @@ from nsc.bases import structure
 from nsc.bases.base_model import Base
 from nsc.bases.codes import FLOATS, quantization_settings
 from nsc.bases.conv1d import transposed_weights
-from nsc.bases.module_names import layer_kind, prefix_of, resolve
+from nsc.bases.module_names import layer_kind, prefix_of, prefixes_of, resolve
 from nsc.bases.weights import stored_tensors
+from nsc.bases.wrappers import prefixes_of_classes, wrapper_of
 from nsc.errors import NameMismatch, NSCError
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
@@ -62,6 +63,7 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(base.model.main_input_name))
+    check_prefixes(base, matches)
     outputs = base.output_layers if any(adapter.saved for adapter in adapters.values()) else {}
     kept, whole = split_saved(adapters, matches, body_of(base, outputs), keep_modules)
     shapes = shapes | {name: (layer.out_features, layer.in_features) for name, layer in outputs.items()}
@@ -192,6 +194,32 @@ def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mappin
             )
 
 
+def check_prefixes(base: Base, matches: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse module names with a prefix that no class of transformers puts before the body's.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        matches: task -> adapter's module name -> base's.
+
+    Raises:
+        NameMismatch: naming the adapter, the prefix and those that there are.
+    """
+    tasks: dict[str, str] = {}
+    names: dict[str, set[str]] = {}
+    for task, mapping in matches.items():
+        for prefix, inside in prefixes_of(mapping).items():
+            tasks.setdefault(prefix, task)
+            names.setdefault(prefix, set()).update(inside)
+    for prefix, task in tasks.items():
+        if prefix and wrapper_of(base, prefix, names[prefix]) is None:
+            known = ", ".join(f"'{name}' in {cls}" for name, cls in prefixes_of_classes(base).items())
+            raise NameMismatch(
+                f"adapter '{task}': its module names have '{prefix}' before the base's own, as in no class of"
+                f" transformers for {base.config.model_type}, where that is {known}; take it off the keys of its"
+                " safetensors file, or give the base that has it"
+            )
+
+
 def check_towers(adapter_name: str, mapping: Mapping[str, str], takes: str) -> None:
     """Refuse modules of another tower that would be matched to a body with other inputs.
 
@@ -235,7 +263,7 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
         return
     prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
     kinds = set() if any("." in target for target in targets) else {layer_kind(base) for base in resolved}
-    for base in available:
+    for base in _of_trained_part(mapping, available):
         if base == layer_kind(base):  # outside of blocks: a pooler comes and goes with wrappers
             continue
         targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or layer_kind(base) in kinds
@@ -244,6 +272,13 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
                 f"adapter '{adapter.name}' targets '{base}' by its config, but has no factors for it. "
                 f"Is the base deeper than the one it was trained on? {_trained_on(adapter)}"
             )
+
+
+def _of_trained_part(mapping: Mapping[str, str], available: Iterable[str]) -> list[str]:
+    """The base's layers, but for those beside its language model where the adapter was trained on that by itself."""
+    inside = all("language_model" in base.split(".") for base in mapping.values())
+    alone = inside and not any("language_model" in name.split(".") for name in mapping)
+    return [base for base in available if not alone or "language_model" in base.split(".")]
 
 
 def _trained_on(adapter: Adapter) -> str:

@@ -56,8 +56,9 @@ class Base:
         """
         _refuse_endless(Path(self.id) / "config.json")
         try:
-            return AutoConfig.from_pretrained(self.id)
+            return AutoConfig.from_pretrained(self.id, trust_remote_code=False)
         except Exception as error:  # whatever a config leads transformers to
+            refuse_code(self.id, error)
             raise NSCError(
                 f"base {self.id!r} cannot be loaded by transformers' AutoModel: {one_line(error)}; mend its config.json"
             ) from error
@@ -113,8 +114,9 @@ class Base:
         config = self.body_config
         try:
             with quiet_loading(), torch.device("meta"):
-                return auto_class(config).from_config(deepcopy(config))
+                return auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
         except Exception as error:  # whatever a config leads transformers to
+            refuse_code(self.id, error)
             raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {one_line(error)}") from error
 
     @cached_property
@@ -127,7 +129,7 @@ class Base:
             auto = AutoModelForSeq2SeqLM
         try:
             with quiet_loading(), torch.device("meta"):
-                return auto.from_config(deepcopy(self.config))
+                return auto.from_config(deepcopy(self.config), trust_remote_code=False)
         except (ValueError, ImportError):
             return None
 
@@ -182,6 +184,23 @@ def auto_class(config: Any) -> Any:
     """
     mapped = type(config) in transformers.MODEL_MAPPING
     return AutoModel if mapped or not hasattr(config, "vision_config") else AutoModelForImageTextToText
+
+
+def refuse_code(base: str, error: Exception) -> None:
+    """Say in one sentence that a base would run code of its own, where that is why transformers loads nothing.
+
+    Args:
+        base: id of the base.
+        error: of transformers, to which trust_remote_code=False was given.
+
+    Raises:
+        NSCError: if that is the reason.
+    """
+    if "trust_remote_code" in str(error):
+        raise NSCError(
+            f"base {base!r} brings Python code of its own (auto_map), which nsc never runs: give a base whose class"
+            " transformers has, or a copy of it that was converted to one"
+        ) from error
 
 
 @contextmanager
