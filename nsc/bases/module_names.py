@@ -97,6 +97,20 @@ def resolve_saved(
     return resolved
 
 
+def all_match(names: Iterable[str], available: Iterable[str]) -> bool:
+    """Return whether each of an adapter's module names means some module of the base.
+
+    Args:
+        names: the adapter's module names.
+        available: linear layers of the base's body.
+
+    Returns:
+        Whether ``resolve`` finds a place for all of them, though it may be one that they share.
+    """
+    available = list(available)
+    return all(_match(names, available, _spelling_for(names, available)).values())
+
+
 def prefix_of(mapping: Mapping[str, str]) -> str | None:
     """Return what an adapter's names carry before the names of the base's body: "model." for LLaMA's CausalLM.
 
