@@ -5,7 +5,7 @@ No model is known by name here. The body is what ``AutoModel`` gives: no LM head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -148,6 +148,33 @@ class Base:
         if self.loaded is not None:
             return self.loaded
         return ImageTextBody(self.blank) if is_llava(self.body_config) else self.blank
+
+
+def rope_misread_by_4(config: Mapping[str, Any]) -> list[str]:
+    """Find what transformers 4 would not see of a config's rotary embedding, for which it takes its own defaults.
+
+    Args:
+        config: config.json, in which transformers 5 says all of it under rope_parameters.
+
+    Returns:
+        Names such as rope_theta: of values that are no default of the class, and that nothing else in the config tells.
+    """
+    lost: list[str] = []
+    for part in (config, *(value for value in config.values() if isinstance(value, dict) and "model_type" in value)):
+        rope, scaling = part.get("rope_parameters"), part.get("rope_scaling") or {}
+        if isinstance(rope, dict):
+            usual = _usual_rope(str(part.get("model_type")))
+            lost += [k for k, x in rope.items() if x not in (usual.get(k), part.get(k), scaling.get(k))]
+    return lost
+
+
+def _usual_rope(model_type: str) -> dict[str, Any]:
+    """The rotary embedding of a class where its config says nothing of it."""
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ValueError:
+        return {}
+    return getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)}
 
 
 def auto_class(config: Any) -> Any:
