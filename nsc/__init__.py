@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nsc.export.result import MergeResult
     from nsc.merging.api import merge
     from nsc.merging.from_record import apply
+    from nsc.recipes.in_memory import merge_factors
     from nsc_kernels import __version__
 
 # Imported when first used: the command line answers --help without torch.
@@ -30,6 +31,7 @@ _HOMES = {
     "format_inspection": "nsc.adapters.inspection",
     "inspect": "nsc.adapters.inspection",
     "merge": "nsc.merging.api",
+    "merge_factors": "nsc.recipes.in_memory",
     "read_adapter": "nsc.adapters.lora",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "format_inspection",
     "inspect",
     "merge",
+    "merge_factors",
     "read_adapter",
 ]
 

@@ -14,9 +14,11 @@ DRIVER = sorted((ROOT / "nsc").rglob("*.py"))
 HEAVY = {
     "nsc/bases/base_model.py",
     "nsc/bases/checkpoint_keys.py",
+    "nsc/bases/conv1d.py",
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",
     "nsc/bases/loading.py",
+    "nsc/bases/wrappers.py",
     "nsc/export/card.py",
     "nsc/export/served.py",
     "nsc/export/files.py",

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc.adapters.patterns import pattern_matches
 from nsc.adapters.peft_folder import CONFIG, Checkpoint
+from nsc.adapters.tensor_file import read
 from nsc.adapters.unsupported import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name
+from nsc.errors import one_line
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -22,7 +25,7 @@ class LoraFactors:
     """The update ``scale * B @ A`` of one module.
 
     Attributes:
-        A: (r, d), in the dtype it was stored in; of VeRA in at least float32.
+        A: (r, d), in the dtype it was stored in, over the mapped file; of VeRA in at least float32.
         B: (m, r), likewise.
         scale: s = alpha / r, or alpha / sqrt(r) for rsLoRA.
         wide: whether A has columns beyond the module's d, which only the base tells; ``narrowed`` removes them.
@@ -41,7 +44,7 @@ class LoraFactors:
     @property
     def is_zero(self) -> bool:
         """Whether the update is zero because a factor is: training starts there."""
-        return self.scale == 0 or not self.A.any() or not self.B.any()
+        return self.scale == 0 or not read(self.A).any() or not read(self.B).any()
 
     def narrowed(self, d: int) -> LoraFactors:
         """Return the factors for a module with d inputs.
@@ -124,7 +127,7 @@ def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _matching(patterns: Mapping[str, float] | None, module: str) -> list[float]:
     """The values of the patterns that match, in order, by the rule of ``peft.utils.other.get_pattern_key``."""
     patterns = patterns or {}
-    found = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+    found = [value for pattern, value in patterns.items() if pattern_matches(rf"(.*\.)?({pattern})$", module)]
     return found or [value for pattern, value in patterns.items() if pattern == module]
 
 
@@ -183,8 +186,8 @@ def _stated_rank(checkpoint: Checkpoint, module: str) -> float:
     try:
         rank = (_matching(checkpoint.config.get("rank_pattern"), module) or [checkpoint.config["r"]])[0]
         lora_scale(checkpoint.config, module, int(rank))
-    except (re.error, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({error!r})"
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({one_line(error)})"
         raise checkpoint.error(f"{unusable}; correct r, lora_alpha, rank_pattern or alpha_pattern") from error
     return rank
 
@@ -195,6 +198,6 @@ def _checked(checkpoint: Checkpoint, key: str, tensor: Tensor, ndim: int = 2) ->
         raise checkpoint.error(f"tensor '{key}' has shape {(*tensor.shape,)}; it must be {ndim}-D in a linear layer")
     if tensor.dtype not in DTYPES:
         raise checkpoint.error(f"tensor '{key}' is {tensor.dtype}; save the adapter in float16, bfloat16 or float32")
-    if not tensor.isfinite().all():
+    if not read(tensor).isfinite().all():
         raise checkpoint.error(f"tensor '{key}' has NaN or infinity in it; its training diverged or it is damaged")
     return tensor

@@ -31,12 +31,14 @@ class BaseLayers:
         linears: name -> (out, in).
         parameters: names of all parameters.
         tied: names of parameters, also outside the body, that share one tensor with another parameter.
+        transposed: weights that the base stores as (in, out).
         behind: those of the linears that lie behind the body, such as lm_head.
     """
 
     linears: Mapping[str, tuple[int, int]]
     parameters: Sequence[str]
     tied: Collection[str] = ()
+    transposed: Collection[str] = ()
     behind: Collection[str] = ()
 
 
@@ -148,6 +150,8 @@ def _require_linears(task: str, parameters: Mapping[str, Tensor], body: BaseLaye
         where = f"adapter {task}: modules_to_save holds {name}"
         if module not in body.linears:
             raise NameMismatch(f"{where}, which is no linear layer of the base (an embedding, a norm...); {KEEP}")
+        if f"{module}.weight" in body.transposed:
+            raise NameMismatch(f"{where}, whose weight the base stores transposed (Conv1D); {KEEP}")
         m, d = body.linears[module]
         expected = {"weight": (m, d), "bias": (m,)}.get(kind)
         if tuple(tensor.shape) != expected:

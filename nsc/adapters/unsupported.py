@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nsc.errors import clipped
+
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 VERA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.vera_lambda_(?P<side>[bd])(?:\.[^.]+)?")
@@ -14,15 +16,15 @@ VERA_SHARED = re.compile(r"(?:base_model\.)?vera_(?P<side>[AB])(?:\.[^.]+)?")
 # fmt: off
 UNDERSTOOD = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
-    "use_rslora",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_rslora",
 })
 VERA_UNDERSTOOD = frozenset({
-    "auto_mapping", "base_model_name_or_path", "bias", "d_initial", "inference_mode", "init_weights", "layers_pattern",
-    "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "projection_prng_key", "r", "revision",
-    "save_projection", "target_modules", "task_type", "vera_dropout",
+    "auto_mapping", "base_model_name_or_path", "bias", "d_initial", "fan_in_fan_out", "inference_mode", "init_weights",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "projection_prng_key", "r",
+    "revision", "save_projection", "target_modules", "task_type", "vera_dropout",
 })
 # fmt: on
 REFUSED_FIELDS = {
@@ -38,7 +40,6 @@ REFUSED_FIELDS = {
     "kasa_config": "KaSA: it truncates the base weight and puts a diagonal between B and A; retrain as plain LoRA",
     "velora_config": "VeLoRA: a variant with compressed activations; save the adapter with velora_config=None",
     "monteclora_config": "MonteCLoRA: the update is sampled; retrain as plain LoRA",
-    "fan_in_fan_out": "fan_in_fan_out: Conv1D layers store W transposed (GPT-2); nsc merges torch.nn.Linear only",
     "megatron_config": "megatron: the factors belong to parallel linear layers; save them for transformers first",
     "ensure_weight_tying": "ensure_weight_tying: tied embeddings were trained; retrain with ensure_weight_tying=False",
 }
@@ -127,7 +128,9 @@ def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
     """Fields that are set and newer than this code: they may change the update."""
     known = (VERA_UNDERSTOOD if config["peft_type"] == "VERA" else UNDERSTOOD) | REFUSED_FIELDS.keys()
     unknown = [field for field, value in config.items() if value and field not in known]
-    return [f"{field}={config[field]!r}: a setting unknown to this version of nsc" for field in unknown]
+    return [
+        f"{field}={clipped(repr(config[field]), 80)}: a setting unknown to this version of nsc" for field in unknown
+    ]
 
 
 def _by_tensor(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -5,11 +5,14 @@ No model is known by name here. The body is what ``AutoModel`` gives: no LM head
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +27,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line, reading
 
+MOST = 1_000_000  # layers, heads, labels... of a model
 IMAGES_AND_TEXT = "input_ids with pixel_values"
 
 
@@ -49,11 +54,14 @@ class Base:
         Raises:
             NSCError: if there is no such base.
         """
+        _refuse_endless(Path(self.id) / "config.json")
         try:
             return AutoConfig.from_pretrained(self.id, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a config leads transformers to
             refuse_code(self.id, error)
-            raise NSCError(f"base {self.id!r} cannot be loaded by transformers' AutoModel: {error}") from error
+            raise NSCError(
+                f"base {self.id!r} cannot be loaded by transformers' AutoModel: {one_line(error)}; mend its config.json"
+            ) from error
 
     @property
     def has_two_towers(self) -> bool:
@@ -98,7 +106,7 @@ class Base:
 
     @cached_property
     def blank(self) -> Any:
-        """The body as transformers itself builds it, without weights: on the meta device.
+        """The body as transformers itself builds and names it, without weights: on the meta device.
 
         Raises:
             NSCError: if transformers cannot build it.
@@ -107,9 +115,9 @@ class Base:
         try:
             with quiet_loading(), torch.device("meta"):
                 return auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except Exception as error:  # whatever a config leads transformers to
             refuse_code(self.id, error)
-            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
+            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {one_line(error)}") from error
 
     @cached_property
     def generating(self) -> Any:
@@ -147,7 +155,22 @@ class Base:
         """
         if self.loaded is not None:
             return self.loaded
+        run_as_linears(self.blank)
         return ImageTextBody(self.blank) if is_llava(self.body_config) else self.blank
+
+
+def _refuse_endless(file: Path) -> None:
+    """Raise NSCError for a config.json that is none, or by which transformers would list layers without end."""
+    if not os.path.isfile(file):
+        return
+    with reading(f"base config {file}", "mend it"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, value in (item for part in parts for item in part.items()):
+        if isinstance(value, int) and value > MOST and key.startswith(("num_", "n_", "depth")):
+            raise NSCError(f"base config {file}: {key} is above {MOST}, as in no model; mend it")
 
 
 def rope_misread_by_4(config: Mapping[str, Any]) -> list[str]:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from nsc.bases.base_model import Base, auto_class, quiet_loading, refuse_code
 from nsc.bases.codes import WRITTEN, Codes, dtype_of, quantization_settings
+from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.bases.weights import has_safetensors, require_own_files, spelled_out, stored_tensors
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line
 from nsc.runtime.placement import one_device, reload_in_backward
 from nsc.runtime.quantization import dequantise_where_used, quantization_config
 
@@ -76,6 +76,7 @@ def load_body(
     model = _with_weights(base, dtype, weights, options)
     if weights == "full":
         _require_numbers(base, model)
+    run_as_linears(model)
     if is_llava(base.body_config):
         model = ImageTextBody(model)
     if getattr(model.config, "is_encoder_decoder", False) and base.takes == "input_ids":
@@ -118,10 +119,14 @@ def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any])
     except TypeError as error:
         what = f"weights {weights}" if not settings else f"{settings.get('quant_method')}, or {FULL_PRECISION}"
         raise NSCError(f"transformers and the library of {what} do not fit: update both ({error})") from error
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+    except NSCError:
+        raise
+    except Exception as error:  # whatever config and weights lead transformers to
         refuse_code(base.id, error)
         remedy = f"; its weights are codes ({settings.get('quant_method')}): {FULL_PRECISION}" if settings else ""
-        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {error}{remedy}") from error
+        raise NSCError(
+            f"base {base.id!r} cannot be loaded by transformers' AutoModel: {one_line(error)}{remedy}"
+        ) from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
     if lost:
         raise NSCError(
@@ -227,6 +232,7 @@ def _load_beside(load: Callable[..., Any], base: Base, what: str, where: str = "
     try:
         with quiet_loading():
             return load(base.id, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, TypeError) as error:
+    except Exception as error:  # whatever its files lead transformers and tokenizers to
         refuse_code(base.id, error)
-        raise NSCError(f"base {base.id!r} has no {what} that transformers can load{where}: {error}") from error
+        cause = one_line(error)
+        raise NSCError(f"base {base.id!r} has no {what} that transformers can load{where}: {cause}") from error

@@ -12,15 +12,15 @@ from nsc.config import LAST_BLOCKS
 from nsc.errors import TargetError
 
 ROLES = {  # attention's values, or what they are fused in, which reads the same; its output projection
-    "v": r"\b(v_proj|value|qkv_proj|query_key_value|qkv|Wqkv)$",
-    "o": r"\b(o_proj|out_proj|attention\.(output\.)?dense|self_attn\.dense|attn\.proj)$",
+    "v": r"\b(v_proj|value|v|qkv_proj|query_key_value|qkv|Wqkv|c_attn)$",
+    "o": r"\b(o_proj|out_proj|o|attention\.(output\.)?dense|self_attn\.dense|attn\.(c_)?proj)$",
 }
 # The linears of a block by what they read: its input, what attention gives, its middle, what the activation gives.
 STAGES = (
-    r"\b(q_proj|k_proj|v_proj|qkv_proj|qkv|query|key|value|query_key_value)$",
+    r"\b(q_proj|k_proj|v_proj|qkv_proj|qkv|query|key|value|query_key_value|c_attn)$",
     ROLES["o"],
-    r"\b(gate_proj|up_proj|gate_up_proj|fc1|intermediate\.dense|dense_h_to_4h)$",
-    r"\b(down_proj|fc2|output\.dense|dense_4h_to_h)$",
+    r"\b(gate_proj|up_proj|gate_up_proj|fc1|c_fc|intermediate\.dense|dense_h_to_4h)$",
+    r"\b(down_proj|fc2|mlp\.c_proj|output\.dense|dense_4h_to_h)$",
 )
 
 

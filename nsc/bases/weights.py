@@ -14,6 +14,7 @@ from torch import Tensor
 from nsc.bases.base_model import Base
 from nsc.bases.checkpoint_keys import parameter_names
 from nsc.bases.codes import Codes, Stored
+from nsc.bases.conv1d import transposed_weights
 from nsc.errors import NameMismatch, NSCError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -347,10 +348,11 @@ def read_layers(base: Base, names: Sequence[str]) -> dict[str, Tensor]:
         names: layers of the body.
 
     Returns:
-        Parameter name in the body -> tensor.
+        Parameter name in the body -> tensor; (m, d) of a weight.
 
     Raises:
         NSCError: if the checkpoint is not in safetensors, or a layer is not in it.
     """
     _, places = merged_places(base, names)
-    return {places[key]: tensor for key, tensor in read_tensors(base, list(places)).items()}
+    stored, turned = read_tensors(base, list(places)), transposed_weights(base.model)
+    return {places[key]: x.T if places[key] in turned else x for key, x in stored.items()}

@@ -141,6 +141,8 @@ def _text_batches(
     shares_rows = without_images(base.body_config) is None and can_share_rows(structure.language_model(base.model))
     few_shapes = config.graphs and obstacle(base.model) is None
     batches = TextBatches(tokens, config.batch_size, pad_id, config.seed, causal, shares_rows, few_shapes)
+    for task, i in _needed(batches, config):
+        batches.tokens[task][i]  # a sample without tokens is refused before the first step
     batches = _with_answers(batches, config, generate)
     return batches, batches.packed(_evaluated(batches.rows, config.evaluation_samples))
 
@@ -151,12 +153,17 @@ def _with_answers(batches: AnyBatches, config: MergeConfig, generate: Generate |
         return batches
     if generate is None:
         raise NSCError(f"positions {config.positions} need a model that generates; give positions prompt here")
+    picks = _needed(batches, config)
+    answers = generate(*batches.prompts_of(picks))
+    return batches.with_answers(dict(zip(picks, answers, strict=True)), config.positions)
+
+
+def _needed(batches: TextBatches | PromptBatches, config: MergeConfig) -> list[Pick]:
+    """Task and number of each sample that is learned from or evaluated, in order."""
     needed = set(_evaluated(batches.rows, config.evaluation_samples))
     for step in range(max(1, config.steps)):
         needed |= {(task, i) for task, row in batches.drawn(step).items() for i in row}
-    picks = sorted(needed)
-    answers = generate(*batches.prompts_of(picks))
-    return batches.with_answers(dict(zip(picks, answers, strict=True)), config.positions)
+    return sorted(needed)
 
 
 def _evaluated(rows: Mapping[str, Sequence[Any]], most: int) -> list[Pick]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 
@@ -74,13 +76,13 @@ def borrow(
 
 
 def _at(count: int, positions: Iterable[int], key: str) -> list[int]:
-    """The numbers at these positions of the permutations behind one another, each of which is made once."""
+    """The numbers at these positions of the permutations behind one another."""
     places = [divmod(position, count) for position in positions]
-    orders = {turn: _permutation(f"{key}/{turn}", count) for turn in {turn for turn, _ in places}}
-    return [orders[turn][index] for turn, index in places]
+    return [_permutation(f"{key}/{turn}", count)[index] for turn, index in places]
 
 
-def _permutation(key: str, count: int) -> list[int]:
+@lru_cache(maxsize=128)  # of 4 bytes a sample; a step draws from one or two for each task
+def _permutation(key: str, count: int) -> array[int]:
     order = list(range(count))
     random.Random(key).shuffle(order)
-    return order
+    return array("I", order)

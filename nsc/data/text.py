@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nsc.batch import Batch
 from nsc.data.expected import Output
 from nsc.data.images import image_in
 from nsc.data.packing import pack
 from nsc.data.sampling import draw_each
-from nsc.data.sources import Fields, Kind, read_samples, text_of
+from nsc.data.sources import Fields, Kind, read_samples, require_unicode, text_of
 from nsc.errors import DataError
 
 
@@ -49,16 +50,16 @@ def text_of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | Non
     Raises:
         DataError: if it has no such fields.
     """
-    text = row if isinstance(row, str) else text_of(row, fields, where)
+    text = require_unicode(row if isinstance(row, str) else text_of(row, fields, where), where)
     return text if text.strip() else None
 
 
-TEXTS = Kind(
-    "text",
-    (".jsonl", ".txt", ".text"),
-    text_of_row,
-    given=lambda value, where: str(value) if str(value).strip() else None,
-)
+def _given(value: Any, where: str) -> str | None:
+    text = require_unicode(str(value), where)
+    return text if text.strip() else None
+
+
+TEXTS = Kind("text", (".jsonl", ".txt", ".text"), text_of_row, _given)
 
 
 def texts_alone(source: str | Path | Sequence[str], why: str) -> list[str]:
@@ -88,7 +89,46 @@ def texts_alone(source: str | Path | Sequence[str], why: str) -> list[str]:
     return read_samples(source, TEXTS._replace(of_row=of_row, given=given))
 
 
+AT_ONCE = 10_000  # samples of a task that are tokenised before any is asked for
+Value = TypeVar("Value")
 Pick = tuple[str, int]  # task and number of a sample
+
+
+class Samples(Sequence[Value]):
+    """What is made of each sample of a task, when it is first asked for, and kept.
+
+    Args:
+        make: number of a sample -> what is made of it.
+        count: how many samples there are.
+    """
+
+    def __init__(self, make: Callable[[int], Value], count: int) -> None:
+        self._make, self._count = make, count
+        self._made: dict[int, Value] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(self._count))]
+        i = range(self._count)[i]
+        if i not in self._made:
+            self._made[i] = self._make(i)
+        return self._made[i]
+
+    def __setitem__(self, i: int, value: Value) -> None:
+        self._made[range(self._count)[i]] = value
+
+    def copy(self) -> Samples[Value]:
+        """Copy what was made so far, as ``list.copy`` does.
+
+        Returns:
+            The same samples, apart from these in what is set.
+        """
+        other = Samples(self._make, self._count)
+        other._made.update(self._made)
+        return other
 
 
 @dataclass(frozen=True)
@@ -96,7 +136,7 @@ class TextBatches:
     """Batches of texts as a pure function of the step, the same in every process and after every resume.
 
     Attributes:
-        tokens: task -> token ids of each sample.
+        tokens: task -> token ids of each sample; those of many are made when they are asked for.
         batch_size: samples of each task in a step, drawn from a permutation that is reshuffled each time round.
         pad_id: id of the padding token.
         seed: seed of the permutations.
@@ -108,14 +148,14 @@ class TextBatches:
         borrowed: task -> how many of its last samples are those of other tasks; every second one drawn is one of them.
     """
 
-    tokens: dict[str, list[list[int]]]
+    tokens: Mapping[str, list[list[int]] | Samples[list[int]]]
     batch_size: int
     pad_id: int
     seed: int = 0
     causal: bool = True
     shares_rows: bool = False
     few_shapes: bool = False
-    counted: dict[str, list[slice]] | None = None
+    counted: Mapping[str, Sequence[slice]] | None = None
     outputs: Mapping[Pick, Output] | None = None
     borrowed: Mapping[str, int] | None = None
 
@@ -178,8 +218,8 @@ class TextBatches:
         Returns:
             The batches.
         """
-        tokens = {task: list(rows) for task, rows in self.tokens.items()}
-        counted = {task: [slice(0, len(ids)) for ids in rows] for task, rows in tokens.items()}
+        tokens = {task: own.copy() for task, own in self.tokens.items()}
+        counted = {task: Samples(partial(_all_of, own), len(own)) for task, own in tokens.items()}
         for (task, i), answer in answers.items():
             tokens[task][i], counted[task][i] = with_answer(tokens[task][i], answer, positions)
         return replace(self, tokens=tokens, counted=counted)
@@ -220,8 +260,14 @@ class TextBatches:
         return draw_each(counts, self.borrowed or {}, self.batch_size, step, self.seed)
 
 
-def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int) -> dict[str, list[list[int]]]:
-    """Tokenise every sample, cut at ``max_length``.
+def _all_of(samples: Sequence[list[int]], i: int) -> slice:
+    return slice(0, len(samples[i]))
+
+
+def tokenize(
+    tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
+) -> dict[str, list[list[int]] | Samples[list[int]]]:
+    """Tokenise every sample, cut at ``max_length``; of a task with more than ``AT_ONCE``, each when it is asked for.
 
     Args:
         tokenizer: tokenizer of the base.
@@ -232,15 +278,19 @@ def tokenize(tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
         Task -> token ids of each sample.
 
     Raises:
-        DataError: naming a sample that has no token.
+        DataError: naming a sample that has no token, at once or when it is asked for.
     """
-    tokens = {}
-    for task, rows in texts.items():
-        tokens[task] = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"] if rows else []
-        empty = [i for i, ids in enumerate(tokens[task]) if not ids]
-        if empty:
+
+    def encode(task: str, rows: Sequence[str], first: int = 0) -> list[list[int]]:
+        ids = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"] if rows else []
+        if empty := [i for i, own in enumerate(ids, start=first) if not own]:
             raise DataError(f"sample {empty[0] + 1} of task {task} has no token; remove empty texts from its data")
-    return tokens
+        return ids
+
+    def lazily(task: str, rows: Sequence[str]) -> Samples[list[int]]:
+        return Samples(lambda i: encode(task, rows[i : i + 1], i)[0], len(rows))
+
+    return {task: (encode if len(rows) <= AT_ONCE else lazily)(task, rows) for task, rows in texts.items()}
 
 
 def pad_id_of(tokenizer: Any) -> int:

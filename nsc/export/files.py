@@ -18,6 +18,7 @@ from nsc.adapters.peft_folder import CONFIG, TOKENIZER_FILES
 from nsc.adapters.unsupported import HEADS_BY_TASK
 from nsc.bases.base_model import Base, rope_misread_by_4
 from nsc.bases.codes import Codes
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import (
     INDEX,
     WEIGHT_FILES,
@@ -58,6 +59,7 @@ def write_adapter(
     prefix: str,
     base: str,
     whole: Mapping[str, Tensor] | None = None,
+    transposed: bool = False,
     behind: Collection[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> None:
@@ -69,6 +71,7 @@ def write_adapter(
         prefix: what the names carry before the body's own, such as "model." for a CausalLM.
         base: id of the base, for the config.
         whole: parameters of layers that are written to modules_to_save as they are.
+        transposed: whether the base stores the weights of all these layers transposed, as Conv1D does.
         behind: those of the layers that lie behind the body, whose names take no prefix.
         about: more fields of the config, as ``agreed_fields`` finds them.
     """
@@ -84,6 +87,7 @@ def write_adapter(
         rank_pattern=smaller,
         alpha_pattern=dict(smaller),
         lora_dropout=0.0,
+        fan_in_fan_out=transposed,
         modules_to_save=saved or None,
         base_model_name_or_path=base,
         inference_mode=True,
@@ -116,7 +120,7 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
             cannot be read as numbers.
     """
     shards, places = merged_places(base, merged.names)
-    codes = codes_to_spell_out(base, places)
+    codes, turned = codes_to_spell_out(base, places), transposed_weights(base.model)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -126,6 +130,7 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
         for key in tensors:
             fp8 = codes is not None and key in codes.scales
             update = parameter_update(merged, places[key]) if key in places else None
+            update = update.T if update is not None and places[key] in turned else update
             if fp8 or update is not None:
                 before = read_codes(codes, key, tensors[key]) if codes and fp8 else tensors[key].double()
                 dtype = codes.dtype if codes and fp8 else tensors[key].dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
 from nsc.bases.base_model import Base
+from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
@@ -75,11 +76,11 @@ class Output:
             What was compared.
 
         Raises:
-            NSCError: if ``out`` cannot be written, another process writes it, or an interrupted merge of it is there;
-                or if base or adapters were changed since they were read.
+            NSCError: if ``out`` cannot be written, another process writes it, an interrupted merge of it is there, or
+                base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
-        with held(out) as partial, _naming_disk_errors(out):
+        with held(out) as partial, _naming_disk_errors(out), _naming_changes(self.sources):
             self._refuse_interrupted(partial)
             proof = self._write_staged(out, partial / STAGING, rank, full, proof_base)
             (partial / CHECKPOINT).unlink(missing_ok=True)
@@ -106,7 +107,8 @@ class Output:
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
-        proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        proof = _prove(staging, merge, Base(self.record.base), full, in_memory)
+        proof = replace(proof, lost=lost, unfed=unfed or proof.unfed)
         prove_heads(staging, self.adapters)
         report = self._reported(merge, proof, rank, full)
         self._describe(staging, replace(report, warnings=report.warnings + warnings))
@@ -125,18 +127,17 @@ class Output:
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
-        base, prefix, programs = Base(self.record.base), self.record.prefix, self.record.programs
+        base, prefix = Base(self.record.base), self.record.prefix
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
         factors = merged_factors(self.merged, rank)
-        prefix = served_prefix(programs, base, list(factors), prefix)
+        prefix = served_prefix(self.record.programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
-        behind = base.output_layers if whole else {}
         written = factors if self.record.ragged else padded(factors)
-        write_adapter(
-            folder, written, prefix, self.record.base_id or base.id, whole, behind, agreed_fields(self.adapters)
-        )
+        named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
+        behind = base.output_layers if whole else {}
+        write_adapter(folder, written, prefix, named, whole, transposed, behind, agreed_fields(self.adapters))
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -177,6 +178,14 @@ class Output:
                 save_file(tensors, folder / HEADS / f"{task}.safetensors")
 
 
+def _are_transposed(base: Base, layers: Collection[str]) -> bool:
+    """Whether the base stores these layers transposed; PEFT asks the layer itself, and warns of another answer."""
+    try:
+        return {f"{name}.weight" for name in layers} <= transposed_weights(base.model)
+    except NSCError:  # a recorded merge is repeated without its base
+        return False
+
+
 def refuse_output(
     out: Path, base: Base, rank: int | None, full: bool, recipe: Recipe | None = None, layers: Sequence[str] = ()
 ) -> None:
@@ -212,8 +221,8 @@ def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[
     model, batch = (in_memory[0].model, in_memory[1]) if in_memory else (None, None)
     if full:
         return prove_full_model(folder, merge, base, model, batch)
-    files = prove_files(folder, merge)
-    return prove_adapter(folder, merge, model, batch) if model is not None and batch is not None else files
+    files = prove_files(folder, merge, base)
+    return prove_adapter(folder, merge, *in_memory) if in_memory else files
 
 
 def _share(folder: Path) -> None:
@@ -222,6 +231,16 @@ def _share(folder: Path) -> None:
     os.umask(allowed)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~allowed)
+
+
+@contextmanager
+def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
+    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed."""
+    try:
+        yield
+    except NSCError:
+        refuse_changed(sources)
+        raise
 
 
 @contextmanager

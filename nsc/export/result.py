@@ -127,7 +127,6 @@ class MergeResult:
             NSCError: as ``refuse_output`` does.
             ProofError: if what was loaded back is not what was merged.
         """
-        prove_complete(self.adapters, self.stack)
         names = read_programs(self.record.programs if programs is None else programs)
         base, kept = Base(self.record.base), base_id or self.record.base_id
         refuse_output(Path(out), base, rank, full, self.recipe, self.merged.names)
@@ -135,6 +134,7 @@ class MergeResult:
         require_hub_id(base_id)
         known = public_base(base.id, (adapter.base for adapter in self.adapters.values()), kept)
         record = replace(self.record, ragged=ragged and not full, base_id=known, programs=names)
+        prove_complete(self.adapters, self.stack)
         output = Output(self.merged, record, self.report, self.adapters, self.checkpoint, self.sources)
         return output.write(Path(out), rank, full, lambda: self._proof_base(full))
 

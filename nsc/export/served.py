@@ -159,9 +159,8 @@ def require_served(names: Sequence[str], folder: Path) -> None:
     Raises:
         NSCError: with the first problem.
     """
-    contents = Contents.of(folder)
     for name in names:
-        if found := problems(PROGRAMS[name], contents):
+        if found := problems(PROGRAMS[name], Contents.of(folder)):
             raise NSCError(found[0])
 
 

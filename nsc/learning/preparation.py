@@ -12,13 +12,14 @@ from torch import Tensor
 from nsc.adapters.lora import Adapter
 from nsc.adapters.matching import Matched, match_to_base
 from nsc.adapters.stack import Stack, by_rank, whitened
+from nsc.adapters.surgery import readers
 from nsc.bases import loading
 from nsc.bases.base_model import Base
-from nsc.bases.llava import refuse_moving_tower
+from nsc.bases.llava import refuse_moving_tower, without_images
 from nsc.bases.roles import choose_targets
 from nsc.batch import Batch
 from nsc.config import MergeConfig
-from nsc.data.modalities import Batches, feed_of
+from nsc.data.modalities import Batches, example_of, feed_of
 from nsc.data.sampling import borrow
 from nsc.data.text import Pick
 from nsc.errors import NSCError
@@ -333,7 +334,20 @@ def targets_of(
     Raises:
         TargetError: where nothing that carries LoRA is left to measure.
     """
-    return choose_targets(base.model, list(stack.modules), modules, blocks)
+    names = list(stack.modules)
+    if not modules and without_images(base.body_config):
+        names = _run_on_text(base, names)
+    return choose_targets(base.model, names, modules, blocks)
+
+
+def _run_on_text(base: Base, names: Sequence[str]) -> list[str]:
+    """Those layers that run where the base reads text alone: none of a tower, or of attention to what it gives."""
+    batch = example_of(base)
+    if batch is None:
+        return list(names)
+    layers = {name: base.model.get_submodule(name) for name in names}
+    runs = readers(base.model, layers, batch.to(input_device(base.model)))[1]
+    return [name for name in names if runs[name]]
 
 
 def evaluation_ratio(

@@ -110,7 +110,6 @@ def configure(path: Path, **changes) -> Path:
     [
         (dict(save_projection=False), "save_projection=False.*base_model.vera_A"),
         (dict(bias="vera_only"), "trained bias"),
-        (dict(fan_in_fan_out=True), "Conv1D"),
         (dict(vera_of_tomorrow=3), "vera_of_tomorrow.*unknown"),
         (dict(use_rslora=True), "use_rslora.*unknown"),
         (dict(peft_type="LORA"), "tensor of unknown kind"),

@@ -1,5 +1,6 @@
 """Which samples a step draws, its own and borrowed ones."""
 
+import random
 from itertools import chain
 
 import pytest
@@ -38,6 +39,17 @@ def test_every_second_sample_is_borrowed_and_both_kinds_go_round(batch_size):
         for kind, size in ((drawn[::2], len(own)), (drawn[1::2], borrowed[task])):
             assert len(set(kind[:size])) == min(size, len(kind))  # none twice before all were drawn once
         assert set(drawn[::2]) <= set(range(len(own)))
+
+
+def test_a_permutation_is_that_of_random_and_made_once(monkeypatch):
+    """Records say the seed alone, so the draws of a seed stay what they are; and a step costs what it draws."""
+    orders = [list(range(50)) for _ in range(2)]
+    for turn, order in enumerate(orders):
+        random.Random(f"7/a/{turn}").shuffle(order)
+    assert list(chain.from_iterable(draw(50, 8, step, "7/a") for step in range(12))) == [*orders[0], *orders[1]][:96]
+    draw(1000, 4, 0, "once")
+    monkeypatch.setattr(random, "Random", None)  # which nothing asks again
+    assert len(set(chain.from_iterable(draw(1000, 4, step, "once") for step in range(250)))) == 1000
 
 
 def test_without_borrowed_samples_the_draws_are_those_of_the_task_alone():

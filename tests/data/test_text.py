@@ -201,6 +201,35 @@ def test_weights_sum_to_one_and_padding_weighs_nothing(causal):
         assert torch.equal(batch.inputs["attention_mask"] > 0, expected > 0)
 
 
+def test_samples_of_many_are_tokenised_when_they_are_asked_for(tmp_path, monkeypatch):
+    """The same ids as at once, of no more rows than are drawn; a sample without tokens is named by its own number."""
+    save_tokenizer(tmp_path)
+    tokenizer, seen = AutoTokenizer.from_pretrained(tmp_path), []
+    texts = {"a": [*WORDS[:40], ""], "b": WORDS[:3]}
+
+    def watched(rows, **how):
+        seen.extend(rows)
+        return tokenizer(rows, **how)
+
+    at_once = tokenize(tokenizer, {"a": texts["a"][:40]}, 4)["a"]
+    monkeypatch.setattr("nsc.data.text.AT_ONCE", 5)
+    tokens = tokenize(watched, texts, 4)
+    assert seen == texts["b"] == WORDS[:3] and len(tokens["a"]) == 41
+    batches = TextBatches(tokens, 2, pad_id=0)
+    drawn = next(row for row in (batches.drawn(0)["a"], batches.drawn(1)["a"]) if 40 not in row)
+    picks = [("a", i) for i in drawn]
+    assert batches.prompts_of(picks)[0] == [at_once[i] for _, i in picks]
+    answered = batches.with_answers({picks[0]: [7, 8, 9]}, "full")
+    assert answered.prompts_of(picks)[0] == [[*at_once[picks[0][1]], 7, 8], at_once[picks[1][1]]]
+    assert answered.counted_of(picks[0]) == slice(0, 3) and answered.counted_of(picks[1]) == slice(0, 1)
+    assert sorted(seen[3:]) == sorted(texts["a"][i] for _, i in picks)
+    assert tokens["a"][2:4] == at_once[2:4] and tokens["a"][-2] == at_once[39]
+    with pytest.raises(DataError, match="sample 41 of task a has no token"):
+        tokens["a"][40]
+    with pytest.raises(IndexError):
+        tokens["a"][41]
+
+
 def test_tokenize_cuts_and_refuses_a_sample_without_tokens(tmp_path):
     save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

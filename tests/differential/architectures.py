@@ -128,7 +128,8 @@ def _qwen3_vl() -> Settings:
 
 
 def _mllama() -> Settings:
-    text = MllamaTextConfig(**GROUPED, cross_attention_layers=[1], rope_scaling={"rope_type": "default"})
+    depth = {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+    text = MllamaTextConfig(**{**GROUPED, **depth}, rope_scaling={"rope_type": "default"})
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_global_layers": 1}
     sizes |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_output_dim": 32, "max_num_tiles": 1}
     tower = MllamaVisionConfig(**sizes, intermediate_layers_indices=[0], supported_aspect_ratios=[[1, 1]])
@@ -150,6 +151,7 @@ ARCHITECTURES = {
     "gemma3": Architecture("Gemma3ForConditionalGeneration", "Gemma3Config", _gemma3, LANGUAGE),
     "phi3": Architecture("Phi3ForCausalLM", "Phi3Config", GROUPED, r".*\.(qkv_proj|gate_up_proj|o_proj)"),
     "olmo2": Architecture("Olmo2ForCausalLM", "Olmo2Config", GROUPED, LLAMA),
+    "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", GPT2, r".*\.(c_attn|c_proj|c_fc)"),
     "gpt-neox": Architecture("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT, NEOX),
     "bloom": Architecture("BloomForCausalLM", "BloomConfig", BLOOM, NEOX),
     "opt": Architecture("OPTForCausalLM", "OPTConfig", {**TEXT, "ffn_dim": 24, "word_embed_proj_dim": 16}, QV),
@@ -174,6 +176,9 @@ ARCHITECTURES = {
     ),
     "vit": Architecture("ViTForImageClassification", "ViTConfig", TOWER, IMAGE, "image"),
     "dinov2": Architecture("Dinov2ForImageClassification", "Dinov2Config", TOWER, IMAGE, "image"),
+    "clip tower": Architecture(
+        "CLIPModel", "CLIPConfig", _clip, r".*vision_model.*\.(q_proj|v_proj)", "text+image", "logits_per_image"
+    ),
     "swin": Architecture("SwinForImageClassification", "SwinConfig", SWIN, IMAGE, "large image"),
     "segformer": Architecture("SegformerForImageClassification", "SegformerConfig", SEGFORMER, IMAGE, "large image"),
     "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, QV, "spectrum+decoder"),

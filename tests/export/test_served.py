@@ -64,6 +64,22 @@ def test_an_adapter_is_named_for_the_wrapper_that_serves_it(llava, tmp_path):
     assert load_file(tmp_path / "again/adapter_model.safetensors").keys() == {f"base_model.model.{key}" for key in keys}
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], LAYERS], ids=["kinds", "names"])
+def test_an_adapter_of_the_language_model_by_itself_is_named_for_its_wrapper(llava, tmp_path, targets):
+    """Under the wrapper its own names are a silent no-op: vLLM and PEFT find no such layers."""
+    adapter = write_adapter(tmp_path / "a", factors(), target_modules=targets)
+    merge(llava, adapter).save(tmp_path / "out", programs=["vllm"])
+    keys = load_file(tmp_path / "out/adapter_model.safetensors").keys()
+    text, _ = llava_prefixes()
+    assert {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in keys} == {
+        name.replace("model.layers", text) for name in LAYERS
+    }
+    if targets is not LAYERS:
+        short = write_adapter(tmp_path / "short", factors(LAYERS[2:]), target_modules=targets)
+        with pytest.raises(NSCError, match=r"targets 'language_model\.layers\.0.*has no factors for it"):
+            merge(llava, short)
+
+
 def test_layers_beside_the_language_model_are_refused(llava, llava_adapters, tmp_path):
     body = Base(str(llava)).model
     towers = [name for name, _ in body.named_modules() if re.search(r"vision_tower.*self_attn\.q_proj$", name)]
