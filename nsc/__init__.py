@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from nsc.config import MergeConfig
     from nsc.errors import NSCError
     from nsc.evaluation.compare import compare
+    from nsc.export.push import push
     from nsc.export.result import MergeResult
     from nsc.merging.api import merge
     from nsc.merging.from_record import apply
+    from nsc.recipes.in_memory import merge_factors
     from nsc_kernels import __version__
 
 # Imported when first used: the command line answers --help without torch.
@@ -30,6 +32,8 @@ _HOMES = {
     "format_inspection": "nsc.adapters.inspection",
     "inspect": "nsc.adapters.inspection",
     "merge": "nsc.merging.api",
+    "merge_factors": "nsc.recipes.in_memory",
+    "push": "nsc.export.push",
     "read_adapter": "nsc.adapters.lora",
 }
 
@@ -44,6 +48,8 @@ __all__ = [
     "format_inspection",
     "inspect",
     "merge",
+    "merge_factors",
+    "push",
     "read_adapter",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,23 @@ def absolute(place: str | Path) -> str:
     Returns:
         The absolute path of what exists, anything else unchanged.
     """
-    return str(Path(place).resolve()) if Path(place).exists() else str(place)
+    return str(Path(place).resolve()) if os.path.exists(place) else str(place)
+
+
+def digest_of_file(file: Path) -> str:
+    """Return a digest of a file, of which a part at a time is in memory.
+
+    Args:
+        file: the file.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def partial_folder(out: Path) -> Path:

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.peft_folder import CONFIG, Checkpoint
+from nsc.adapters.target_parameters import unpacked, wrapped_parameters
 from nsc.adapters.targets import Patterns
+from nsc.adapters.tensor_file import read
 from nsc.adapters.unsupported import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name
+from nsc.bases.experts import layer_of
+from nsc.errors import one_line
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,7 +27,7 @@ class LoraFactors:
     """The update ``scale * B @ A`` of one module.
 
     Attributes:
-        A: (r, d), in the dtype it was stored in; of VeRA in at least float32.
+        A: (r, d), in the dtype it was stored in, over the mapped file; of VeRA in at least float32.
         B: (m, r), likewise.
         scale: s = alpha / r, or alpha / sqrt(r) for rsLoRA.
         wide: whether A has columns beyond the module's d, which only the base tells; ``narrowed`` removes them.
@@ -42,7 +46,7 @@ class LoraFactors:
     @property
     def is_zero(self) -> bool:
         """Whether the update is zero because a factor is: training starts there."""
-        return self.scale == 0 or not self.A.any() or not self.B.any()
+        return self.scale == 0 or not read(self.A).any() or not read(self.B).any()
 
     def narrowed(self, d: int) -> LoraFactors:
         """Return the factors for a module with d inputs.
@@ -63,7 +67,7 @@ def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
         checkpoint: what ``load_checkpoint`` returned.
 
     Returns:
-        Module name -> factors.
+        Module name -> factors; on a parameter of experts, ``PARAMETER[expert]`` -> factors.
 
     Raises:
         AdapterError: naming the module or tensor at fault.
@@ -73,8 +77,18 @@ def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
     pairs = _by_module(checkpoint, LORA_KEY)
     if not pairs:
         raise checkpoint.error("no lora_A / lora_B tensor in it; is it a LoRA adapter saved by PEFT?")
-    patterns = _patterns(checkpoint, "rank_pattern"), _patterns(checkpoint, "alpha_pattern")
-    return {module: _pair_up(checkpoint, module, pair, *patterns) for module, pair in pairs.items()}
+    try:
+        parameters = wrapped_parameters(checkpoint.config, pairs)
+    except ValueError as error:
+        raise checkpoint.error(f"{error}; correct target_parameters, or save the adapter again") from error
+    stated = _Stated(checkpoint)
+    factors: dict[str, LoraFactors] = {}
+    for module, pair in pairs.items():
+        if module in parameters:
+            factors |= _of_parameter(checkpoint, module, parameters[module], pair, stated)
+        else:
+            factors[module] = _pair_up(checkpoint, module, pair, stated)
+    return factors
 
 
 def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -123,12 +137,29 @@ def lora_scale(config: Mapping[str, Any], alphas: Sequence[float], rank: int) ->
     return alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _patterns(checkpoint: Checkpoint, field: str) -> Patterns:
-    try:
-        return Patterns(checkpoint.config.get(field))
-    except (re.error, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        unusable = f"{CONFIG} gives no usable rank and scale: {field} is no mapping of patterns ({error!r})"
-        raise checkpoint.error(f"{unusable}; correct {field}") from error
+class _Stated:
+    """The ranks and scales that a config gives."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.ranks, self.alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+
+    def of(self, module: str) -> tuple[float, float]:
+        """Return rank and scale of a module."""
+        config = self.checkpoint.config
+        try:
+            rank = (self.ranks.matching(module) or [config["r"]])[0]
+            return rank, lora_scale(config, self.alphas.matching(module), int(rank))
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({one_line(error)})"
+            raise self.checkpoint.error(f"{unusable}; correct r, lora_alpha, rank_pattern or alpha_pattern") from error
+
+    def _patterns(self, field: str) -> Patterns:
+        try:
+            return Patterns(self.checkpoint.config.get(field))
+        except (TypeError, AttributeError) as error:
+            unusable = f"{CONFIG} gives no usable rank and scale: {field} is no mapping ({one_line(error)})"
+            raise self.checkpoint.error(f"{unusable}; correct {field}") from error
 
 
 def _by_module(checkpoint: Checkpoint, pattern: re.Pattern[str], ndim: int = 2) -> dict[str, dict[str, Tensor]]:
@@ -167,31 +198,41 @@ def _read_vera(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
     return factors
 
 
-def _pair_up(
-    checkpoint: Checkpoint, module: str, pair: dict[str, Tensor], ranks: Patterns, alphas: Patterns
-) -> LoraFactors:
-    """Check that A and B belong together and agree with the config; the scale would be a guess otherwise."""
+def _of_parameter(
+    checkpoint: Checkpoint, module: str, parameter: str, pair: dict[str, Tensor], stated: _Stated
+) -> dict[str, LoraFactors]:
+    """The factors of each expert of a parameter, or those of the weight of a module."""
+    A, B = _both(checkpoint, module, pair)
+    found, scale = stated.of(parameter)
+    rank = int(found)
+    if rank < 1 or len(A) % rank:
+        rows = f"lora_A has {len(A)} rows, no multiple of the rank {rank} that {CONFIG} gives '{parameter}'"
+        raise checkpoint.error(f"module '{module}': {rows}; correct r or rank_pattern")
+    experts = [LoraFactors(a, b, scale) for a, b in unpacked(A, B, rank)]
+    if len(experts) == 1 and parameter.endswith(".weight"):
+        return {parameter.removesuffix(".weight"): experts[0]}
+    return {layer_of(parameter, e): f for e, f in enumerate(experts)}
+
+
+def _both(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B, where both are there and share a rank."""
     if missing := {"A", "B"} - pair.keys():
         raise checkpoint.error(f"module '{module}' has no lora_{missing.pop()}; save or copy the adapter again")
     A, B = pair["A"], pair["B"]
-    rank = A.shape[0]
-    if rank != B.shape[1]:
+    if A.shape[0] != B.shape[1]:
         raise checkpoint.error(f"module '{module}': lora_A {(*A.shape,)} and lora_B {(*B.shape,)} do not share a rank")
-    stated, scale = _stated(checkpoint, module, ranks, alphas)
-    if stated != rank:
-        ambiguous = f"the tensors have rank {rank}, {CONFIG} says {stated}, so the scale alpha / r is ambiguous"
+    return A, B
+
+
+def _pair_up(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor], stated: _Stated) -> LoraFactors:
+    """Check that A and B belong together and agree with the config; the scale would be a guess otherwise."""
+    A, B = _both(checkpoint, module, pair)
+    rank = A.shape[0]
+    said, scale = stated.of(module)
+    if said != rank:
+        ambiguous = f"the tensors have rank {rank}, {CONFIG} says {said}, so the scale alpha / r is ambiguous"
         raise checkpoint.error(f"module '{module}': {ambiguous}; correct r or rank_pattern")
     return LoraFactors(A, B, scale)
-
-
-def _stated(checkpoint: Checkpoint, module: str, ranks: Patterns, alphas: Patterns) -> tuple[float, float]:
-    """The rank and the scale that the config gives this module."""
-    try:
-        rank = (ranks.matching(module) or [checkpoint.config["r"]])[0]
-        return rank, lora_scale(checkpoint.config, alphas.matching(module), int(rank))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({error!r})"
-        raise checkpoint.error(f"{unusable}; correct r, lora_alpha, rank_pattern or alpha_pattern") from error
 
 
 def _checked(checkpoint: Checkpoint, key: str, tensor: Tensor, ndim: int = 2) -> Tensor:
@@ -200,6 +241,6 @@ def _checked(checkpoint: Checkpoint, key: str, tensor: Tensor, ndim: int = 2) ->
         raise checkpoint.error(f"tensor '{key}' has shape {(*tensor.shape,)}; it must be {ndim}-D in a linear layer")
     if tensor.dtype not in DTYPES:
         raise checkpoint.error(f"tensor '{key}' is {tensor.dtype}; save the adapter in float16, bfloat16 or float32")
-    if not tensor.isfinite().all():
+    if not read(tensor).isfinite().all():
         raise checkpoint.error(f"tensor '{key}' has NaN or infinity in it; its training diverged or it is damaged")
     return tensor

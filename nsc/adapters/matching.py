@@ -6,21 +6,25 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from nsc.adapters.factors import LoraFactors
+from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import Adapter, read_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.adapters.targets import is_targeted, narrowed
 from nsc.bases import structure
 from nsc.bases.base_model import Base
+from nsc.bases.checkpoint_keys import respelled
 from nsc.bases.codes import FLOATS, quantization_settings
 from nsc.bases.conv1d import transposed_weights
-from nsc.bases.module_names import layer_kind, prefix_of, prefixes_of, resolve
+from nsc.bases.experts import expert_of, layer_shapes
+from nsc.bases.module_names import all_match, layer_kind, prefix_of, prefixes_of, resolve
 from nsc.bases.weights import stored_tensors
 from nsc.bases.wrappers import prefixes_of_classes, wrapper_of
 from nsc.errors import NameMismatch, NSCError
@@ -38,7 +42,7 @@ class Matched(NamedTuple):
     Attributes:
         adapters: task -> adapter, with what each task keeps for itself, such as its head.
         matches: task -> the adapter's module name -> the base's.
-        shapes: every linear of the base -> (out, in).
+        shapes: every layer of the base that LoRA can be on -> (out, in).
         stack: what is merged, with a coefficient for each layer and task.
     """
 
@@ -62,7 +66,8 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     Raises:
         NSCError: a subclass that names adapter and module, for anything that has no place there.
     """
-    shapes = structure.linear_shapes(base.model)
+    shapes = layer_shapes(base.model)
+    adapters = in_new_names(base, adapters, shapes)
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(base.model.main_input_name))
@@ -106,6 +111,37 @@ def beside(matched: Matched, task: str, factors: Mapping[str, LoraFactors]) -> M
     return Matched(adapters, matches, matched.shapes, stack_adapters(adapters, matches, matched.shapes))
 
 
+def in_new_names(base: Base, adapters: Mapping[str, Adapter], shapes: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Rename modules of adapters that an older transformers made, as the installed one renames weights on loading.
+
+    LoRA on experts is brought to the matrices that the base has for them.
+
+    Args:
+        base: asked only where a name matches none of ``shapes``, or experts are among them; no weights are needed.
+        adapters: task -> adapter.
+        shapes: linear layers of the base by name.
+
+    Returns:
+        Task -> adapter; the same one where its names match, or none of its class's rules would make them match.
+    """
+    adapters = on_experts(adapters, base.model) if any(map(expert_of, shapes)) else adapters
+    return {task: _renamed(base, adapter, shapes) for task, adapter in adapters.items()}
+
+
+def _renamed(base: Base, adapter: Adapter, shapes: Mapping[str, Any]) -> Adapter:
+    if all_match(adapter.factors, shapes):
+        return adapter
+    saved = {name: name.rpartition(".") for name in adapter.saved}
+    new = respelled(base.blank, [*adapter.factors, *(module for module, _, _ in saved.values())])
+    if not all_match([new[name] for name in adapter.factors], shapes):
+        return adapter
+    return replace(
+        adapter,
+        factors={new[name]: factors for name, factors in adapter.factors.items()},
+        saved={f"{new[saved[name][0]]}.{saved[name][2]}": tensor for name, tensor in adapter.saved.items()},
+    )
+
+
 def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
     """Match the modules of all adapters to linear layers of the base, and check shapes and coverage.
 
@@ -143,7 +179,7 @@ def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]
     plain = all(tensor.dtype in FLOATS for tensor in stored_tensors(base).values())
     if plain and not quantization_settings(base.config):
         return []
-    matches = match_adapters(read_adapters(adapters), structure.linear_shapes(base.model))
+    matches = match_adapters(on_experts(read_adapters(adapters), base.model), layer_shapes(base.model))
     return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
 
 
@@ -265,9 +301,10 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
     examples = {layer_kind(base): name for name, base in mapping.items()}
     known = any(is_targeted(config, name) for name in mapping)
     prefix = prefix_of(mapping) or ""
-    for base in available:
+    for base in _of_trained_part(mapping, available):
         kind = layer_kind(base)
-        if base == kind or base in resolved:  # outside of blocks: a pooler comes and goes with wrappers
+        # A pooler, outside of blocks, comes and goes with wrappers; an expert may lack.
+        if base == kind or base in resolved or expert_of(base):
             continue
         name = _numbered_like(base, examples[kind]) if kind in examples else prefix + base
         targeted = is_targeted(config, name) if known else kind in examples and not narrowed(config)
@@ -284,6 +321,13 @@ def _numbered_like(base: str, name: str) -> str:
     for number, place in zip(reversed(numbers), reversed(places), strict=False):
         name = name[: place.start()] + number + name[place.end() :]
     return name
+
+
+def _of_trained_part(mapping: Mapping[str, str], available: Iterable[str]) -> list[str]:
+    """The base's layers, but for those beside its language model where the adapter was trained on that by itself."""
+    inside = all("language_model" in base.split(".") for base in mapping.values())
+    alone = inside and not any("language_model" in name.split(".") for name in mapping)
+    return [base for base in available if not alone or "language_model" in base.split(".")]
 
 
 def _trained_on(adapter: Adapter) -> str:

@@ -8,14 +8,19 @@ A layer that adapters have fine-tuned whole, such as LLaVA's projector, is a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce as fold
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter
+from nsc.adapters.tensor_file import read
 from nsc_kernels import GramCache, GramFactor
+
+GRAMS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class ModuleStack:
     """One linear layer with all adapters side by side.
 
     Attributes:
-        A: (R, d), segment k holds the r_k rows of adapter k.
-        B: (m, R).
+        A_blocks: the rows of A in one or more tensors, as the adapters hold them, so that no copy is kept.
+        B_blocks: the columns of B, likewise.
         ranks: r_k, 0 for an absent adapter.
         scales: s_k.
         grams: factors of each A_k's Gram matrix, None for an absent adapter.
@@ -32,13 +37,28 @@ class ModuleStack:
         by_rank: whether each row of A has its own coefficient; else each adapter has one.
     """
 
-    A: Tensor
-    B: Tensor
+    A_blocks: tuple[Tensor, ...]
+    B_blocks: tuple[Tensor, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     grams: tuple[GramFactor | None, ...]
     gram_inverse: Tensor | None
     by_rank: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of A and B: that to which all blocks are promoted."""
+        return fold(torch.promote_types, [block.dtype for block in (*self.A_blocks, *self.B_blocks)])
+
+    @property
+    def A(self) -> Tensor:
+        """(R, d), segment k holds the r_k rows of adapter k; put together anew each time."""
+        return _together(self.A_blocks, self.dtype, 0)
+
+    @property
+    def B(self) -> Tensor:
+        """(m, R), likewise."""
+        return _together(self.B_blocks, self.dtype, 1)
 
     @property
     def present(self) -> list[bool]:
@@ -61,7 +81,7 @@ class ModuleStack:
         """
         ranks = list(self.ranks)
         A, B = self.A.split(ranks)[k], self.B.split(ranks, 1)[k].contiguous()
-        return ModuleStack(A, B, (self.ranks[k],), (self.scales[k],), (self.grams[k],), None)
+        return ModuleStack((A,), (B,), (self.ranks[k],), (self.scales[k],), (self.grams[k],), None)
 
     def delta(self, coefficients: Tensor) -> Tensor:
         """Return the merged update.
@@ -87,7 +107,7 @@ class ModuleStack:
         scales = torch.tensor(self.scales, dtype=torch.float64).repeat_interleave(ranks)
         coefficients = coefficients.double().cpu()
         each = coefficients[: len(scales)] if self.by_rank else coefficients.repeat_interleave(ranks)
-        return (each * scales).to(self.A.device)
+        return (each * scales).to(self.A_blocks[0].device)
 
 
 @dataclass(frozen=True)
@@ -260,23 +280,32 @@ def stack_adapters(
         ]
         for name in names
     }
-    grams = iter(GramCache().factor([f.A for row in found.values() for f in row if f is not None]))
+    grams = _grams(f.A for row in found.values() for f in row if f is not None)
     modules = {}
     for name, row in found.items():
         here = [f for f in row if f is not None]
-        dtype = here[0].A.dtype
-        for factors in here:
-            dtype = torch.promote_types(dtype, torch.promote_types(factors.A.dtype, factors.B.dtype))
         factored = tuple(next(grams) if f is not None else None for f in row)
         modules[name] = ModuleStack(
-            A=torch.cat([f.A.to(dtype) for f in here]),
-            B=torch.cat([f.B.to(dtype) for f in here], dim=1),
+            A_blocks=tuple(f.A for f in here),
+            B_blocks=tuple(f.B for f in here),
             ranks=tuple(f.rank if f is not None else 0 for f in row),
             scales=tuple(f.scale if f is not None else 0.0 for f in row),
             grams=factored,
             gram_inverse=torch.block_diag(*[g.inverse for g in factored if g is not None]),
         )
     return Stack(tuple(adapters), modules, dense, tuple(name for name in shapes if name in modules or name in dense))
+
+
+def _together(blocks: Sequence[Tensor], dtype: torch.dtype, dim: int) -> Tensor:
+    parts = [read(block).to(dtype) for block in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _grams(lora_A: Iterable[Tensor]) -> Iterator[GramFactor]:
+    """The Gram factors of all, in batches of which each is in memory alone."""
+    remaining = iter(lora_A)
+    while batch := list(islice(remaining, GRAMS_AT_ONCE)):
+        yield from GramCache().factor([read(A) for A in batch])
 
 
 def whitened(stack: Stack) -> Stack:
@@ -309,4 +338,5 @@ def _whiten(module: ModuleStack) -> ModuleStack:
     factored = [g for g in module.grams if g is not None]
     whiten = torch.block_diag(*[g.whiten for g in factored])
     unwhiten = torch.block_diag(*[g.unwhiten for g in factored])
-    return replace(module, A=whiten @ module.A.double(), B=module.B.double() @ unwhiten, gram_inverse=None)
+    A, B = whiten @ module.A.double(), module.B.double() @ unwhiten
+    return replace(module, A_blocks=(A,), B_blocks=(B,), gram_inverse=None)

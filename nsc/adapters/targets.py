@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from nsc.adapters.patterns import pattern_matches
+
 _PLAIN = re.compile(r"[\w.-]+")  # a pattern in which only dots are special, each for any one character
 
 
@@ -21,11 +23,11 @@ def is_targeted(config: Mapping[str, Any], module: str) -> bool:
         ``layers_to_transform`` leaves it out.
 
     Raises:
-        re.error: if a pattern is none.
+        ValueError: if a pattern is none, or takes too long.
     """
     if _named(config.get("exclude_modules"), module):
         return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.get("modules_to_save") or ()):
+    if any(pattern_matches(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.get("modules_to_save") or ()):
         return False
     targets = config.get("target_modules")
     if targets == "all-linear":
@@ -49,7 +51,7 @@ def narrowed(config: Mapping[str, Any]) -> bool:
 def _named(names: Any, module: str) -> bool:
     """Whether a pattern fits a module's whole name, or one of a list is its end."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return pattern_matches(rf"(?:{names})\Z", module)
     return any(f".{module}".endswith(f".{name}") for name in names or ())
 
 
@@ -72,15 +74,12 @@ class Patterns:
 
     Args:
         entries: pattern -> value; None for no entry.
-
-    Raises:
-        re.error: if a pattern is none.
     """
 
     def __init__(self, entries: Mapping[str, float] | None) -> None:
         self._values = list((entries or {}).values())
         self._places = {pattern: place for place, pattern in enumerate(entries or {})}
-        self._regexes: list[tuple[int, re.Pattern[str]]] = []
+        self._regexes: list[tuple[int, str]] = []
         self._plain: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}  # length, dots, masked -> places
         for pattern, place in self._places.items():
             if _PLAIN.fullmatch(pattern):
@@ -88,7 +87,7 @@ class Patterns:
                 masks = self._plain.setdefault(len(pattern), {}).setdefault(dots, {})
                 masks.setdefault(_masked(pattern, dots), []).append(place)
             else:
-                self._regexes.append((place, re.compile(rf"(.*\.)?({pattern})$")))
+                self._regexes.append((place, rf"(.*\.)?({pattern})$"))
 
     def matching(self, module: str) -> list[float]:
         """Return the values of all patterns that fit a module.
@@ -98,8 +97,11 @@ class Patterns:
 
         Returns:
             The values in the order of the entries; that of the name itself where no pattern fits.
+
+        Raises:
+            ValueError: if a pattern is none, or takes too long.
         """
-        places = [place for place, regex in self._regexes if regex.match(module)]
+        places = [place for place, regex in self._regexes if pattern_matches(regex, module)]
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", module))]
         for end in (module[start:] for start in starts):
             for dots, masks in self._plain.get(len(end), {}).items():

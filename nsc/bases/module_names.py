@@ -32,8 +32,9 @@ _LLAVA = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 )
+_TEXT_IN_WRAPPER = ((r"^(model\.)?(?=layers\.)", "model.language_model."),)  # trained on the language model by itself
 _RESIDUAL = ((r"(?<![^.])module\.", ""),)  # a name of LeViT's own, taken from adapters as one of DDP
-RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA, _RESIDUAL)
+RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA, _TEXT_IN_WRAPPER, _RESIDUAL)
 
 
 def resolve(adapter_name: str, names: Iterable[str], available: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -94,6 +95,20 @@ def resolve_saved(
                 f"{_closest(name, spelled.values())}"
             )
     return resolved
+
+
+def all_match(names: Iterable[str], available: Iterable[str]) -> bool:
+    """Return whether each of an adapter's module names means some module of the base.
+
+    Args:
+        names: the adapter's module names.
+        available: linear layers of the base's body.
+
+    Returns:
+        Whether ``resolve`` finds a place for all of them, though it may be one that they share.
+    """
+    available = list(available)
+    return all(_match(names, available, _spelling_for(names, available)).values())
 
 
 def prefix_of(mapping: Mapping[str, str]) -> str | None:

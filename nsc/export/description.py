@@ -19,6 +19,7 @@ import yaml
 from nsc.checks import expected, typed
 from nsc.errors import NSCError, reading
 from nsc.export.sharing import LOCAL, PublicNames, difference, overlaid
+from nsc.paths import digest_of_file
 from nsc.plain_yaml import parse_yaml
 from nsc_kernels import __version__
 
@@ -63,7 +64,7 @@ def write_description(folder: Path, values: Mapping[str, Any], files: Iterable[s
         names: what the places of this machine are called.
     """
     made = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_versions()}
-    values = {**values, "made": made, FILES: {name: _sha256(folder / name) for name in files}}
+    values = {**values, "made": made, FILES: {name: digest_of_file(folder / name) for name in files}}
     public = names.apply(values)
     _write_sealed(folder / DESCRIPTION, public)
     if own := difference(values, public):
@@ -103,7 +104,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise NSCError(f"{file}: {key} must be {expected(known[key])}, not {value!r}; {REMEDY}") from None
     for name, digest in values.get(FILES, {}).items():
         with reading(f"{folder / name}", REMEDY):
-            if _sha256(folder / name) != digest:
+            if digest_of_file(folder / name) != digest:
                 raise NSCError(f"{folder / name} is not what was written; {REMEDY}")
     return values
 
@@ -154,10 +155,6 @@ def digest_of(values: Mapping[str, Any]) -> str:
         SHA-256 in hexadecimal.
     """
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

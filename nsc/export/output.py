@@ -21,7 +21,15 @@ from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
-from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.files import (
+    agreed_fields,
+    copy_tokenizer,
+    merged_layers_whole,
+    misread_config,
+    write_adapter,
+    write_full_model,
+)
+from nsc.export.parameters import split_by_parameter
 from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
 from nsc.export.push import seal
@@ -73,7 +81,7 @@ class Output:
                 base or adapters were changed since they were read.
             ProofError: if what was loaded back is not what was merged.
         """
-        with held(out) as partial, _naming_disk_errors(out):
+        with held(out) as partial, _naming_disk_errors(out), _naming_changes(self.sources):
             self._refuse_interrupted(partial)
             proof = self._write_staged(out, partial / STAGING, rank, full, proof_base)
             (partial / CHECKPOINT).unlink(missing_ok=True)
@@ -95,22 +103,24 @@ class Output:
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
         self._write_heads(staging)
+        warnings = copy_tokenizer(staging, self.adapters) + (misread_config(staging) if full else [])
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
         proof = _prove(staging, merge, Base(self.record.base), full, in_memory)
         proof = replace(proof, lost=lost, unfed=unfed or proof.unfed)
-        if not full:
-            require_served(self.record.programs, staging)
         prove_heads(staging, self.adapters)
-        self._describe(staging, self._reported(merge, proof, rank, full))
+        report = self._reported(merge, proof, rank, full)
+        self._describe(staging, replace(report, warnings=report.warnings + warnings))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
         _share(staging)
         if changed := sorted(written.items() - states_of_files(staging, 2).items()):
             raise ProofError(f"{changed[0][0]} was changed by another program after its proof; save again")
         refuse_changed(self.sources)
+        if not full:
+            require_served(self.record.programs, staging)
         if os.path.lexists(out):
             raise NSCError(f"{out} was made meanwhile; choose another folder, or move it away")
         move_into_place(staging, out)
@@ -127,8 +137,10 @@ class Output:
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)
         named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
+        modules, parameters = split_by_parameter(base, written)
         behind = base.output_layers if whole else {}
-        write_adapter(folder, written, prefix, named, whole, transposed, behind)
+        about = agreed_fields(self.adapters)
+        write_adapter(folder, modules, prefix, named, whole, parameters, transposed, behind, about)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -150,7 +162,7 @@ class Output:
         )
 
     def _describe(self, folder: Path, report: Report) -> None:
-        """Everything beside the weights that is for people or programs, and each task's own head."""
+        """Everything beside the weights that is for people or programs."""
         base = Base(self.record.base)
         report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
         report = self.record.public_names.apply(report)
@@ -222,6 +234,16 @@ def _share(folder: Path) -> None:
     os.umask(allowed)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~allowed)
+
+
+@contextmanager
+def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
+    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed."""
+    try:
+        yield
+    except NSCError:
+        refuse_changed(sources)
+        raise
 
 
 @contextmanager

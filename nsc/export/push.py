@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nsc.errors import NSCError
 from nsc.export.card import CARD
 from nsc.export.proof import Proof
 from nsc.export.sharing import IGNORED, LOCAL, LOCAL_PATH, require_hub_id
+from nsc.paths import digest_of_file
 
 PROOF = "proof.json"
 OPEN = (CARD, IGNORED, LOCAL, PROOF)  # what may be edited, or is not uploaded
@@ -27,7 +27,7 @@ def seal(folder: Path, proof: Proof) -> None:
         folder: a folder just proven, complete but for this file.
         proof: what was compared.
     """
-    told = {"proof": str(proof), "files": {name: _digest(folder / name) for name in _files(folder)}}
+    told = {"proof": str(proof), "files": {name: digest_of_file(folder / name) for name in _files(folder)}}
     (folder / PROOF).write_text(json.dumps(told, indent=1), encoding="utf-8")
     (folder / IGNORED).write_text(f"{LOCAL}\n", encoding="utf-8")
 
@@ -85,7 +85,7 @@ def require_proven(folder: Path) -> None:
         raise NSCError(f"{folder} lacks {lost[0]}, which was proven; write it again with nsc apply")
     if new := sorted(there - files.keys()):
         raise NSCError(f"{folder / new[0]} was not there when the folder was proven; remove it, or upload it by itself")
-    if changed := [name for name in sorted(files) if _digest(folder / name) != files[name]]:
+    if changed := [name for name in sorted(files) if digest_of_file(folder / name) != files[name]]:
         raise NSCError(f"{folder / changed[0]} is not what was proven; write the folder again with nsc apply")
 
 
@@ -135,11 +135,3 @@ def _leaves(value: Any) -> list[str]:
 def _files(folder: Path) -> list[str]:
     names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return sorted(name for name in names if name not in OPEN)
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -303,6 +303,6 @@ def _one_expert(stack: Stack, k: int, below: Mapping[str, LowRank], merge: Mappi
         else:
             B, A, scale = module.B.split(ranks, 1)[k], module.A.split(ranks)[k], module.scales[k]
         other = merge.get(name, LowRank(B[:, :0], A[:0]))
-        sides = (torch.cat([A, other.A.to(A)]), torch.cat([B, other.B.to(B)], 1), (len(A), len(other.A)))
-        modules[name] = ModuleStack(*sides, (scale, 1.0), (None, None), None)
+        blocks = (A, other.A.to(A)), (B, other.B.to(B))
+        modules[name] = ModuleStack(*blocks, (len(A), len(other.A)), (scale, 1.0), (None, None), None)
     return Stack(("expert", "merge"), modules)

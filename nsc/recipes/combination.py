@@ -332,7 +332,7 @@ def as_one(combination: Combination) -> Stack:
 
 
 def stack_of(updates: Mapping[str, Updates]) -> Stack:
-    """Put the updates of all layers into a stack, for tests and benchmarks; the inverse of ``updates_of``.
+    """Put the updates of all layers into a stack; the inverse of ``updates_of``.
 
     Args:
         updates: layer -> its K updates.
@@ -341,7 +341,6 @@ def stack_of(updates: Mapping[str, Updates]) -> Stack:
         The stack, without Gram factors.
     """
     modules = {
-        name: ModuleStack(torch.cat(u.A), torch.cat(u.B, 1), u.ranks, u.scales, (None,) * len(u.tasks), None)
-        for name, u in updates.items()
+        name: ModuleStack(u.A, u.B, u.ranks, u.scales, (None,) * len(u.tasks), None) for name, u in updates.items()
     }
     return Stack(next(iter(updates.values())).tasks, modules)

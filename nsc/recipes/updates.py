@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsc.adapters.factors import LoraFactors
 from nsc.adapters.stack import DenseStack, ModuleStack, Stack
@@ -180,7 +181,48 @@ def dense(update: LowRank | Tensor) -> Tensor:
     Returns:
         (m, d) float64 on the CPU.
     """
-    return (update.B @ update.A if isinstance(update, LowRank) else update.double()).cpu()
+    return (update.B.double() @ update.A.double() if isinstance(update, LowRank) else update.double()).cpu()
+
+
+def norm(update: LowRank | Tensor) -> Tensor:
+    """Return the Frobenius norm of an update, of whose factors no product (m, d) is formed.
+
+    Args:
+        update: factors, or (m, d).
+
+    Returns:
+        The norm, float64.
+    """
+    if isinstance(update, Tensor):
+        return update.double().norm()
+    B, A = update.B.double(), update.A.double()
+    return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt()
+
+
+def distance(written: LowRank | Tensor, expected: LowRank | Tensor) -> Tensor:
+    """Return the Frobenius norm of the difference of two updates of one layer.
+
+    Factors are compared without any product (m, d): B'A' - B A = (B' - B) A' + B (A' - A).
+
+    Args:
+        written: factors B', A', or (m, d).
+        expected: factors B, A of any rank, or (m, d).
+
+    Returns:
+        The norm, float64; of two factored updates that differ in their bases, exact to 1e-8 of the updates' norms.
+    """
+    if isinstance(written, Tensor) or isinstance(expected, Tensor):
+        return (dense(written) - dense(expected)).norm()
+    rank = max(len(written.A), len(expected.A))
+    (B1, A1), (B0, A0) = (_with_rank(update, rank) for update in (written, expected))
+    if torch.equal(A1, A0):
+        return norm(LowRank(B1 - B0, A1))
+    return norm(LowRank(torch.cat([B1 - B0, B0], 1), torch.cat([A1, A1 - A0])))
+
+
+def _with_rank(update: LowRank, rank: int) -> tuple[Tensor, Tensor]:
+    more = rank - len(update.A)
+    return pad(update.B.double().cpu(), (0, more)), pad(update.A.double().cpu(), (0, 0, 0, more))
 
 
 def parameter_update(merged: Merged, parameter: str) -> Tensor | None:
@@ -227,7 +269,7 @@ def as_stack(updates: Mapping[str, LowRank | Tensor], biases: Mapping[str, Tenso
     modules, whole, biases = {}, {}, biases or {}
     for name, update in updates.items():
         if isinstance(update, LowRank):
-            modules[name] = ModuleStack(update.A, update.B, (len(update.A),), (1.0,), (None,), gram_inverse=None)
+            modules[name] = ModuleStack((update.A,), (update.B,), (len(update.A),), (1.0,), (None,), gram_inverse=None)
         else:
             bias = biases.get(name)
             whole[name] = DenseStack(update[None], None if bias is None else bias[None], [True])

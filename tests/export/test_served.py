@@ -54,6 +54,8 @@ def test_an_adapter_is_named_for_the_wrapper_that_serves_it(llava, tmp_path):
     text, _ = llava_prefixes()
     names = [name.replace("model.layers", "language_model.layers") for name in LAYERS]
     adapter = write_adapter(tmp_path / "a", factors(names), target_modules=names)
+    merge(llava, adapter).save(tmp_path / "bare")
+    assert all("model.language" not in key[16:] for key in load_file(tmp_path / "bare/adapter_model.safetensors"))
     merge(llava, adapter).save(tmp_path / "out", programs=["vllm", "llama.cpp"])
     keys = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / "out/adapter_model.safetensors")}
     assert keys == {f"{n.replace('model.layers', text)}.lora_{side}.weight" for n in LAYERS for side in "AB"}
@@ -62,6 +64,22 @@ def test_an_adapter_is_named_for_the_wrapper_that_serves_it(llava, tmp_path):
     assert len(moved) == len(LAYERS) and all(m.lora_B["default"].weight.any() for m in moved)
     nsc.apply(tmp_path / "out").save(tmp_path / "again")
     assert load_file(tmp_path / "again/adapter_model.safetensors").keys() == {f"base_model.model.{key}" for key in keys}
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], LAYERS], ids=["kinds", "names"])
+def test_an_adapter_of_the_language_model_by_itself_is_named_for_its_wrapper(llava, tmp_path, targets):
+    """Under the wrapper its own names are a silent no-op: vLLM and PEFT find no such layers."""
+    adapter = write_adapter(tmp_path / "a", factors(), target_modules=targets)
+    merge(llava, adapter).save(tmp_path / "out", programs=["vllm"])
+    keys = load_file(tmp_path / "out/adapter_model.safetensors").keys()
+    text, _ = llava_prefixes()
+    assert {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in keys} == {
+        name.replace("model.layers", text) for name in LAYERS
+    }
+    if targets is not LAYERS:
+        short = write_adapter(tmp_path / "short", factors(LAYERS[2:]), target_modules=targets)
+        with pytest.raises(NSCError, match=r"targets 'language_model\.layers\.0.*has no factors for it"):
+            merge(llava, short)
 
 
 def test_layers_beside_the_language_model_are_refused(llava, llava_adapters, tmp_path):

@@ -56,7 +56,7 @@ def module(place: str) -> ModuleStack:
     A, B = ([given(f"{place}/task{k}/{side}") for k in range(K)] for side in "AB")
     grams = tuple(GramCache().factor(A))
     inverse = torch.block_diag(*[gram.inverse for gram in grams])
-    return ModuleStack(torch.cat(A), torch.cat(B, 1), (4, 4, 4), (1.0, 1.0, 1.0), grams, inverse)
+    return ModuleStack(tuple(A), tuple(B), (4, 4, 4), (1.0, 1.0, 1.0), grams, inverse)
 
 
 def settings_of(case: dict) -> dict:

@@ -46,7 +46,7 @@ def random_stack(model, r: int = 4, kinds=("q_proj", "v_proj")) -> Stack:
             A, B = (torch.randn(*size, generator=generator) for size in ((TASKS * r, d), (m, TASKS * r)))
             grams = tuple(cache.factor([part.contiguous() for part in A.split(r)]))
             inverse = torch.block_diag(*(gram.inverse for gram in grams))
-            modules[name] = ModuleStack(A, B / 100, (r,) * TASKS, (1.0,) * TASKS, grams, inverse)
+            modules[name] = ModuleStack((A,), (B / 100,), (r,) * TASKS, (1.0,) * TASKS, grams, inverse)
     return whitened(Stack(("a", "b"), modules))
 
 
