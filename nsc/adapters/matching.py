@@ -176,7 +176,8 @@ def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]
     plain = all(tensor.dtype in FLOATS for tensor in stored_tensors(base).values())
     if plain and not quantization_settings(base.config):
         return []
-    matches = match_adapters(on_experts(read_adapters(adapters), base.model), layer_shapes(base.model))
+    shapes = layer_shapes(base.model)
+    matches = match_adapters(in_new_names(base, read_adapters(adapters), shapes), shapes)
     return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
 
 
