@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nsc_kernels/__init__.py").read_text()).group(1)
 
 TEST = [
+    "hypothesis>=6.100",
     "pytest>=8",
     "pytest-benchmark>=4",
     "pytest-xdist>=3.2",
@@ -38,6 +39,7 @@ setup(
         "transformers>=4.50,<6",
         "peft>=0.15",
         "psutil",
+        "regex",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.27",
         "matplotlib>=3.7",

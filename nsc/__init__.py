@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nsc.export.result import MergeResult
     from nsc.merging.api import merge
     from nsc.merging.from_record import apply
+    from nsc.recipes.in_memory import merge_factors
     from nsc_kernels import __version__
 
 # Imported when first used: the command line answers --help without torch.
@@ -31,6 +32,7 @@ _HOMES = {
     "format_inspection": "nsc.adapters.inspection",
     "inspect": "nsc.adapters.inspection",
     "merge": "nsc.merging.api",
+    "merge_factors": "nsc.recipes.in_memory",
     "push": "nsc.export.push",
     "read_adapter": "nsc.adapters.lora",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "format_inspection",
     "inspect",
     "merge",
+    "merge_factors",
     "push",
     "read_adapter",
 ]

@@ -29,7 +29,7 @@ def absolute(place: str | Path) -> str:
     Returns:
         The absolute path of what exists, anything else unchanged.
     """
-    return str(Path(place).resolve()) if Path(place).exists() else str(place)
+    return str(Path(place).resolve()) if os.path.exists(place) else str(place)
 
 
 def digest_of_file(file: Path) -> str:

@@ -18,6 +18,7 @@ HEAVY = {
     "nsc/bases/heads.py",
     "nsc/bases/task_head.py",
     "nsc/bases/loading.py",
+    "nsc/bases/wrappers.py",
     "nsc/export/card.py",
     "nsc/export/served.py",
     "nsc/export/files.py",

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
 import nsc
 from nsc.recipes.catalogue import list_methods
+from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 
@@ -182,6 +184,17 @@ def test_pull_requests_have_the_checklist_of_contributing():
     pages = [(ROOT / page).read_text() for page in ("CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md")]
     expected, asked = (re.findall(r"- \[ \] \*\*(.+?)\*\*", page) for page in pages)
     assert len(expected) == 6 and asked == expected
+
+
+def test_in_memory_page(adapters):
+    torch.manual_seed(0)
+    of = {"mnli": "plain", "qnli": "pattern"}
+    base = functools.partial(tiny_llama, "AutoModelForCausalLM")
+    models = {task: peft.PeftModel.from_pretrained(base(), adapters[name]) for task, name in of.items()}
+    names = {"nsc": nsc, "models": models, "base": base()}
+    exec("\n".join(snippets("docs/in-memory.md")), names)
+    loaded = names["model"].state_dict()
+    assert all(torch.equal(loaded[k.replace(".weight", ".default.weight")], x) for k, x in names["state"].items())
 
 
 def test_continuous_integration_runs_what_contributing_says():

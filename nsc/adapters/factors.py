@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc.adapters.patterns import pattern_matches
 from nsc.adapters.peft_folder import CONFIG, Checkpoint
 from nsc.adapters.tensor_file import read
 from nsc.adapters.unsupported import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name
+from nsc.errors import one_line
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -125,7 +127,7 @@ def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _matching(patterns: Mapping[str, float] | None, module: str) -> list[float]:
     """The values of the patterns that match, in order, by the rule of ``peft.utils.other.get_pattern_key``."""
     patterns = patterns or {}
-    found = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+    found = [value for pattern, value in patterns.items() if pattern_matches(rf"(.*\.)?({pattern})$", module)]
     return found or [value for pattern, value in patterns.items() if pattern == module]
 
 
@@ -184,8 +186,8 @@ def _stated_rank(checkpoint: Checkpoint, module: str) -> float:
     try:
         rank = (_matching(checkpoint.config.get("rank_pattern"), module) or [checkpoint.config["r"]])[0]
         lora_scale(checkpoint.config, module, int(rank))
-    except (re.error, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({error!r})"
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        unusable = f"{CONFIG} gives no usable rank and scale for module '{module}' ({one_line(error)})"
         raise checkpoint.error(f"{unusable}; correct r, lora_alpha, rank_pattern or alpha_pattern") from error
     return rank
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,10 +17,12 @@ from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
 from nsc.bases import structure
 from nsc.bases.base_model import Base
+from nsc.bases.checkpoint_keys import respelled
 from nsc.bases.codes import FLOATS, quantization_settings
 from nsc.bases.conv1d import transposed_weights
-from nsc.bases.module_names import layer_kind, prefix_of, resolve
+from nsc.bases.module_names import all_match, layer_kind, prefix_of, prefixes_of, resolve
 from nsc.bases.weights import stored_tensors
+from nsc.bases.wrappers import prefixes_of_classes, wrapper_of
 from nsc.errors import NameMismatch, NSCError
 
 FOREIGN = {  # what lies in the other tower, by what the body takes
@@ -59,9 +62,11 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
         NSCError: a subclass that names adapter and module, for anything that has no place there.
     """
     shapes = structure.linear_shapes(base.model)
+    adapters = in_new_names(base, adapters, shapes)
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
         check_towers(task, mapping, str(base.model.main_input_name))
+    check_prefixes(base, matches)
     outputs = base.output_layers if any(adapter.saved for adapter in adapters.values()) else {}
     kept, whole = split_saved(adapters, matches, body_of(base, outputs), keep_modules)
     shapes = shapes | {name: (layer.out_features, layer.in_features) for name, layer in outputs.items()}
@@ -99,6 +104,34 @@ def beside(matched: Matched, task: str, factors: Mapping[str, LoraFactors]) -> M
     adapters = {**matched.adapters, task: adapter}
     matches = {**matched.matches, task: {name: name for name in factors}}
     return Matched(adapters, matches, matched.shapes, stack_adapters(adapters, matches, matched.shapes))
+
+
+def in_new_names(base: Base, adapters: Mapping[str, Adapter], shapes: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Rename modules of adapters that an older transformers made, as the installed one renames weights on loading.
+
+    Args:
+        base: asked only where a name matches none of ``shapes``; its weights need not be loaded.
+        adapters: task -> adapter.
+        shapes: linear layers of the base by name.
+
+    Returns:
+        Task -> adapter; the same one where its names match, or none of its class's rules would make them match.
+    """
+    return {task: _renamed(base, adapter, shapes) for task, adapter in adapters.items()}
+
+
+def _renamed(base: Base, adapter: Adapter, shapes: Mapping[str, Any]) -> Adapter:
+    if all_match(adapter.factors, shapes):
+        return adapter
+    saved = {name: name.rpartition(".") for name in adapter.saved}
+    new = respelled(base.blank, [*adapter.factors, *(module for module, _, _ in saved.values())])
+    if not all_match([new[name] for name in adapter.factors], shapes):
+        return adapter
+    return replace(
+        adapter,
+        factors={new[name]: factors for name, factors in adapter.factors.items()},
+        saved={f"{new[saved[name][0]]}.{saved[name][2]}": tensor for name, tensor in adapter.saved.items()},
+    )
 
 
 def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
@@ -189,6 +222,32 @@ def check_shapes(adapter: Adapter, mapping: Mapping[str, str], available: Mappin
             raise NameMismatch(
                 f"adapter '{adapter.name}': the update of '{name}' is {update} (out, in), the base's '{mapping[name]}' "
                 f"is {weight}. Wrong base? {_trained_on(adapter)}"
+            )
+
+
+def check_prefixes(base: Base, matches: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse module names with a prefix that no class of transformers puts before the body's.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        matches: task -> adapter's module name -> base's.
+
+    Raises:
+        NameMismatch: naming the adapter, the prefix and those that there are.
+    """
+    tasks: dict[str, str] = {}
+    names: dict[str, set[str]] = {}
+    for task, mapping in matches.items():
+        for prefix, inside in prefixes_of(mapping).items():
+            tasks.setdefault(prefix, task)
+            names.setdefault(prefix, set()).update(inside)
+    for prefix, task in tasks.items():
+        if prefix and wrapper_of(base, prefix, names[prefix]) is None:
+            known = ", ".join(f"'{name}' in {cls}" for name, cls in prefixes_of_classes(base).items())
+            raise NameMismatch(
+                f"adapter '{task}': its module names have '{prefix}' before the base's own, as in no class of"
+                f" transformers for {base.config.model_type}, where that is {known}; take it off the keys of its"
+                " safetensors file, or give the base that has it"
             )
 
 

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
+from nsc.adapters.config_types import wrong_field
 from nsc.adapters.tensor_file import map_tensors
-from nsc.adapters.unsupported import unsupported
-from nsc.errors import AdapterError, UnsupportedAdapter
+from nsc.adapters.unsupported import PREFIX, unsupported
+from nsc.errors import AdapterError, UnsupportedAdapter, clipped, one_line, reading
 from nsc.paths import digest_of_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+TOKENIZER_FILES = (  # patterns of names, in the adapter's folder
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+)
+# What torch.compile, FSDP, checkpointing, DeepSpeed, DDP and PEFT put into names.
+_OWN = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+TRAINING_WRAPPERS = re.compile(rf"(?:{_OWN})\\?\.|(?<![^.])(?:module|base_model\\?\.model)\\?\.(?![*+?])")
+NAMING_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
+BUNDLE = re.compile(r".*\.(?=base_model\.(?:model\.|vera_))")  # whatever a PeftModel was a part of
 
 
 @dataclass(frozen=True)
@@ -26,8 +45,8 @@ class Checkpoint:
     Attributes:
         name: name of the adapter.
         path: its folder.
-        config: adapter_config.json.
-        tensors: key -> tensor, as stored.
+        config: adapter_config.json, its module names without what wrapped the model in training.
+        tensors: key, without what wrapped the model in training -> tensor, as stored.
         sha256: digest of the weights file.
     """
 
@@ -69,9 +88,11 @@ def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Chec
             raise AdapterError(f"adapter '{name}': {path} has no {file}; {_missing_file_remedy(path)}")
     config, weights = _read_config(path / CONFIG, name), path / WEIGHTS
     try:
-        return Checkpoint(name, path, config, map_tensors(weights), digest_of_file(weights))
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"adapter '{name}': {weights} is truncated or corrupt ({error}); copy it again") from error
+        stored, digest = map_tensors(weights), digest_of_file(weights)
+    except Exception as error:  # of safetensors, of torch, or of the operating system
+        cause = one_line(error)
+        raise AdapterError(f"adapter '{name}': {weights} is truncated or corrupt ({cause}); copy it again") from error
+    return Checkpoint(name, path, _unwrapped_config(config), _unwrapped(stored, name, path), digest)
 
 
 def refuse_unsupported(checkpoint: Checkpoint) -> None:
@@ -90,30 +111,60 @@ def refuse_unsupported(checkpoint: Checkpoint) -> None:
         )
 
 
+def _unwrapped(stored: Mapping[str, Tensor], name: str, path: Path) -> dict[str, Tensor]:
+    """The tensors by keys that PEFT alone would give them; AdapterError where two become one."""
+    keys: dict[str, str] = {}
+    for key in stored:
+        inner = BUNDLE.sub("", key)
+        inner = PREFIX * inner.startswith(PREFIX) + TRAINING_WRAPPERS.sub("", inner)
+        if (other := keys.setdefault(inner, key)) != key:
+            raise AdapterError(
+                f"adapter '{name}' ({path}): '{other}' and '{key}' both name '{inner}' once what wrapped the model in"
+                " training is taken off; save one adapter a folder"
+            )
+    return {inner: stored[key] for inner, key in keys.items()}
+
+
+def _unwrapped_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with module names and patterns without wrappers; fields of another type are left as they are."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, str):
+            return TRAINING_WRAPPERS.sub("", value)
+        if isinstance(value, dict):
+            return {strip(key): entry for key, entry in value.items()}
+        return list(map(strip, value)) if isinstance(value, list) else value
+
+    return config | {field: strip(config[field]) for field in NAMING_FIELDS if field in config}
+
+
 def _read_config(path: Path, name: str) -> dict[str, Any]:
-    """adapter_config.json as a dict. Raises AdapterError where it is no JSON object."""
-    try:
+    """adapter_config.json as a dict. Raises AdapterError where it is no JSON object, or a field has another type."""
+    with reading(f"adapter '{name}': {path}", "copy it again", AdapterError, "is not valid JSON"):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"adapter '{name}': {path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(config, dict):
         raise AdapterError(f"adapter '{name}': {path} holds no JSON object; copy it again")
+    if wrong := wrong_field(config):
+        field = wrong.partition(" ")[0]
+        raise AdapterError(f"adapter '{name}': in {path}, {wrong}, not {clipped(repr(config[field]), 80)}; correct it")
     return config
 
 
 def _local_folder(path_or_hub_id: str | Path) -> Path:
     """The folder itself, or a snapshot of the Hub repository of that name."""
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise AdapterError(f"{path} is a file; give the folder that it lies in")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
-        raise AdapterError(f"adapter folder {path} does not exist; check the path (a Hub id would be user/name)")
+        raise AdapterError(
+            f"adapter folder {clipped(str(path))} does not exist; check the path (a Hub id would be user/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, WEIGHTS, *TOKENIZER_FILES]))
     except Exception as error:  # the Hub client raises its own, httpx's and the operating system's
         cause = f"{type(error).__name__}: {error}"
         tried = f"'{path_or_hub_id}' is no local folder, and the Hub gave no such adapter ({cause})"

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nsc.errors import clipped
+
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 VERA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.vera_lambda_(?P<side>[bd])(?:\.[^.]+)?")
@@ -126,7 +128,9 @@ def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
     """Fields that are set and newer than this code: they may change the update."""
     known = (VERA_UNDERSTOOD if config["peft_type"] == "VERA" else UNDERSTOOD) | REFUSED_FIELDS.keys()
     unknown = [field for field, value in config.items() if value and field not in known]
-    return [f"{field}={config[field]!r}: a setting unknown to this version of nsc" for field in unknown]
+    return [
+        f"{field}={clipped(repr(config[field]), 80)}: a setting unknown to this version of nsc" for field in unknown
+    ]
 
 
 def _by_tensor(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

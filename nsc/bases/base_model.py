@@ -5,11 +5,14 @@ No model is known by name here. The body is what ``AutoModel`` gives: no LM head
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +29,9 @@ from transformers.utils import logging
 
 from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line, reading
 
+MOST = 1_000_000  # layers, heads, labels... of a model
 IMAGES_AND_TEXT = "input_ids with pixel_values"
 
 
@@ -50,10 +54,14 @@ class Base:
         Raises:
             NSCError: if there is no such base.
         """
+        _refuse_endless(Path(self.id) / "config.json")
         try:
-            return AutoConfig.from_pretrained(self.id)
-        except (OSError, ValueError) as error:
-            raise NSCError(f"base {self.id!r} cannot be loaded by transformers' AutoModel: {error}") from error
+            return AutoConfig.from_pretrained(self.id, trust_remote_code=False)
+        except Exception as error:  # whatever a config leads transformers to
+            refuse_code(self.id, error)
+            raise NSCError(
+                f"base {self.id!r} cannot be loaded by transformers' AutoModel: {one_line(error)}; mend its config.json"
+            ) from error
 
     @property
     def has_two_towers(self) -> bool:
@@ -106,9 +114,10 @@ class Base:
         config = self.body_config
         try:
             with quiet_loading(), torch.device("meta"):
-                return auto_class(config).from_config(deepcopy(config))
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {error}") from error
+                return auto_class(config).from_config(deepcopy(config), trust_remote_code=False)
+        except Exception as error:  # whatever a config leads transformers to
+            refuse_code(self.id, error)
+            raise NSCError(f"base {self.id!r} cannot be built by transformers' AutoModel: {one_line(error)}") from error
 
     @cached_property
     def generating(self) -> Any:
@@ -120,7 +129,7 @@ class Base:
             auto = AutoModelForSeq2SeqLM
         try:
             with quiet_loading(), torch.device("meta"):
-                return auto.from_config(deepcopy(self.config))
+                return auto.from_config(deepcopy(self.config), trust_remote_code=False)
         except (ValueError, ImportError):
             return None
 
@@ -150,6 +159,20 @@ class Base:
         return ImageTextBody(self.blank) if is_llava(self.body_config) else self.blank
 
 
+def _refuse_endless(file: Path) -> None:
+    """Raise NSCError for a config.json that is none, or by which transformers would list layers without end."""
+    if not os.path.isfile(file):
+        return
+    with reading(f"base config {file}", "mend it"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, value in (item for part in parts for item in part.items()):
+        if isinstance(value, int) and value > MOST and key.startswith(("num_", "n_", "depth")):
+            raise NSCError(f"base config {file}: {key} is above {MOST}, as in no model; mend it")
+
+
 def auto_class(config: Any) -> Any:
     """Return AutoModel, or for images with text in transformers 4, whose body is the whole model, its own auto class.
 
@@ -161,6 +184,23 @@ def auto_class(config: Any) -> Any:
     """
     mapped = type(config) in transformers.MODEL_MAPPING
     return AutoModel if mapped or not hasattr(config, "vision_config") else AutoModelForImageTextToText
+
+
+def refuse_code(base: str, error: Exception) -> None:
+    """Say in one sentence that a base would run code of its own, where that is why transformers loads nothing.
+
+    Args:
+        base: id of the base.
+        error: of transformers, to which trust_remote_code=False was given.
+
+    Raises:
+        NSCError: if that is the reason.
+    """
+    if "trust_remote_code" in str(error):
+        raise NSCError(
+            f"base {base!r} brings Python code of its own (auto_map), which nsc never runs: give a base whose class"
+            " transformers has, or a copy of it that was converted to one"
+        ) from error
 
 
 @contextmanager

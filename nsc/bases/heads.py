@@ -66,7 +66,9 @@ def load_generating_head(base: Base) -> Head:
     try:
         with torch.device("meta"):
             wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            whole = (AutoModelForImageTextToText if wrapper else AutoModelForCausalLM).from_config(deepcopy(config))
+            whole = (AutoModelForImageTextToText if wrapper else AutoModelForCausalLM).from_config(
+                deepcopy(config), trust_remote_code=False
+            )
     except ValueError as error:
         raise NoHeadError(f"base {base.id!r} has no head that generates tokens: {error}") from error
     head = whole.get_output_embeddings()

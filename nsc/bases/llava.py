@@ -45,6 +45,14 @@ class ImageTextBody(nn.Module):
         """The language model's body: transformers 4 has an LM head around it."""
         return self.language_model.base_model  # type: ignore[return-value, union-attr]
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embeddings of the text's tokens, as transformers' models do.
+
+        Returns:
+            The language model's own layer.
+        """
+        return self.text.get_input_embeddings()  # type: ignore[operator, no-any-return]
+
     @property
     def image_token(self) -> int:
         """The id of the placeholders."""

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from nsc.bases.base_model import Base, auto_class, quiet_loading
+from nsc.bases.base_model import Base, auto_class, quiet_loading, refuse_code
 from nsc.bases.codes import WRITTEN, Codes, dtype_of, quantization_settings
 from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.bases.weights import has_safetensors, require_own_files, spelled_out, stored_tensors
-from nsc.errors import NSCError
+from nsc.errors import NSCError, one_line
 from nsc.runtime.placement import one_device, reload_in_backward
 from nsc.runtime.quantization import dequantise_where_used, quantization_config
 
@@ -112,15 +111,22 @@ def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any])
         options |= {DTYPE: dtype if dtype == "auto" else getattr(torch, dtype), "output_loading_info": True}
         with quiet_loading():
             if numbers is None:
-                model, info = auto_class(config).from_pretrained(base.id, config=config, **options)
+                model, info = auto_class(config).from_pretrained(
+                    base.id, config=config, trust_remote_code=False, **options
+                )
             else:
                 model, info = _from_numbers(config, numbers, options)
     except TypeError as error:
         what = f"weights {weights}" if not settings else f"{settings.get('quant_method')}, or {FULL_PRECISION}"
         raise NSCError(f"transformers and the library of {what} do not fit: update both ({error})") from error
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+    except NSCError:
+        raise
+    except Exception as error:  # whatever config and weights lead transformers to
+        refuse_code(base.id, error)
         remedy = f"; its weights are codes ({settings.get('quant_method')}): {FULL_PRECISION}" if settings else ""
-        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {error}{remedy}") from error
+        raise NSCError(
+            f"base {base.id!r} cannot be loaded by transformers' AutoModel: {one_line(error)}{remedy}"
+        ) from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
     if lost:
         raise NSCError(
@@ -168,7 +174,7 @@ def _from_numbers(config: Any, numbers: dict[str, Tensor], options: dict[str, An
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     with torch.device("meta"):
-        kind: Any = type(auto_class(config).from_config(deepcopy(config)))
+        kind: Any = type(auto_class(config).from_config(deepcopy(config), trust_remote_code=False))
     if options[DTYPE] == "auto":
         options = {**options, DTYPE: dtype_of(config)}
     return kind.from_pretrained(None, config=config, state_dict=numbers, **options)
@@ -221,10 +227,12 @@ def load_processor(base: Base) -> Any:
     return _load_beside(AutoProcessor.from_pretrained, base, "processor")
 
 
-def _load_beside(load: Callable[[str], Any], base: Base, what: str, where: str = "") -> Any:
+def _load_beside(load: Callable[..., Any], base: Base, what: str, where: str = "") -> Any:
     """What lies beside the weights of a base, or one error for all reasons why it does not."""
     try:
         with quiet_loading():
-            return load(base.id)
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise NSCError(f"base {base.id!r} has no {what} that transformers can load{where}: {error}") from error
+            return load(base.id, trust_remote_code=False)
+    except Exception as error:  # whatever its files lead transformers and tokenizers to
+        refuse_code(base.id, error)
+        cause = one_line(error)
+        raise NSCError(f"base {base.id!r} has no {what} that transformers can load{where}: {cause}") from error

@@ -33,7 +33,8 @@ _LLAVA = (
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 )
 _TEXT_IN_WRAPPER = ((r"^(model\.)?(?=layers\.)", "model.language_model."),)  # trained on the language model by itself
-RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA, _TEXT_IN_WRAPPER)
+_RESIDUAL = ((r"(?<![^.])module\.", ""),)  # a name of LeViT's own, taken from adapters as one of DDP
+RENAMES: tuple[tuple[tuple[str, str], ...], ...] = (_VIT, _DINOV2, _CLIP_TOWER, _LLAVA, _TEXT_IN_WRAPPER, _RESIDUAL)
 
 
 def resolve(adapter_name: str, names: Iterable[str], available: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -96,6 +97,20 @@ def resolve_saved(
     return resolved
 
 
+def all_match(names: Iterable[str], available: Iterable[str]) -> bool:
+    """Return whether each of an adapter's module names means some module of the base.
+
+    Args:
+        names: the adapter's module names.
+        available: linear layers of the base's body.
+
+    Returns:
+        Whether ``resolve`` finds a place for all of them, though it may be one that they share.
+    """
+    available = list(available)
+    return all(_match(names, available, _spelling_for(names, available)).values())
+
+
 def prefix_of(mapping: Mapping[str, str]) -> str | None:
     """Return what an adapter's names carry before the names of the base's body: "model." for LLaMA's CausalLM.
 
@@ -105,10 +120,25 @@ def prefix_of(mapping: Mapping[str, str]) -> str | None:
     Returns:
         The prefix, "" for AutoModel or an adapter of a part of the body; None if modules disagree.
     """
+    prefixes = list(prefixes_of(mapping))
+    return prefixes[0] if len(prefixes) == 1 else None
+
+
+def prefixes_of(mapping: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return all that an adapter's names carry before the names of the base's body.
+
+    Args:
+        mapping: adapter's module name -> base's.
+
+    Returns:
+        Prefix -> the base's names behind it.
+    """
     adapter_side, base_side = _spelling_for(mapping, mapping.values())
-    pairs = [(adapter_side(name), base_side(base)) for name, base in mapping.items()]
-    prefixes = {name.removesuffix(base) if name.endswith(base) else "" for name, base in pairs}
-    return prefixes.pop() if len(prefixes) == 1 else None
+    found: dict[str, list[str]] = {}
+    for name, base in mapping.items():
+        spelled, inside = adapter_side(name), base_side(base)
+        found.setdefault(spelled.removesuffix(inside) if spelled.endswith(inside) else "", []).append(base)
+    return found
 
 
 def layout(mappings: Iterable[Mapping[str, str]]) -> str | None:

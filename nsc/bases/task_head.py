@@ -226,7 +226,7 @@ def _build(base: Base, auto: Any, outputs: int, task: str) -> tuple[nn.Module, s
     config.num_labels, config.pad_token_id = outputs, 0
     try:
         with quiet_loading(), torch.device("meta"):
-            whole = auto.from_config(config)
+            whole = auto.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:
         raise NSCError(
             f"adapter {task} carries a head, but transformers builds no model with one for base {base.id!r}: {error}"

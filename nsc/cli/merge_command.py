@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -122,6 +123,9 @@ def _save(result: Any, out: Path, programs: Sequence[str], **form: Any) -> None:
     from nsc.export.served import Contents
 
     proof = result.save(out, programs=programs, **form)
+    written = json.loads((out / "report.json").read_text(encoding="utf-8"))["warnings"]
+    for warning in (text for text in written if text not in result.report.warnings):
+        typer.echo(f"warning: {warning}", err=True)  # seen only when it was written
     typer.echo(f"proof: {proof}\nwritten to {out}")
     if programs:
         adapter = {} if form["full"] else {"base": result.record.base, "rank": Contents.of(out).rank}

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+LONGEST = 4000  # characters of a message
 OF_COMMAND = ("config", "setting", "resume")  # what says no setting by itself
 
 
@@ -53,7 +54,7 @@ def given(context: typer.Context) -> dict[str, Any]:
 def _whole(text: str, option: str) -> int:
     from nsc.errors import NSCError
 
-    if not text.isdigit():
+    if not (text.isdecimal() and len(text) < 19):
         raise NSCError(f"{option} must be a whole number or auto, not {text!r}")
     return int(text)
 
@@ -86,7 +87,9 @@ def pairs(values: Sequence[str], option: str) -> dict[str, str]:
 
 @contextmanager
 def plain_errors(out: Path | None = None) -> Iterator[None]:
-    """Turn user errors into one line and exit code 1, and an interrupt into how to continue and exit code 130.
+    """Turn every error into one line and exit code 1, and an interrupt into how to continue and exit code 130.
+
+    Python's development mode (``python -X dev -m nsc``) shows the traceback of an error that is no NSCError.
 
     Args:
         out: the folder that a merge is written to, whose checkpoint may allow it to be resumed.
@@ -95,22 +98,37 @@ def plain_errors(out: Path | None = None) -> Iterator[None]:
         Nothing.
 
     Raises:
-        SystemExit: with the exit code, for an NSCError or an interrupt.
+        SystemExit: with the exit code, for an error or an interrupt.
     """
-    from nsc.errors import NSCError
+    from nsc.errors import NSCError, clipped, one_line
 
     try:
         yield
     except NSCError as error:
-        typer.echo(f"nsc{_rank()}: {error}", err=True)
+        _say(clipped(str(error), LONGEST))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         from nsc.paths import CHECKPOINT, partial_folder
 
         saved = out is not None and (partial_folder(out) / CHECKPOINT).exists()
-        remedy = "the coefficients so far are saved, go on with --resume" if saved else "nothing was saved"
-        typer.echo(f"nsc{_rank()}: interrupted; {remedy}", err=True)
+        _say(
+            f"interrupted; {'the coefficients so far are saved, go on with --resume' if saved else 'nothing was saved'}"
+        )
         sys.exit(130)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        _say(
+            f"{type(error).__name__}: {one_line(error)}; nsc did not foresee this: mend what it names, or report it"
+            " with what python -X dev -m nsc prints"
+        )
+        raise SystemExit(1) from None
+
+
+def _say(text: str) -> None:
+    """Print a message to stderr, whatever characters are in it."""
+    shown = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    typer.echo(f"nsc{_rank()}: {shown}", err=True)
 
 
 def _rank() -> str:

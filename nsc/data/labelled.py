@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from nsc.bases.base_model import IMAGES_AND_TEXT, Base
 from nsc.data.images import IMAGE_FIELDS, as_image
-from nsc.data.sources import Fields, Kind, read_samples, text_of
+from nsc.data.sources import Fields, Kind, read_samples, require_unicode, text_of
 from nsc.errors import DataError, NSCError
 
 LABEL_FIELDS = ("label", "score", "answer", "target", "output")
@@ -74,6 +74,8 @@ def read_all_labelled(base: Base, sources: Mapping[str, Any], tasks: Collection[
 
 def _labelled(images: bool, row: Any, fields: Fields, where: str, folder: Path) -> tuple[Any, Any]:
     """Sample and label of a row; the last of the fields may be followed by a colon and the label's."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where} holds a {type(row).__name__}; each row must be an object with a label")
     *first, last = fields or ("",)
     last, _, label = last.partition(":")
     names = tuple(name for name in (*first, last) if name)
@@ -86,7 +88,7 @@ def _given(images: bool, pair: tuple[Any, Any], where: str) -> tuple[Any, Any]:
 
 
 def _text(names: tuple[str, ...], row: Any, where: str) -> str:
-    text = text_of(row, names or None, where)
+    text = require_unicode(text_of(row, names or None, where), where)
     if not text.strip():
         raise DataError(f"{where} has no text; remove it")
     return text

@@ -6,13 +6,14 @@ A new type of file is one reader and one line of FILE_TYPES; which kinds of samp
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsc.errors import DataError
+from nsc.errors import DataError, clipped, one_line
 from nsc.paths import absolute
 
 TEXT_FIELDS = (
@@ -101,9 +102,11 @@ def rows_of(place: str, fields: Fields, kind: Kind) -> Rows:
         return
     path = Path(place)
     taken = " nor ".join(kind.types)
-    if not path.exists():
+    if not os.path.exists(path):
         listed = ", ".join(kind.types)
-        raise DataError(f"data {place} does not exist; each {kind.name} is read from {listed} or hub:NAME:CONFIG:SPLIT")
+        raise DataError(
+            f"data {clipped(place)} does not exist; each {kind.name} is read from {listed} or hub:NAME:CONFIG:SPLIT"
+        )
     type_ = FOLDER if path.is_dir() else path.suffix
     if type_ not in kind.types:
         raise DataError(
@@ -118,8 +121,9 @@ def _read_jsonl(path: Path, columns: Columns | None) -> Rows:
         if line.strip():
             try:
                 yield f"{path} line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number} is not JSON ({error.msg}); mend or remove that line") from error
+            except (ValueError, RecursionError) as error:  # also of a number of 5000 digits, or a deep line
+                cause = getattr(error, "msg", None) or one_line(error)
+                raise DataError(f"{path} line {number} is not JSON ({cause}); mend or remove that line") from error
 
 
 def _read_text(path: Path, columns: Columns | None) -> Rows:
@@ -134,9 +138,10 @@ def _read_parquet(path: Path, columns: Columns | None) -> Rows:
     with naming_errors(str(path)):
         file = parquet.ParquetFile(path)
     chosen = columns(file.schema_arrow.names, str(path)) if columns else None
-    rows = (row for part in file.iter_batches(columns=chosen) for row in part.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        yield f"{path} row {number}", row
+    with naming_errors(str(path)):
+        rows = (row for part in file.iter_batches(columns=chosen) for row in part.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path} row {number}", row
 
 
 def _read_folder(path: Path, columns: Columns | None) -> Rows:
@@ -205,7 +210,7 @@ def place_and_fields(source: str) -> tuple[str, Fields]:
         The place, and the fields that it names.
     """
     place, _, fields = source.rpartition("#")
-    if not place or "/" in fields or Path(source).exists():
+    if not place or "/" in fields or os.path.exists(source):
         return source, None
     return place, tuple(fields.split("+")) if fields else None
 
@@ -229,12 +234,30 @@ def text_of(row: Any, names: tuple[str, ...] | None, where: str) -> str:
     chosen = names or next((fields for fields in TEXT_FIELDS if all(f in row for f in fields)), None)
     if chosen is None or any(f not in row for f in chosen):
         raise DataError(
-            f"{where} has the fields {', '.join(row)}, not the expected text; name them as in FILE#field+field"
+            f"{where} has the fields {clipped(', '.join(row))}, not the expected text; name them as in FILE#field+field"
         )
     nested = [f for f in chosen if not isinstance(row[f], (str, int, float, type(None)))]
     if nested:
         raise DataError(f"{where}: field {nested[0]} holds a {type(row[nested[0]]).__name__}, not text")
     return "\n".join(str(row[f]) for f in chosen if row[f] is not None)
+
+
+def require_unicode(text: str, where: str) -> str:
+    """Refuse a text that no tokenizer takes.
+
+    Args:
+        text: any text.
+        where: place of the row, for errors.
+
+    Returns:
+        The text itself.
+
+    Raises:
+        DataError: naming the row, if half of a surrogate pair is in it.
+    """
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise DataError(f"{where} holds half of a surrogate pair, which is no character; mend or remove that row")
+    return text
 
 
 def read_data(
@@ -286,7 +309,9 @@ def _lines(path: Path) -> Iterator[str]:
     """One at a time, by newlines alone: ``splitlines`` would also break at U+2028 and others, which JSON may hold."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
+                if "\0" in line:
+                    raise DataError(f"{path} line {number} holds a NUL byte, so it is no text in UTF-8; convert it")
                 yield line.removesuffix("\n")
     except UnicodeDecodeError:
         try:
@@ -294,6 +319,8 @@ def _lines(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
         raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)}); give a file that can") from error
 
 
 @contextmanager
@@ -312,7 +339,7 @@ def naming_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow raises SyntaxError for a broken PNG, struct's own error for others, and more
-        raise DataError(f"{name} cannot be read ({error}); mend or remove it") from error
+        raise DataError(f"{name} cannot be read ({one_line(error)}); mend or remove it") from error
 
 
 def optional_module(module: str) -> Any:

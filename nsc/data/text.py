@@ -13,7 +13,7 @@ from nsc.data.expected import Output
 from nsc.data.images import image_in
 from nsc.data.packing import pack
 from nsc.data.sampling import draw_each
-from nsc.data.sources import Fields, Kind, read_samples, text_of
+from nsc.data.sources import Fields, Kind, read_samples, require_unicode, text_of
 from nsc.errors import DataError
 
 
@@ -50,16 +50,16 @@ def text_of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | Non
     Raises:
         DataError: if it has no such fields.
     """
-    text = row if isinstance(row, str) else text_of(row, fields, where)
+    text = require_unicode(row if isinstance(row, str) else text_of(row, fields, where), where)
     return text if text.strip() else None
 
 
-TEXTS = Kind(
-    "text",
-    (".jsonl", ".txt", ".text"),
-    text_of_row,
-    given=lambda value, where: str(value) if str(value).strip() else None,
-)
+def _given(value: Any, where: str) -> str | None:
+    text = require_unicode(str(value), where)
+    return text if text.strip() else None
+
+
+TEXTS = Kind("text", (".jsonl", ".txt", ".text"), text_of_row, _given)
 
 
 def texts_alone(source: str | Path | Sequence[str], why: str) -> list[str]:

@@ -6,12 +6,16 @@ import json
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nsc.adapters.lora import Adapter
+from nsc.adapters.peft_folder import CONFIG, TOKENIZER_FILES
+from nsc.adapters.unsupported import HEADS_BY_TASK
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes
 from nsc.bases.conv1d import transposed_weights
@@ -24,6 +28,7 @@ from nsc.bases.weights import (
     read_codes,
     read_layers,
 )
+from nsc.export.description import DESCRIPTION
 from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, parameter_update, whole_updates
 
@@ -56,6 +61,7 @@ def write_adapter(
     whole: Mapping[str, Tensor] | None = None,
     transposed: bool = False,
     behind: Collection[str] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a PEFT folder whose scale is 1 in every module and whose targets are full module names.
 
@@ -67,6 +73,7 @@ def write_adapter(
         whole: parameters of layers that are written to modules_to_save as they are.
         transposed: whether the base stores the weights of all these layers transposed, as Conv1D does.
         behind: those of the layers that lie behind the body, whose names take no prefix.
+        about: more fields of the config, as ``agreed_fields`` finds them.
     """
     named = {n if n.rpartition(".")[0] in behind else prefix + n: tensor for n, tensor in (whole or {}).items()}
     saved = sorted({name.rpartition(".")[0] for name in named})
@@ -84,6 +91,7 @@ def write_adapter(
         modules_to_save=saved or None,
         base_model_name_or_path=base,
         inference_mode=True,
+        **(about or {}),
     )
     config.target_modules = sorted(ranks)  # LoraConfig made a set of it, whose order is another in every process
     config.save_pretrained(folder)
@@ -133,10 +141,83 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
         _forget_codes(folder, codes)
 
 
+def agreed_fields(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """Return what all adapters say of the model class that they are for, so that PEFT's auto classes load their merge.
+
+    A task whose head PEFT adds by itself is left out, since that head is each task's own.
+
+    Args:
+        adapters: task -> adapter.
+
+    Returns:
+        task_type and auto_mapping of their configs, each where it is the same in all of them.
+    """
+    configs = [adapter.config for adapter in adapters.values()]
+    found = {field: configs[0].get(field) for field in ("task_type", "auto_mapping")}
+    agreed = {field: x for field, x in found.items() if x and all(config.get(field) == x for config in configs)}
+    return {field: x for field, x in agreed.items() if field != "task_type" or x not in HEADS_BY_TASK}
+
+
+def copy_tokenizer(folder: Path, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Copy the tokenizer, chat template and processor that lie beside adapters, if all that have them have the same.
+
+    Args:
+        folder: an existing folder, in which they replace the base's.
+        adapters: task -> adapter.
+
+    Returns:
+        No or one warning: that they differ.
+    """
+    beside = {task: _tokenizer_files(adapter.path) for task, adapter in adapters.items()}
+    having = {task: files for task, files in beside.items() if files}
+    contents = {task: {name: file.read_bytes() for name, file in files.items()} for task, files in having.items()}
+    first = next(iter(contents.values()), {})
+    for task, found in contents.items():
+        if strange := sorted(name for name in {*first, *found} if first.get(name) != found.get(name)):
+            return [
+                f"no tokenizer or chat template is copied from the adapters: {strange[0]} beside {task} is another than"
+                f" beside {next(iter(contents))}; copy those that the merge should be used with, if not the base's"
+            ]
+    for name, content in first.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return []
+
+
+def _tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Name -> file, of an adapter's folder."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file for file in files}
+
+
 def _copy_side_files(folder: Path, source: Path) -> None:
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in WEIGHT_FILES and file.name.lower() not in OWN_FILES:
-            shutil.copyfile(file, folder / file.name)
+    """All that is no weight of the model; weights below a folder only where sentence-transformers runs it."""
+    modules = _module_folders(source)
+    for place in [path for path in source.iterdir() if not _is_apart(path, folder)]:
+        for file in [path for path in (place, *place.rglob("*")) if path.is_file()]:
+            name = file.relative_to(source)
+            if file.suffix not in WEIGHT_FILES or place.name in modules:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
+
+
+def _is_apart(place: Path, folder: Path) -> bool:
+    """Whether something in a base's folder is no part of the base: hidden, of its repository, an adapter or a merge."""
+    if not place.is_dir():
+        return place.name.lower() in OWN_FILES
+    results = any(next(place.rglob(name), None) for name in (CONFIG, DESCRIPTION))
+    return place.name.startswith(".") or results or place.resolve() in folder.resolve().parents
+
+
+def _module_folders(source: Path) -> set[str]:
+    """The sub-folders of modules that sentence-transformers runs behind the model."""
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        return {module["path"].split("/")[0] for module in modules if module["path"]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return set()
 
 
 def _forget_codes(folder: Path, codes: Codes) -> None:

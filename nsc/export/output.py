@@ -21,7 +21,7 @@ from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
-from nsc.export.files import merged_layers_whole, write_adapter, write_full_model
+from nsc.export.files import agreed_fields, copy_tokenizer, merged_layers_whole, write_adapter, write_full_model
 from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
 from nsc.export.push import seal
@@ -95,15 +95,18 @@ class Output:
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
         self._write_heads(staging)
+        warnings = copy_tokenizer(staging, self.adapters)
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
-        proof = replace(_prove(staging, merge, Base(self.record.base), full, in_memory), lost=lost, unfed=unfed)
+        proof = _prove(staging, merge, Base(self.record.base), full, in_memory)
+        proof = replace(proof, lost=lost, unfed=unfed or proof.unfed)
+        prove_heads(staging, self.adapters)
         if not full:
             require_served(self.record.programs, staging)
-        prove_heads(staging, self.adapters)
-        self._describe(staging, self._reported(merge, proof, rank, full))
+        report = self._reported(merge, proof, rank, full)
+        self._describe(staging, replace(report, warnings=report.warnings + warnings))
         replace(self.record, rank=rank).write(staging)
         seal(staging, proof)
         _share(staging)
@@ -127,7 +130,7 @@ class Output:
         written = factors if self.record.ragged else padded(factors)
         named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
         behind = base.output_layers if whole else {}
-        write_adapter(folder, written, prefix, named, whole, transposed, behind)
+        write_adapter(folder, written, prefix, named, whole, transposed, behind, agreed_fields(self.adapters))
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:
@@ -149,7 +152,7 @@ class Output:
         )
 
     def _describe(self, folder: Path, report: Report) -> None:
-        """Everything beside the weights that is for people or programs, and each task's own head."""
+        """Everything beside the weights that is for people or programs."""
         base = Base(self.record.base)
         report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
         report = self.record.public_names.apply(report)
@@ -211,8 +214,8 @@ def _prove(folder: Path, merge: Merge, base: Base, full: bool, in_memory: tuple[
     model, batch = (in_memory[0].model, in_memory[1]) if in_memory else (None, None)
     if full:
         return prove_full_model(folder, merge, base, model, batch)
-    files = prove_files(folder, merge)
-    return prove_adapter(folder, merge, model, batch) if model is not None and batch is not None else files
+    files = prove_files(folder, merge, base)
+    return prove_adapter(folder, merge, *in_memory) if in_memory else files
 
 
 def _share(folder: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from nsc.bases.conv1d import as_stored, transposed_weights
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
 from nsc.bases.weights import codes_to_spell_out, merged_places, read_stored
+from nsc.bases.wrappers import wrapper_of
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
 from nsc.methods import LowRank
@@ -191,12 +192,15 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def prove_files(folder: Path, merge: Merge) -> Proof:
-    """Read the adapter back without any model: every update must be there, and nothing else.
+def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
+    """Read the adapter back without weights of a model: every update must be there, and nothing else.
+
+    Stock PEFT loads it, too, onto a class of transformers without weights, where the base's config can be read.
 
     Args:
         folder: folder the adapter was written to.
         merge: what should be there.
+        base: the base; its weights need not be loaded.
 
     Returns:
         What was compared: weights alone.
@@ -212,17 +216,28 @@ def prove_files(folder: Path, merge: Merge) -> Proof:
     _same_names(set(written), set(merge.factors), "the adapter file")
     whole = {name.removeprefix(merge.prefix): tensor for name, tensor in stored.saved.items()}
     updates = ((name, LowRank(f.scale * read(f.B).double(), read(f.A))) for name, f in written.items())
-    return Proof("adapter", len(merge.names), max(_worst_update(updates, merge), _worst_whole(whole, merge)))
+    worst = max(_worst_update(updates, merge), _worst_whole(whole, merge))
+    if not _has_config(base):
+        return Proof("adapter", len(merge.names), worst, unfed="no base at hand, onto which PEFT could load it")
+    with _loaded_by_peft(folder, merge, base) as (layers, loaded):
+        _same_names(set(layers), set(written), "PEFT's model")
+        for name, f in written.items():
+            A, B, scale = (getattr(layers[name], part)["default"] for part in ("lora_A", "lora_B", "scaling"))
+            if not (
+                torch.equal(A.weight, read(f.A)) and torch.equal(B.weight, read(f.B)) and math.isclose(scale, f.scale)
+            ):
+                raise ProofError(f"PEFT loads other factors of {name} than there are in {folder}; do not use it")
+        return Proof("adapter", len(merge.names), max(worst, _worst_whole(loaded, merge)))
 
 
-def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) -> Proof:
+def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof:
     """Load the folder with stock PEFT onto the base: its updates and hidden states must be those in memory.
 
     Args:
         folder: folder the adapter was written to.
         merge: what should be there.
-        model: body of the base in full precision, left as it was.
-        batch: rows on the model's device.
+        base: with its body in full precision, which is left as it was.
+        batch: rows on the body's device.
 
     Returns:
         What was compared.
@@ -230,9 +245,10 @@ def prove_adapter(folder: Path, merge: Merge, model: nn.Module, batch: Batch) ->
     Raises:
         ProofError: if something is missing, extra or different.
     """
+    model = base.model
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
-    with as_stored(model), _loaded_by_peft(model, folder, merge) as (layers, whole):
+    with as_stored(model), _loaded_by_peft(folder, merge, base) as (layers, whole):
         _same_names(set(layers), set(merge.factors), "PEFT's model")
         updates = ((name, _delta(layer)) for name, layer in layers.items())
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
@@ -343,33 +359,70 @@ def _delta(layer: LoraLayer) -> Tensor:
 
 
 @contextmanager
-def _loaded_by_peft(
-    model: nn.Module, folder: Path, merge: Merge
-) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
-    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the model."""
-    prefix, shell = merge.prefix, cast(Any, model)
-    known = dict(model.named_modules())
+def _loaded_by_peft(folder: Path, merge: Merge, base: Base) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
+    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the base.
+
+    They are on a class of transformers whose layers have the prefix, around the body itself where that is loaded.
+    """
+    prefix, body = merge.prefix, base.loaded
+    known = dict(base.model.named_modules())
     originals = {name: known[name] for name in merge.merged.whole if name in known}
-    for part in reversed(prefix.rstrip(".").split(".") if prefix else []):
-        outer = nn.Module()
-        outer.add_module(part, shell)
-        shell = outer
-    for name in set(merge.merged.whole) - originals.keys():  # behind the body
-        m, d = merge.whole[f"{name}.weight"].shape
-        shell.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
-    peft_model = PeftModel.from_pretrained(shell, folder)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    saved = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    saved |= {name: m for name, m in shell.named_children() if isinstance(m, ModulesToSaveWrapper)}
+    behind = set(merge.merged.whole) - originals.keys()  # such as lm_head
+    shell = _shell(merge, base, behind)
+    config = PeftConfig.from_pretrained(folder)
+    config.task_type = None  # PEFT's class for a task asks more of a model than that it has these layers
+    peft_model = PeftModel.from_pretrained(shell, folder, config=config, torch_device="cpu")
+    layers = {name: module for name, module in shell.named_modules() if isinstance(module, LoraLayer)}
+    saved = {name: m for name, m in shell.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
+    whole = {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
     try:
-        yield layers, {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
+        yield (
+            {name.removeprefix(prefix): m for name, m in layers.items()},
+            {name.removeprefix(prefix): x for name, x in whole.items()},
+        )
     finally:
         peft_model.unload()
         for name, original in originals.items():  # PEFT leaves its own there
-            replace_module(model, name, original)
-        for name in set(merge.merged.whole) - originals.keys():
+            replace_module(base.model, name, original)
+        for name in behind if shell is body else ():
             delattr(shell, name)
+
+
+def _shell(merge: Merge, base: Base, behind: Collection[str]) -> Any:
+    """The body itself where nothing stands before its names, else a class of transformers around it.
+
+    Without weights, it has parameters of one zero each, since PEFT puts adapters where their layers are. Layers that
+    are loaded whole are copied into, so they get memory of their own.
+    """
+    prefix, body = merge.prefix, base.loaded
+    if body is not None and not prefix:
+        for name in behind:
+            m, d = merge.whole[f"{name}.weight"].shape
+            body.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
+        return body
+    inside = [name for name in merge.names if name not in behind]
+    shell = wrapper_of(base, prefix, inside, behind)
+    if shell is None:
+        raise ProofError(
+            f"the merged adapter names its layers '{prefix}{inside[0]}', as no class of transformers for"
+            f" {base.config.model_type} does: it fits no model"
+        )
+    whole = {name if name in behind else prefix + name for name in merge.merged.whole}
+    for name, parameter in list(shell.named_parameters()):
+        home, _, last = name.rpartition(".")
+        zeros = torch.zeros(parameter.shape) if home in whole else torch.zeros(()).expand(parameter.shape)
+        setattr(shell.get_submodule(home), last, nn.Parameter(zeros, requires_grad=False))
+    if body is not None:
+        replace_module(shell, prefix.rstrip("."), body)
+    return shell
+
+
+def _has_config(base: Base) -> bool:
+    try:
+        return base.config is not None
+    except NSCError:
+        return False
 
 
 def _proof(

@@ -29,9 +29,9 @@ class Report:
         conditions: task -> the worst condition number of an A (its Gram matrix has the square).
         conditions_by_module: module -> condition numbers, None where an adapter has no factors.
         absent: coefficients of adapters that do not touch the module.
-        merged_rank: largest rank in the written adapter; None before it is known, and for a full model.
         whole: modules that adapters fine-tuned whole, merged as differences.
         heads: task -> tensors of its modules_to_save that it keeps, under ``heads/``.
+        merged_rank: largest rank in the written adapter; None before it is known, and for a full model.
         vllm_max_lora_rank: smallest ``max_lora_rank`` of vLLM that serves it; None if there is none.
         targets: modules whose inputs were measured.
         ratio_before: mean null-space ratio of each task over its targets; NaN for an unseen task.

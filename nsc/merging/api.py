@@ -22,6 +22,7 @@ from nsc.merging.tuning import Search, at_best_scale, read_search, refuse_base, 
 from nsc.paths import absolute, states_of_sources
 from nsc.recipes.spec import Recipe, read_settings
 from nsc.runtime.distributed import join
+from nsc.runtime.placement import one_device
 
 
 def merge(
@@ -87,6 +88,7 @@ def merge(
         refuse_base(search, config)
     if recipe and recipe.needs_rows:
         refuse_without_rows(recipe, data, config)
+    one_device(config.device)  # which refuses what is not there
     home = Base(absolute(base))
     sources = states_of_sources(home.id, *adapters.values())
     chosen = read_search(search, home, adapters, data, validation, scales, over, not asked)

@@ -101,7 +101,7 @@ def merge_by_learning(
         base.id,
         name,
         matched,
-        matched.adapters,
+        read,
         coefficients,
         config,
         data={task: place_of(rows) for task, rows in data.items()},

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nsc.adapters.lora import fingerprint, read_adapters
-from nsc.adapters.matching import Matched, beside, match_adapters
+from nsc.adapters.matching import Matched, beside, in_new_names, match_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import by_rank, stack_adapters
 from nsc.bases.base_model import Base
@@ -98,6 +98,7 @@ def apply(
             )
     moved_to = {task: {**entry, "path": str(read[task].path.resolve())} for task, entry in record.adapters.items()}
     record = replace(record, adapters=moved_to)
+    read = in_new_names(Base(record.base), read, record.modules)
     matches = match_adapters(read, record.modules)
     if (prefix := prefix_of_merge(matches)) != record.prefix:
         raise NSCError(f"the record's prefix is {record.prefix!r}, but that of its adapters {prefix!r}; {REMEDY}")

@@ -236,7 +236,7 @@ def meta_body(base: Any) -> tuple[nn.Module, Any, list[str]]:
         if inner:
             notes.append(f"language model only, {config.image_seq_length} tokens of an image added; no image tower")
         with quiet_loading(), torch.device("meta"):
-            return AutoModel.from_config(inner or config), config, notes
+            return AutoModel.from_config(inner or config, trust_remote_code=False), config, notes
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise NSCError(f"base {str(base)!r} has no config that transformers can build a body from: {error}") from error
 

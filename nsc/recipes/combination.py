@@ -332,7 +332,7 @@ def as_one(combination: Combination) -> Stack:
 
 
 def stack_of(updates: Mapping[str, Updates]) -> Stack:
-    """Put the updates of all layers into a stack, for tests and benchmarks; the inverse of ``updates_of``.
+    """Put the updates of all layers into a stack; the inverse of ``updates_of``.
 
     Args:
         updates: layer -> its K updates.

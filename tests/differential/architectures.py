@@ -176,6 +176,9 @@ ARCHITECTURES = {
     ),
     "vit": Architecture("ViTForImageClassification", "ViTConfig", TOWER, IMAGE, "image"),
     "dinov2": Architecture("Dinov2ForImageClassification", "Dinov2Config", TOWER, IMAGE, "image"),
+    "clip tower": Architecture(
+        "CLIPModel", "CLIPConfig", _clip, r".*vision_model.*\.(q_proj|v_proj)", "text+image", "logits_per_image"
+    ),
     "swin": Architecture("SwinForImageClassification", "SwinConfig", SWIN, IMAGE, "large image"),
     "segformer": Architecture("SegformerForImageClassification", "SegformerConfig", SEGFORMER, IMAGE, "large image"),
     "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, QV, "spectrum+decoder"),

@@ -6,6 +6,7 @@ Adapters are PEFT's own, with random non-zero B. What is written is loaded by th
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,14 @@ from tests.differential.architectures import ARCHITECTURES, Architecture
 
 SCALE = 0.5
 WEIGHTS, LOGITS = 1e-7, 1e-5  # relative
+_ATTENTION = [(r"attention\.q_proj", "attention.attention.query"), (r"attention\.v_proj", "attention.attention.value")]
+_SELF = [(r"attention\.q_proj", "attention.self.query"), (r"attention\.v_proj", "attention.self.value")]
+OLD_NAMES = {  # as the checkpoints have them, too
+    "swin": _SELF,
+    "segformer": [*_SELF, (r"segformer\.stages\.(\d+)\.blocks\.", r"segformer.encoder.block.\1.")],
+    "vit": [*_ATTENTION, (r"vit\.layers\.", "vit.encoder.layer.")],
+    "dinov2": _ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,33 @@ def test_the_full_model_is_the_dense_sum(case, tmp_path):
     before, after = (load_all(folder) for folder in (case.base, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert sum(not torch.equal(before[key], after[key]) for key in before) == len(updates)
+
+
+@pytest.mark.parametrize(("case", "renames"), OLD_NAMES.items(), indirect=["case"], ids=OLD_NAMES)
+def test_names_of_an_older_transformers_are_renamed_as_it_renames_weights(case, renames, tmp_path):
+    """With a head that each task keeps."""
+    new = case.merged()
+    stored = {key.removesuffix(".weight") for key in load_all(case.base)}
+    copies = {task: Path(shutil.copytree(folder, tmp_path / task)) for task, folder in case.adapters.items()}
+    for folder in copies.values():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for current, old in renames:
+            tensors = {re.sub(current, old, key): tensor for key, tensor in tensors.items()}
+        assert all(key.removeprefix("base_model.model.").partition(".lora_")[0] in stored for key in tensors)
+        tensors["base_model.model.classifier.weight"] = torch.ones(2, 4)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        config |= {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    old = replace(case, adapters=copies).merged()
+    assert old.modules == new.modules
+    old.save(tmp_path / "old")
+    new.save(tmp_path / "new")
+    assert load_file(tmp_path / "old/heads/a.safetensors")["classifier.weight"].equal(torch.ones(2, 4))
+    nsc.apply(tmp_path / "old").save(tmp_path / "again")
+    for name in ("old", "again"):
+        found, expected = (load_file(tmp_path / n / "adapter_model.safetensors") for n in (name, "new"))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
 @pytest.mark.parametrize("case", ["llama"], indirect=True)
