@@ -74,7 +74,7 @@ def test_the_decoder_reads_the_text_itself(family, tmp_path):
             own = ids[weight > 0][None]
             shifted = torch.cat([torch.tensor([[stock.config.decoder_start_token_id]]), own[:, :-1]], 1)
             alone = stock(input_ids=own, decoder_input_ids=shifted)[0][0]
-            torch.testing.assert_close(row[weight > 0], alone, rtol=0, atol=1e-12)
+            torch.testing.assert_close(row[weight > 0], alone, rtol=0, atol=1e-6)  # T5 masks in float32
 
 
 def test_conv1d_runs_as_a_linear_and_is_put_back(tmp_path):
