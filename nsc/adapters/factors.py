@@ -13,8 +13,10 @@ from torch import Tensor
 
 from nsc.adapters.patterns import pattern_matches
 from nsc.adapters.peft_folder import CONFIG, Checkpoint
+from nsc.adapters.target_parameters import unpacked, wrapped_parameters
 from nsc.adapters.tensor_file import read
 from nsc.adapters.unsupported import LORA_KEY, VERA_KEY, VERA_SHARED, saved_name
+from nsc.bases.experts import layer_of
 from nsc.errors import one_line
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,7 +67,7 @@ def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
         checkpoint: what ``load_checkpoint`` returned.
 
     Returns:
-        Module name -> factors.
+        Module name -> factors; on a parameter of experts, ``PARAMETER[expert]`` -> factors.
 
     Raises:
         AdapterError: naming the module or tensor at fault.
@@ -75,7 +77,17 @@ def read_factors(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
     pairs = _by_module(checkpoint, LORA_KEY)
     if not pairs:
         raise checkpoint.error("no lora_A / lora_B tensor in it; is it a LoRA adapter saved by PEFT?")
-    return {module: _pair_up(checkpoint, module, pair) for module, pair in pairs.items()}
+    try:
+        parameters = wrapped_parameters(checkpoint.config, pairs)
+    except ValueError as error:
+        raise checkpoint.error(f"{error}; correct target_parameters, or save the adapter again") from error
+    factors: dict[str, LoraFactors] = {}
+    for module, pair in pairs.items():
+        if module in parameters:
+            factors |= _of_parameter(checkpoint, module, parameters[module], pair)
+        else:
+            factors[module] = _pair_up(checkpoint, module, pair)
+    return factors
 
 
 def read_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -167,14 +179,36 @@ def _read_vera(checkpoint: Checkpoint) -> dict[str, LoraFactors]:
     return factors
 
 
-def _pair_up(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> LoraFactors:
-    """Check that A and B belong together and agree with the config; the scale would be a guess otherwise."""
+def _of_parameter(
+    checkpoint: Checkpoint, module: str, parameter: str, pair: dict[str, Tensor]
+) -> dict[str, LoraFactors]:
+    """The factors of each expert of a parameter, or those of the weight of a module."""
+    A, B = _both(checkpoint, module, pair)
+    rank = int(_stated_rank(checkpoint, parameter))
+    if rank < 1 or len(A) % rank:
+        rows = f"lora_A has {len(A)} rows, no multiple of the rank {rank} that {CONFIG} gives '{parameter}'"
+        raise checkpoint.error(f"module '{module}': {rows}; correct r or rank_pattern")
+    scale = lora_scale(checkpoint.config, parameter, rank)
+    experts = [LoraFactors(a, b, scale) for a, b in unpacked(A, B, rank)]
+    if len(experts) == 1 and parameter.endswith(".weight"):
+        return {parameter.removesuffix(".weight"): experts[0]}
+    return {layer_of(parameter, e): f for e, f in enumerate(experts)}
+
+
+def _both(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B, where both are there and share a rank."""
     if missing := {"A", "B"} - pair.keys():
         raise checkpoint.error(f"module '{module}' has no lora_{missing.pop()}; save or copy the adapter again")
     A, B = pair["A"], pair["B"]
-    rank = A.shape[0]
-    if rank != B.shape[1]:
+    if A.shape[0] != B.shape[1]:
         raise checkpoint.error(f"module '{module}': lora_A {(*A.shape,)} and lora_B {(*B.shape,)} do not share a rank")
+    return A, B
+
+
+def _pair_up(checkpoint: Checkpoint, module: str, pair: dict[str, Tensor]) -> LoraFactors:
+    """Check that A and B belong together and agree with the config; the scale would be a guess otherwise."""
+    A, B = _both(checkpoint, module, pair)
+    rank = A.shape[0]
     if (stated := _stated_rank(checkpoint, module)) != rank:
         ambiguous = f"the tensors have rank {rank}, {CONFIG} says {stated}, so the scale alpha / r is ambiguous"
         raise checkpoint.error(f"module '{module}': {ambiguous}; correct r or rank_pattern")

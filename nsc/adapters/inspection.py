@@ -18,6 +18,7 @@ from torch import Tensor
 from nsc.adapters.factors import LoraFactors, read_factors, read_saved
 from nsc.adapters.peft_folder import WEIGHTS, Checkpoint, load_checkpoint
 from nsc.adapters.unsupported import unsupported
+from nsc.bases.experts import expert_of
 from nsc.bases.module_names import match_modules
 from nsc.errors import AdapterError
 from nsc_kernels.gram import GramCache, GramFactor
@@ -28,7 +29,7 @@ class Target:
     """The modules of one kind, such as all q_proj.
 
     Attributes:
-        kind: last part of their names.
+        kind: last part of their names, ``experts.`` before that of experts.
         blocks: how many there are.
         ranks: smallest and largest.
         scales: distinct scales.
@@ -166,11 +167,18 @@ def _examine(checkpoint: Checkpoint) -> tuple[AdapterReport, dict[str, Tensor]]:
 def _targets(factors: Mapping[str, LoraFactors]) -> tuple[Target, ...]:
     kinds: dict[str, list[LoraFactors]] = {}
     for name, f in factors.items():
-        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(f)
+        kinds.setdefault(_kind(name), []).append(f)
     return tuple(
         Target(kind, len(fs), (min(f.rank for f in fs), max(f.rank for f in fs)), tuple(sorted({f.scale for f in fs})))
         for kind, fs in kinds.items()
     )
+
+
+def _kind(name: str) -> str:
+    """The last part of a name; of experts, all of a block together."""
+    parameter, _ = expert_of(name) or (name, 0)
+    holder, _, last = parameter.rpartition(".")
+    return f"experts.{last}" if "experts" in holder.split(".") or parameter != name else last
 
 
 def _numerics(factors: Mapping[str, LoraFactors], grams: Mapping[str, GramFactor]) -> dict:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nsc.adapters.factors import LoraFactors
+from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import Adapter, read_adapters
 from nsc.adapters.modules_to_save import BaseLayers, dense_stacks, split_saved
 from nsc.adapters.stack import Stack, stack_adapters
@@ -20,6 +21,7 @@ from nsc.bases.base_model import Base
 from nsc.bases.checkpoint_keys import respelled
 from nsc.bases.codes import FLOATS, quantization_settings
 from nsc.bases.conv1d import transposed_weights
+from nsc.bases.experts import expert_of, layer_shapes
 from nsc.bases.module_names import all_match, layer_kind, prefix_of, prefixes_of, resolve
 from nsc.bases.weights import stored_tensors
 from nsc.bases.wrappers import prefixes_of_classes, wrapper_of
@@ -37,7 +39,7 @@ class Matched(NamedTuple):
     Attributes:
         adapters: task -> adapter, with what each task keeps for itself, such as its head.
         matches: task -> the adapter's module name -> the base's.
-        shapes: every linear of the base -> (out, in).
+        shapes: every layer of the base that LoRA can be on -> (out, in).
         stack: what is merged, with a coefficient for each layer and task.
     """
 
@@ -61,7 +63,7 @@ def match_to_base(base: Base, adapters: Mapping[str, Adapter], keep_modules: Seq
     Raises:
         NSCError: a subclass that names adapter and module, for anything that has no place there.
     """
-    shapes = structure.linear_shapes(base.model)
+    shapes = layer_shapes(base.model)
     adapters = in_new_names(base, adapters, shapes)
     matches = match_adapters(adapters, shapes)
     for task, mapping in matches.items():
@@ -109,14 +111,17 @@ def beside(matched: Matched, task: str, factors: Mapping[str, LoraFactors]) -> M
 def in_new_names(base: Base, adapters: Mapping[str, Adapter], shapes: Mapping[str, Any]) -> dict[str, Adapter]:
     """Rename modules of adapters that an older transformers made, as the installed one renames weights on loading.
 
+    LoRA on experts is brought to the matrices that the base has for them.
+
     Args:
-        base: asked only where a name matches none of ``shapes``; its weights need not be loaded.
+        base: asked only where a name matches none of ``shapes``, or experts are among them; no weights are needed.
         adapters: task -> adapter.
         shapes: linear layers of the base by name.
 
     Returns:
         Task -> adapter; the same one where its names match, or none of its class's rules would make them match.
     """
+    adapters = on_experts(adapters, base.model) if any(map(expert_of, shapes)) else adapters
     return {task: _renamed(base, adapter, shapes) for task, adapter in adapters.items()}
 
 
@@ -172,7 +177,7 @@ def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]
     plain = all(tensor.dtype in FLOATS for tensor in stored_tensors(base).values())
     if plain and not quantization_settings(base.config):
         return []
-    matches = match_adapters(read_adapters(adapters), structure.linear_shapes(base.model))
+    matches = match_adapters(on_experts(read_adapters(adapters), base.model), layer_shapes(base.model))
     return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
 
 
@@ -296,7 +301,7 @@ def check_coverage(adapter: Adapter, mapping: Mapping[str, str], available: Iter
     prefix, resolved = prefix_of(mapping) or "", set(mapping.values())
     kinds = set() if any("." in target for target in targets) else {layer_kind(base) for base in resolved}
     for base in _of_trained_part(mapping, available):
-        if base == layer_kind(base):  # outside of blocks: a pooler comes and goes with wrappers
+        if base == layer_kind(base) or expert_of(base):  # a pooler comes and goes with wrappers; an expert may lack
             continue
         targeted = any(f".{prefix}{base}".endswith(f".{target}") for target in targets) or layer_kind(base) in kinds
         if targeted and base not in resolved and f"{prefix}{base}.weight" not in adapter.saved:

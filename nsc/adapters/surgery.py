@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsc.adapters.stack import DenseStack, ModuleStack, Stack
+from nsc.bases.experts import fused_experts, parameter_of, unwatched
 from nsc.bases.structure import replace_module
 from nsc.batch import Batch
 from nsc.runtime.placement import is_plain, run_device
@@ -29,7 +30,8 @@ def merged_layers(
     The model is changed in place and is exactly what it was on leaving, also after an exception. A layer that adapters
     fine-tuned whole becomes a MergedDenseLinear, which is no target and shares no input; one behind the body, such as
     lm_head, stands last in the stack and is left out. Factors are cast to the dtype and device in which their layer
-    computes.
+    computes. Experts and routers are no modules that could be replaced: their updates are added to the parameters,
+    without a gradient.
 
     Args:
         model: the body.
@@ -40,23 +42,89 @@ def merged_layers(
     Yields:
         Name -> layer that carries the adapters.
     """
-    originals = {name: model.get_submodule(name) for name in stack.names if not is_behind(model, stack, name)}
+    added = set(unwatched(model, stack.names))
+    behind = {name for name in stack.names if is_behind(model, stack, name)}
+    originals = {name: model.get_submodule(name) for name in stack.names if name not in added | behind}
     dtype = next(model.parameters()).dtype
-    layers: dict[str, Any] = {
-        name: _merged_layer(originals[name], stack.layer(name), row, (plans or {}).get(name, "factors"), dtype)
-        for name, row in zip(stack.names, lam.unbind(0), strict=True)
-        if name in originals
-    }
+    rows = dict(zip(stack.names, lam.detach(), strict=True))
+    with copied(model, added) as held:
+        layers: dict[str, Any] = {
+            name: AddedUpdate(*held[name], stack.layer(name), row[: len(stack.layer(name).owned)])
+            if name in added
+            else _merged_layer(originals[name], stack.layer(name), row, (plans or {}).get(name, "factors"), dtype)
+            for name, row in rows.items()
+            if name not in behind
+        }
+        try:
+            for name in originals:
+                replace_module(model, name, layers[name])
+            set_coefficients(layers, lam.detach())
+            yield layers
+        finally:
+            for layer in layers.values():
+                layer.siblings = None  # a circle of references would keep the factors in memory
+            for name, original in originals.items():
+                replace_module(model, name, original)
+
+
+class AddedUpdate:
+    """An expert's or a router's matrix, which holds the base's with the update for the coefficients that were set last.
+
+    Args:
+        stored: (m, d), a view of the parameter in the model.
+        original: (m, d), what the base has there.
+        layer: the adapters on it.
+        lam: its row of the coefficients.
+    """
+
+    siblings = None
+
+    def __init__(self, stored: Tensor, original: Tensor, layer: ModuleStack | DenseStack, lam: Tensor) -> None:
+        self._stored, self._original, self._layer, self._lam = stored, original, layer, lam
+
+    @property
+    def lam(self) -> Tensor:
+        """The coefficients, of which no gradient is taken."""
+        return self._lam
+
+    @lam.setter
+    def lam(self, lam: Tensor) -> None:
+        """Set the coefficients, and with them the matrix.
+
+        Args:
+            lam: one per adapter.
+        """
+        self._lam = lam.detach()
+        self._stored.copy_(self._original.double() + self._layer.delta(self._lam).to(self._original.device))
+
+
+@contextmanager
+def copied(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Put copies in place of the parameters that hold these layers, and the parameters back afterwards.
+
+    Args:
+        model: the body.
+        names: names of layers.
+
+    Yields:
+        Name -> its matrix (m, d) in the copy, to be written to, and what the base has there.
+    """
+    fused = fused_experts(model) if names else {}
+    places = {name: parameter_of(name) for name in names}
+    parameters = {key: model.get_parameter(key) for key, _ in places.values()}
+    originals = {key: parameter.data for key, parameter in parameters.items()}
+
+    def views(key: str, at: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        both = parameters[key].data[at], originals[key][at]
+        return (both[0].mT, both[1].mT) if key in fused and fused[key].transposed else both
+
     try:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
-        set_coefficients(layers, lam.detach())
-        yield layers
+        for parameter in parameters.values():
+            parameter.data = parameter.data.clone()
+        yield {name: views(*place) for name, place in places.items()}
     finally:
-        for layer in layers.values():
-            layer.siblings = None  # a circle of references would keep the factors in memory
-        for name, original in originals.items():
-            replace_module(model, name, original)
+        for key, parameter in parameters.items():
+            parameter.data = originals[key]
 
 
 def is_behind(model: nn.Module, stack: Stack, name: str) -> bool:

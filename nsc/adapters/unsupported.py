@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nsc.adapters.target_parameters import INNER
 from nsc.errors import clipped
 
 PREFIX = "base_model.model."
@@ -19,6 +20,7 @@ UNDERSTOOD = frozenset({
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "target_parameters",
     "task_type", "use_rslora",
 })
 VERA_UNDERSTOOD = frozenset({
@@ -31,7 +33,6 @@ REFUSED_FIELDS = {
     "use_dora": "DoRA: the update depends on the norm of the base weight; retrain with use_dora=False",
     "lora_bias": "lora_bias: lora_B has a bias; retrain with lora_bias=False",
     "trainable_token_indices": "trainable tokens: rows of the embedding were trained; retrain without them",
-    "target_parameters": "target_parameters: LoRA on (expert) parameters instead of linear modules; retrain on modules",
     "alora_invocation_tokens": "aLoRA: the update applies to some positions only; retrain as plain LoRA",
     "layer_replication": "layer_replication: trained on a model with repeated layers; use that model as base",
     "use_qalora": "QALoRA: the input is pooled before lora_A; retrain with use_qalora=False",
@@ -51,7 +52,7 @@ REFUSED_TENSORS = {
     r"\.lora_[AB](\.[^.]+)?\.bias$": "lora_bias",
     r"\.lora_embedding_[AB]\b": "embedding LoRA",
     r"\.trainable_tokens_": "trainable tokens",
-    r"\.base_layer\.(.*\.)?lora_": "LoRA on (expert) parameters",
+    r"\.base_layer\.(.*\.)?lora_": "LoRA on parameters that no target_parameters of its config names",
     r"\.lora_diag\b": "KaSA diagonal",
     r"\.lora_monteclora_": "MonteCLoRA sampler",
     r"\.bias$": "trained bias",
@@ -139,7 +140,8 @@ def _by_tensor(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list
     vera = config["peft_type"] == "VERA"
     for key, tensor in tensors.items():
         known = VERA_KEY.fullmatch(key) or VERA_SHARED.fullmatch(key) if vera else LORA_KEY.fullmatch(key)
-        if saved_name(key, config) is None and (kind := _refused_kind(key, tensor.ndim, bool(known))):
+        plain = key.replace(INNER, "") if config.get("target_parameters") else key
+        if saved_name(key, config) is None and (kind := _refused_kind(plain, tensor.ndim, bool(known))):
             kinds.setdefault(kind, []).append(key)
     return [f"{kind}: '{keys[0]}'" + f" and {len(keys) - 1} more" * (len(keys) > 1) for kind, keys in kinds.items()]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from nsc.bases.experts import unwatched
 from nsc.bases.structure import block_of
 from nsc.config import LAST_BLOCKS
 from nsc.errors import TargetError
@@ -48,6 +49,8 @@ def choose_targets(
     Raises:
         TargetError: if nothing is left, saying what there was.
     """
+    unseen = set(unwatched(model, names))
+    names = [name for name in names if name not in unseen]
     places = {name: block_of(model, name) for name in names}
     chosen = [name for name, place in places.items() if _in_blocks(place, blocks)]
     targets = [name for name in chosen if _is_kind(name, modules)] if modules else _preferred(model, chosen)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nsc.bases.base_model import Base
 from nsc.bases.checkpoint_keys import parameter_names
-from nsc.bases.codes import Codes, Stored
+from nsc.bases.codes import FLOATS, Codes, Stored
 from nsc.bases.conv1d import transposed_weights
+from nsc.bases.experts import Part, expert_of, parts_of
 from nsc.errors import NameMismatch, NSCError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -247,7 +248,7 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
 
     Args:
         base: the base; its weights need not be loaded.
-        names: layers of the body.
+        names: layers of the body; experts are left out.
 
     Returns:
         The shards, and the key of each layer's weight and bias -> its name in the body.
@@ -257,7 +258,7 @@ def merged_places(base: Base, names: Sequence[str]) -> tuple[list[Path], dict[st
         NSCError: if a layer is stored as codes that cannot be read as numbers.
     """
     source = checkpoint_folder(base)
-    tensors = stored_tensors(base)
+    tensors, names = stored_tensors(base), [name for name in names if not expert_of(name)]
     codes = Codes(tensors, base.config)
     keys = [*tensors, *(f"{module}.weight" for module in codes.packed())]
     wanted = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
@@ -337,7 +338,39 @@ def refuse_codes(base: Base, names: Sequence[str]) -> None:
         NSCError: naming the layer and the remedy.
     """
     if names:
-        codes_to_spell_out(base, merged_places(base, names)[1])
+        codes_to_spell_out(base, [*merged_places(base, names)[1], *expert_parts(base, names)])
+
+
+def expert_parts(base: Base, names: Sequence[str]) -> dict[str, list[Part]]:
+    """Find the experts that are merged in a base's checkpoint.
+
+    Args:
+        base: the base; its weights need not be loaded.
+        names: layers of the body; modules are left out.
+
+    Returns:
+        Key -> the parts of its tensor that are rows of these layers.
+
+    Raises:
+        NameMismatch: if an expert is not in the checkpoint, or not as a matrix of its own or of a stack.
+        NSCError: if an expert is stored as codes that cannot be read as numbers.
+    """
+    wanted = {name for name in names if expert_of(name)}
+    if not wanted:
+        return {}
+    tensors = stored_tensors(base)
+    parts = parts_of(base.model, {key: tensor.shape for key, tensor in tensors.items()})
+    found = {key: own for key, here in parts.items() if (own := [part for part in here if part.layer in wanted])}
+    if lost := wanted - {part.layer for here in found.values() for part in here}:
+        raise NameMismatch(
+            f"expert {min(lost)} is not in the checkpoint of base {base.id!r}, or stored as codes or otherwise than in"
+            " matrices, one by one or stacked: export an adapter, or give the base as save_pretrained writes it"
+        )
+    codes = Codes(tensors, base.config)
+    for key, here in found.items():
+        if key.endswith(".weight") or tensors[key].dtype not in FLOATS:  # else a parameter, and no module's weight
+            require_readable(base, codes, key, here[0].layer)
+    return found
 
 
 def read_layers(base: Base, names: Sequence[str]) -> dict[str, Tensor]:

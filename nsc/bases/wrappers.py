@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nsc.bases.base_model import Base, quiet_loading
+from nsc.bases.experts import holder_of
 from nsc.bases.structure import linear_shapes
 
 
@@ -31,7 +32,7 @@ def wrapper_of(base: Base, prefix: str, names: Iterable[str], behind: Iterable[s
     Returns:
         The first such class, without weights, on the meta device; None if there is none.
     """
-    wanted = {*behind, *(f"{prefix}{name}" for name in names)}
+    wanted = {*behind, *(f"{prefix}{holder_of(name)}" for name in names)}
     return next((model for model in _models(base) if wanted <= dict(model.named_modules()).keys()), None)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc.adapters.fused_layers import refuse_experts
 from nsc.adapters.stack import Stack
 from nsc.bases.base_model import Base
 from nsc.config import MergeConfig
@@ -104,6 +105,7 @@ def found_on(
     """
     recipe, stack = findings.combination.recipe, findings.combination.stack
     assert recipe.method.inputs is not None
+    refuse_experts(base.model, stack.names, recipe.full_name)
     rows = all_rows(base, stack, samples, config)
     findings.rows = {task: len(samples[task]) for task in stack.tasks}
     findings.tokens = count_tokens(rows)
@@ -154,4 +156,5 @@ def magnitudes_on(
     Raises:
         NSCError: a subclass, as ``mean_magnitudes`` does.
     """
+    refuse_experts(base.model, stack.names, "aim")
     return mean_magnitudes(base.model, stack, all_rows(base, stack, samples, config))

@@ -24,11 +24,13 @@ from nsc.bases.weights import (
     WEIGHT_FILES,
     checkpoint_folder,
     codes_to_spell_out,
+    expert_parts,
     merged_places,
     read_codes,
     read_layers,
 )
 from nsc.export.description import DESCRIPTION
+from nsc.export.parameters import ParameterFactors, part_updates
 from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, parameter_update, whole_updates
 
@@ -59,6 +61,7 @@ def write_adapter(
     prefix: str,
     base: str,
     whole: Mapping[str, Tensor] | None = None,
+    parameters: Mapping[str, ParameterFactors] | None = None,
     transposed: bool = False,
     behind: Collection[str] = (),
     about: Mapping[str, Any] | None = None,
@@ -71,19 +74,24 @@ def write_adapter(
         prefix: what the names carry before the body's own, such as "model." for a CausalLM.
         base: id of the base, for the config.
         whole: parameters of layers that are written to modules_to_save as they are.
+        parameters: full name of a parameter -> its factors, of experts and routers.
         transposed: whether the base stores the weights of all these layers transposed, as Conv1D does.
         behind: those of the layers that lie behind the body, whose names take no prefix.
         about: more fields of the config, as ``agreed_fields`` finds them.
     """
+    parameters = parameters or {}
     named = {n if n.rpartition(".")[0] in behind else prefix + n: tensor for n, tensor in (whole or {}).items()}
     saved = sorted({name.rpartition(".")[0] for name in named})
+    modules, held = sorted(prefix + name for name in factors), sorted(prefix + name for name in parameters)
     ranks = {prefix + name: f.A.shape[0] for name, f in factors.items()}
+    ranks |= {prefix + name: f.rank for name, f in parameters.items()}
     top = max(ranks.values())
     smaller = {name: rank for name, rank in ranks.items() if rank != top}
     config = LoraConfig(
         r=top,
         lora_alpha=top,
-        target_modules=sorted(ranks),
+        target_modules=modules,
+        **({"target_parameters": held} if held else {}),
         rank_pattern=smaller,
         alpha_pattern=dict(smaller),
         lora_dropout=0.0,
@@ -93,12 +101,15 @@ def write_adapter(
         inference_mode=True,
         **(about or {}),
     )
-    config.target_modules = sorted(ranks)  # LoraConfig made a set of it, whose order is another in every process
+    config.target_modules = modules  # LoraConfig made a set of it, whose order is another in every process
     config.save_pretrained(folder)
     tensors = {}
     for name, f in factors.items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = f.A.contiguous()
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = f.B.contiguous()
+    for p in parameters.values():
+        tensors[f"base_model.model.{prefix}{p.module}.lora_A.weight"] = p.A.contiguous()
+        tensors[f"base_model.model.{prefix}{p.module}.lora_B.weight"] = p.B.contiguous()
     tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -120,7 +131,8 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
             cannot be read as numbers.
     """
     shards, places = merged_places(base, merged.names)
-    codes, turned = codes_to_spell_out(base, places), transposed_weights(base.model)
+    parts = expert_parts(base, merged.names)
+    codes, turned = codes_to_spell_out(base, [*places, *parts]), transposed_weights(base.model)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -131,8 +143,10 @@ def write_full_model(folder: Path, base: Base, merged: Merged) -> None:
             fp8 = codes is not None and key in codes.scales
             update = parameter_update(merged, places[key]) if key in places else None
             update = update.T if update is not None and places[key] in turned else update
-            if fp8 or update is not None:
+            if fp8 or update is not None or key in parts:
                 before = read_codes(codes, key, tensors[key]) if codes and fp8 else tensors[key].double()
+                for at, rows in part_updates(merged, parts.get(key, ())):
+                    before[at] += rows
                 dtype = codes.dtype if codes and fp8 else tensors[key].dtype
                 tensors[key] = (before if update is None else before + update).to(dtype)
         save_file(tensors, folder / shard.name, metadata=metadata)

@@ -22,6 +22,7 @@ from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
 from nsc.export.files import agreed_fields, copy_tokenizer, merged_layers_whole, write_adapter, write_full_model
+from nsc.export.parameters import split_by_parameter
 from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
 from nsc.export.push import seal
@@ -129,8 +130,10 @@ class Output:
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)
         named, transposed = self.record.base_id or base.id, _are_transposed(base, factors)
+        modules, parameters = split_by_parameter(base, written)
         behind = base.output_layers if whole else {}
-        write_adapter(folder, written, prefix, named, whole, transposed, behind, agreed_fields(self.adapters))
+        about = agreed_fields(self.adapters)
+        write_adapter(folder, modules, prefix, named, whole, parameters, transposed, behind, about)
         return Merge(self.merged, factors, prefix, whole)
 
     def _reported(self, merge: Merge, proof: Proof, rank: int | None, full: bool) -> Report:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
-from nsc.adapters.surgery import merged_layers
+from nsc.adapters.surgery import copied, merged_layers
+from nsc.adapters.target_parameters import INNER, unpacked
 from nsc.adapters.tensor_file import read
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.conv1d import as_stored, transposed_weights
+from nsc.bases.experts import FusedExperts, expert_of, fused_experts, layer_of
 from nsc.bases.loading import load_body
 from nsc.bases.structure import replace_module
-from nsc.bases.weights import codes_to_spell_out, merged_places, read_stored
+from nsc.bases.weights import codes_to_spell_out, expert_parts, merged_places, read_stored
 from nsc.bases.wrappers import wrapper_of
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
+from nsc.export.parameters import part_updates
 from nsc.methods import LowRank
 from nsc.recipes.merged_factors import MergedFactors
-from nsc.recipes.updates import Merged, as_stack, distance, norm, parameter_update, whole_updates
+from nsc.recipes.updates import Merged, as_stack, dense, distance, norm, parameter_update, whole_updates
 
 HEADS = "heads"  # the folder of what each task keeps for itself
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
@@ -134,6 +139,24 @@ class Merge:
         with merged_layers(model, stack, lam.to(batch.weight.device)):
             return hidden_states(model, batch)
 
+    def rounded_states(self, model: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """Return the hidden states of the merge with weights rounded as a file has them.
+
+        A router takes a sum that is rounded otherwise for another choice of experts.
+
+        Args:
+            model: body of the base.
+            batch: rows on the model's device.
+            dtype: of the file.
+
+        Returns:
+            (n, d) float64 on the CPU, as ``hidden_states`` gives them.
+        """
+        with copied(model, self.names) as held:
+            for name, (stored, base) in held.items():
+                stored.copy_((base.double() + dense(self.merged.update(name)).to(base.device)).to(dtype))
+            return hidden_states(model, batch)
+
     def _truncated(self) -> tuple[Stack, Tensor]:
         whole = whole_updates(self.merged)
         updates: dict[str, LowRank | Tensor] = {name: LowRank(f.B, f.A) for name, f in self.factors.items()}
@@ -212,22 +235,39 @@ def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
         stored = read_adapter(folder, "merged")
     except AdapterError as error:
         raise ProofError(f"the merged adapter cannot be read back: {error}") from error
+    in_file = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
+    if any(map(expert_of, in_file)):
+        stored = on_experts({"merged": stored}, base.model)["merged"]
     written = {name.removeprefix(merge.prefix): f for name, f in stored.factors.items()}
-    _same_names(set(written), set(merge.factors), "the adapter file")
+    _same_names(_without_idle(written, merge), set(merge.factors), "the adapter file")
     whole = {name.removeprefix(merge.prefix): tensor for name, tensor in stored.saved.items()}
     updates = ((name, LowRank(f.scale * read(f.B).double(), read(f.A))) for name, f in written.items())
     worst = max(_worst_update(updates, merge), _worst_whole(whole, merge))
     if not _has_config(base):
         return Proof("adapter", len(merge.names), worst, unfed="no base at hand, onto which PEFT could load it")
     with _loaded_by_peft(folder, merge, base) as (layers, loaded):
-        _same_names(set(layers), set(written), "PEFT's model")
-        for name, f in written.items():
-            A, B, scale = (getattr(layers[name], part)["default"] for part in ("lora_A", "lora_B", "scaling"))
-            if not (
-                torch.equal(A.weight, read(f.A)) and torch.equal(B.weight, read(f.B)) and math.isclose(scale, f.scale)
-            ):
+        there = _factors_by_peft(layers)
+        _same_names(set(there), set(in_file), "PEFT's model")
+        for name, f in in_file.items():
+            A, B, scale = there[name]
+            if not (torch.equal(A, read(f.A)) and torch.equal(B, read(f.B)) and math.isclose(scale, f.scale)):
                 raise ProofError(f"PEFT loads other factors of {name} than there are in {folder}; do not use it")
         return Proof("adapter", len(merge.names), max(worst, _worst_whole(loaded, merge)))
+
+
+def _factors_by_peft(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and scale of every layer as PEFT loaded them, by name as ``read_adapter`` has it."""
+    found = {}
+    for name, layer in layers.items():
+        A, B = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+        holder, scale = name.replace(INNER, ""), layer.scaling["default"]
+        parameter = getattr(layer, "parameter_name", "weight")
+        if parameter == "weight" and getattr(layer, "num_experts", 1) == 1:
+            found[holder] = A, B, scale
+            continue
+        for expert, (a, b) in enumerate(unpacked(A, B, layer.r["default"])):
+            found[layer_of(f"{holder}.{parameter}", expert)] = a, b, scale
+    return found
 
 
 def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof:
@@ -248,9 +288,11 @@ def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof
     model = base.model
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
+    fused = fused_experts(model)
     with as_stored(model), _loaded_by_peft(folder, merge, base) as (layers, whole):
-        _same_names(set(layers), set(merge.factors), "PEFT's model")
-        updates = ((name, _delta(layer)) for name, layer in layers.items())
+        held = {name: _layers_of(name, layer, fused) for name, layer in layers.items()}
+        _same_names(_without_idle(chain(*held.values()), merge), set(merge.factors), "PEFT's model")
+        updates = _updates_of(layers, held, fused)
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
         outputs = hidden_states(model, batch)
     return _proof("adapter", len(merge.names), weights, in_memory, outputs, bare, _dtype(model))
@@ -279,7 +321,8 @@ def prove_full_model(
     weights, coarsest = _worst_tensor(folder, base, merge)
     if model is None or batch is None:
         return Proof("full model", len(merge.names), weights)
-    in_memory = merge.hidden_states(model, batch)
+    by_router = any(map(expert_of, merge.names)) and not merge.merged.whole
+    in_memory = merge.rounded_states(model, batch, coarsest) if by_router else merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     try:
         loaded = load_body(Base(str(folder)), str(_dtype(model)).removeprefix("torch."), str(batch.weight.device))
@@ -292,7 +335,8 @@ def prove_full_model(
 def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.dtype]:
     """Largest error of a written tensor, relative to its largest entry, and the coarsest dtype of a merged one."""
     shards, places = merged_places(base, merge.names)
-    codes, turned = codes_to_spell_out(base, places), transposed_weights(base.model)
+    parts = expert_parts(base, merge.names)
+    codes, turned = codes_to_spell_out(base, [*places, *parts]), transposed_weights(base.model)
     if codes and quantization_settings(Base(str(folder)).config):
         raise ProofError(f"the weights written to {folder} are numbers, but its config still speaks of codes")
     worst, dtypes = 0.0, set()
@@ -308,6 +352,11 @@ def _worst_tensor(folder: Path, base: Base, merge: Merge) -> tuple[float, torch.
                     if codes and key in codes.scales:
                         stored, dtype = _numbers(codes, key, stored), codes.dtype
                         update = torch.zeros(()) if update is None else update
+                    here = parts.get(key, ()) if written.shape == stored.shape else ()
+                    for at, rows in part_updates(merge.merged, here):
+                        worst = max(worst, _tensor_error(key, written[at], stored[at], rows, dtype or stored.dtype))
+                        stored[at].copy_(written[at])  # what is left of the tensor must be as it was
+                        dtypes.add(written.dtype)
                     worst = max(worst, _tensor_error(key, written, stored, update, dtype or stored.dtype))
                     if key in places and update is not None:
                         dtypes.add(written.dtype)
@@ -350,6 +399,24 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
     if not relative <= WEIGHT_TOLERANCE:
         raise ProofError(f"{key} read back from disk differs from the merge by {relative:.1e} of its largest entry")
     return relative
+
+
+def _layers_of(name: str, layer: LoraLayer, fused: Mapping[str, FusedExperts]) -> list[str]:
+    """The layers that one of PEFT's carries: itself, or all experts of the parameter that it wraps."""
+    parameter = f"{name.replace(INNER, '')}.{getattr(layer, 'parameter_name', '')}"
+    experts = fused.get(parameter)
+    return [layer_of(parameter, e) for e in range(experts.count)] if experts else [name.replace(INNER, "")]
+
+
+def _updates_of(
+    layers: Mapping[str, LoraLayer], held: Mapping[str, list[str]], fused: Mapping[str, FusedExperts]
+) -> Iterator[tuple[str, Tensor]]:
+    """The update of every layer as PEFT computes it, (out, in)."""
+    for name, layer in layers.items():
+        update = _delta(layer)
+        experts = fused.get(held[name][0].rpartition("[")[0])
+        parts = [update] if experts is None else (update.mT if experts.transposed else update).unbind(0)
+        yield from zip(held[name], parts, strict=True)
 
 
 def _delta(layer: LoraLayer) -> Tensor:
@@ -442,9 +509,14 @@ def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge)
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
     for name, written in updates:
+        if name not in merge.factors:  # an expert that no adapter touches
+            if norm(written) != 0:
+                raise ProofError(f"{name} read back from disk has an update, though no adapter touches it")
+            continue
         expected = merge.merged.update(name)
         away = distance(written, expected).item() / max(norm(expected).item(), 1e-30)
-        excess = max(0.0, away - merge.factors[name].error) if math.isfinite(away) else away
+        allowed = merge.factors[name].error + _rounding(written)
+        excess = max(0.0, away - allowed) if math.isfinite(away) else away
         if not excess <= WEIGHT_TOLERANCE:
             raise ProofError(
                 f"the update of {name} read back from disk is {away:.1e} of its norm away from the merge in memory"
@@ -452,6 +524,18 @@ def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge)
             )
         worst = max(worst, excess)
     return worst
+
+
+def _rounding(update: LowRank | Tensor) -> float:
+    """What an update may be off because PEFT rounds it to the base's dtype, as it does on parameters."""
+    if isinstance(update, Tensor) and update.dtype in (torch.float16, torch.bfloat16):
+        return torch.finfo(update.dtype).eps
+    return 0.0
+
+
+def _without_idle(names: Iterable[str], merge: Merge) -> set[str]:
+    """The layers without experts that no adapter touches, to which a parameter's factors give zeros."""
+    return {name for name in names if name in merge.factors or not expert_of(name)}
 
 
 def _worst_whole(written: Mapping[str, Tensor], merge: Merge, dtype: torch.dtype = torch.float32) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nsc.bases.experts import expert_of
 from nsc.config import START
 from nsc.console import json_ready
 from nsc.export.programs import PROGRAMS, VLLM_RANKS, vllm_rank
@@ -338,10 +339,21 @@ def _tried_table(tried: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _rank_table(report: Report) -> str:
     lines = ["| module | rank | truncation |", "|---|---|---|"]
-    for name, rank in report.ranks_by_module.items():
-        error = report.truncation.get(name)
-        lines.append(f"| {name} | {rank} | {'none' if error is None else f'{error:.3g}'} |")
+    experts: dict[str, list[str]] = {}  # of one parameter in one line
+    for name in report.ranks_by_module:
+        parameter, _ = expert_of(name) or (name, 0)
+        experts.setdefault(parameter, []).append(name)
+    for parameter, names in experts.items():
+        ranks = _range([report.ranks_by_module[name] for name in names], "d")
+        errors = [report.truncation[name] for name in names if name in report.truncation]
+        whose = parameter if names == [parameter] else f"{parameter}, {len(names)} experts"
+        lines.append(f"| {whose} | {ranks} | {_range(errors, '.3g') if errors else 'none'} |")
     return "\n".join(lines)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _task_table(report: Report) -> str:

@@ -14,6 +14,7 @@ from nsc.adapters.stack import Stack
 from nsc.bases import loading
 from nsc.bases.base_model import Base
 from nsc.bases.codes import quantization_settings
+from nsc.bases.experts import expert_of
 from nsc.bases.weights import WEIGHT_FILES, checkpoint_folder
 from nsc.batch import Batch
 from nsc.data.modalities import example_of
@@ -152,10 +153,13 @@ class MergeResult:
         settings, own = self.record.settings, learned or self.with_base
         device = "cpu" if learned else one_device(settings.get("device", "auto") if own else "auto")
         dense = self.recipe is not None and self.recipe.is_dense
-        if not _fits(base, 1 + full + dense, device):
+        # Experts are copied to carry the merge, and chosen by a router, which few bits would make choose others.
+        experts = any(map(expert_of, self.stack.names))
+        if not _fits(base, (1 + full + dense + experts) * (1 + experts), device):
             return "no base loaded, for which memory does not suffice"
+        dtype = settings.get("dtype", "auto") if own else "auto"
         try:
-            base = loading.load(base, settings.get("dtype", "auto") if own else "auto", device)
+            base = loading.load(base, "float32" if experts else dtype, device)
         except NSCError:
             if learned or full or not quantization_settings(base.config):
                 raise

@@ -133,6 +133,10 @@ def problems(program: Program, contents: Contents) -> list[str]:
         A sentence for each, with its remedy.
     """
     title, config, found = program.title, contents.config, []
+    experts = [name for name in config.get("target_parameters") or () if not name.endswith(".weight")]
+    if program.plain and experts:
+        found.append(f"{title} takes no LoRA on the experts of {experts[0]}: write the whole model with --full")
+        return found
     if program.most is not None and contents.rank > program.most:
         found.append(f"{title} takes ranks to {program.most}, and this adapter has {contents.rank}: write it by --rank")
     if program.one_rank and contents.is_ragged:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nsc.adapters.fused_layers import refuse_experts
 from nsc.adapters.lora import Adapter
 from nsc.adapters.matching import Matched, match_to_base
 from nsc.adapters.stack import Stack, by_rank, whitened
@@ -175,6 +176,7 @@ def prepare(
         NSCError: a subclass, for targets, rows or heads that do not go together.
     """
     stack = by_rank(matched.stack) if config.granularity == "rank" else matched.stack
+    refuse_experts(base.model, stack.names, "learning")
     targets = targets_of(base, stack, config.target_modules, config.target_blocks)
     if config.needs_outputs:
         return replace(_with_experts(base, matched, stack, targets, samples, config, team), factors=factors)

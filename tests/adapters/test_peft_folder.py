@@ -220,7 +220,6 @@ REFUSED_SETTINGS = [
     (dict(bias="all"), "trained bias"),
     (dict(bias="lora_only"), "trained bias"),
     (dict(trainable_token_indices=[1]), "trainable tokens"),
-    (dict(target_parameters=["mlp.experts.gate_up_proj"]), "expert"),
     (dict(alora_invocation_tokens=[1, 2]), "aLoRA"),
     (dict(layer_replication=[[0, 2], [1, 4]]), "layer_replication"),
     (dict(use_qalora=True), "QALoRA"),
