@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CLIENTS := .venv-clients
 RUN    := PYTHONPATH=$(CURDIR) $(BIN)/python
 
-.PHONY: demo encoder answers test check docs clients interpret aot bench tables gpu gpu-methods clean
+.PHONY: demo encoder answers test fuzz kill check docs clients interpret aot bench tables gpu gpu-methods clean
 
 demo: $(VENV)/demo           ## merge real adapters of a real model, score the merge, prove the export
 	$(RUN) examples/demo.py
@@ -18,6 +18,12 @@ answers: $(VENV)/demo        ## train four adapters that answer in words on the 
 
 test: $(VENV)/test check     ## every test, one process and thread to a core, and the static checks
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
+
+fuzz: $(VENV)/test           ## 50,000 broken or strange inputs, of which `make test` takes 2,000
+	OMP_NUM_THREADS=1 FUZZ=25 $(RUN) -m pytest tests/fuzz -n auto --maxprocesses 4
+
+kill: $(VENV)/test           ## merges killed at every file event and at 100 random points, then resumed
+	OMP_NUM_THREADS=1 KILLS=100 $(RUN) -m pytest tests/kill -n auto --maxprocesses 4
 
 check: $(VENV)/test          ## style and types
 	$(BIN)/ruff check .

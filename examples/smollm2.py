@@ -9,6 +9,7 @@ published one: an adapter trained on one is not exact on the other. They are kep
 
 import argparse
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -51,7 +52,19 @@ def _convert(gguf: Path, out: Path) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     out.mkdir(parents=True)
     model.save_pretrained(out)
+    _tell_older_versions(out / "config.json")
     tokenizer.save_pretrained(out)
+
+
+def _tell_older_versions(file: Path) -> None:
+    """Say in a config, as transformers 4 reads it, too, what transformers 5 wrote of rotary embedding and dtype."""
+    config = json.loads(file.read_text())
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") == "default" and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    file.write_text(json.dumps(config, indent=2))
 
 
 def _dequantize() -> dict[str, object]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nsc.config import MergeConfig
     from nsc.errors import NSCError
     from nsc.evaluation.compare import compare
+    from nsc.export.push import push
     from nsc.export.result import MergeResult
     from nsc.merging.api import merge
     from nsc.merging.from_record import apply
@@ -32,6 +33,7 @@ _HOMES = {
     "inspect": "nsc.adapters.inspection",
     "merge": "nsc.merging.api",
     "merge_factors": "nsc.recipes.in_memory",
+    "push": "nsc.export.push",
     "read_adapter": "nsc.adapters.lora",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "inspect",
     "merge",
     "merge_factors",
+    "push",
     "read_adapter",
 ]
 

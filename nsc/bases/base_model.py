@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -171,6 +171,33 @@ def _refuse_endless(file: Path) -> None:
     for key, value in (item for part in parts for item in part.items()):
         if isinstance(value, int) and value > MOST and key.startswith(("num_", "n_", "depth")):
             raise NSCError(f"base config {file}: {key} is above {MOST}, as in no model; mend it")
+
+
+def rope_misread_by_4(config: Mapping[str, Any]) -> list[str]:
+    """Find what transformers 4 would not see of a config's rotary embedding, for which it takes its own defaults.
+
+    Args:
+        config: config.json, in which transformers 5 says all of it under rope_parameters.
+
+    Returns:
+        Names such as rope_theta: of values that are no default of the class, and that nothing else in the config tells.
+    """
+    lost: list[str] = []
+    for part in (config, *(value for value in config.values() if isinstance(value, dict) and "model_type" in value)):
+        rope, scaling = part.get("rope_parameters"), part.get("rope_scaling") or {}
+        if isinstance(rope, dict):
+            usual = _usual_rope(str(part.get("model_type")))
+            lost += [k for k, x in rope.items() if x not in (usual.get(k), part.get(k), scaling.get(k))]
+    return lost
+
+
+def _usual_rope(model_type: str) -> dict[str, Any]:
+    """The rotary embedding of a class where its config says nothing of it."""
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ValueError:
+        return {}
+    return getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)}
 
 
 def auto_class(config: Any) -> Any:

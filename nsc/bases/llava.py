@@ -29,6 +29,7 @@ class ImageTextBody(nn.Module):
     """
 
     main_input_name = "input_ids"
+    base_model_prefix = ""  # PEFT asks, where an adapter of this body itself is loaded
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

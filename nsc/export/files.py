@@ -16,7 +16,7 @@ from torch import Tensor
 from nsc.adapters.lora import Adapter
 from nsc.adapters.peft_folder import CONFIG, TOKENIZER_FILES
 from nsc.adapters.unsupported import HEADS_BY_TASK
-from nsc.bases.base_model import Base
+from nsc.bases.base_model import Base, rope_misread_by_4
 from nsc.bases.codes import Codes
 from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import (
@@ -170,6 +170,23 @@ def agreed_fields(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     found = {field: configs[0].get(field) for field in ("task_type", "auto_mapping")}
     agreed = {field: x for field, x in found.items() if x and all(config.get(field) == x for config in configs)}
     return {field: x for field, x in agreed.items() if field != "task_type" or x not in HEADS_BY_TASK}
+
+
+def misread_config(folder: Path) -> list[str]:
+    """Warn of a config that the oldest transformers that is supported reads otherwise than the newest.
+
+    Args:
+        folder: of a whole model.
+
+    Returns:
+        No or one warning, with the remedy.
+    """
+    lost = rope_misread_by_4(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return [
+        f"transformers before 5 reads config.json without {', '.join(dict.fromkeys(lost))}, which stand under"
+        " rope_parameters alone, and computes something else: serve it by transformers 5, or write rope_theta (and"
+        " rope_scaling) beside rope_parameters"
+    ][: len(lost)]
 
 
 def copy_tokenizer(folder: Path, adapters: Mapping[str, Adapter]) -> list[str]:

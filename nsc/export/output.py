@@ -21,7 +21,14 @@ from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
-from nsc.export.files import agreed_fields, copy_tokenizer, merged_layers_whole, write_adapter, write_full_model
+from nsc.export.files import (
+    agreed_fields,
+    copy_tokenizer,
+    merged_layers_whole,
+    misread_config,
+    write_adapter,
+    write_full_model,
+)
 from nsc.export.parameters import split_by_parameter
 from nsc.export.programs import vllm_rank
 from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
@@ -96,7 +103,7 @@ class Output:
         staging.mkdir()
         merge = self._write_weights(staging, rank, full)
         self._write_heads(staging)
-        warnings = copy_tokenizer(staging, self.adapters)
+        warnings = copy_tokenizer(staging, self.adapters) + (misread_config(staging) if full else [])
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
@@ -104,8 +111,6 @@ class Output:
         proof = _prove(staging, merge, Base(self.record.base), full, in_memory)
         proof = replace(proof, lost=lost, unfed=unfed or proof.unfed)
         prove_heads(staging, self.adapters)
-        if not full:
-            require_served(self.record.programs, staging)
         report = self._reported(merge, proof, rank, full)
         self._describe(staging, replace(report, warnings=report.warnings + warnings))
         replace(self.record, rank=rank).write(staging)
@@ -114,6 +119,8 @@ class Output:
         if changed := sorted(written.items() - states_of_files(staging, 2).items()):
             raise ProofError(f"{changed[0][0]} was changed by another program after its proof; save again")
         refuse_changed(self.sources)
+        if not full:
+            require_served(self.record.programs, staging)
         if os.path.lexists(out):
             raise NSCError(f"{out} was made meanwhile; choose another folder, or move it away")
         move_into_place(staging, out)

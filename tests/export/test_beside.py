@@ -11,6 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 import nsc
+from examples import smollm2
+from nsc.bases.base_model import rope_misread_by_4
 from tests.tiny import dense_updates, peft_adapter, save_tokenizer, tiny_llama
 
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
@@ -123,3 +125,36 @@ def test_a_class_that_adds_a_head_is_left_to_the_heads(tmp_path, base):
     out, _ = saved(base, tasks, tmp_path / "out")
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] is None
     assert load_file(out / "heads/a.safetensors").keys() == {"score.weight"}
+
+
+@pytest.mark.parametrize("where", ["rope_theta", "rope_scaling", "nowhere"])
+def test_a_config_that_transformers_4_would_misread_is_named(tmp_path, base, where):
+    """Transformers 4 knows rope_theta and rope_scaling alone, and takes its class's own values for what they lack."""
+    source = shutil.copytree(base, tmp_path / "base")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    told = {
+        "rope_theta": {"rope_theta": 500.0},
+        "rope_scaling": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "nowhere": {},
+    }[where]
+    change(source, "config.json", rope_parameters=rope, **told)
+    lost = {"rope_theta": ["rope_type", "factor"], "rope_scaling": [], "nowhere": ["rope_type", "factor", "rope_theta"]}
+    assert sorted(rope_misread_by_4(json.loads((source / "config.json").read_text()))) == sorted(lost[where])
+    _, report = saved(source, adapters(source, tmp_path), tmp_path / "out", full=True)
+    said = [text for text in report["warnings"] if "transformers before 5" in text]
+    assert len(said) == bool(lost[where]) and all(name in said[0] for name in lost[where])
+    _, report = saved(base, adapters(base, tmp_path), tmp_path / "usual", full=True)
+    assert not report["warnings"]
+
+
+def test_the_demos_base_says_what_both_read(tmp_path):
+    config = transformers.LlamaConfig(rope_theta=1e5) if transformers.__version__ < "5" else None
+    config = config or transformers.LlamaConfig(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, dtype="float32"
+    )
+    config.save_pretrained(tmp_path)
+    smollm2._tell_older_versions(tmp_path / "config.json")
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told["rope_theta"] == 1e5 and told["torch_dtype"] == "float32" and not rope_misread_by_4(told)
+    again = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert again.to_dict().get("rope_parameters") == config.to_dict().get("rope_parameters")

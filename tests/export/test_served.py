@@ -54,6 +54,8 @@ def test_an_adapter_is_named_for_the_wrapper_that_serves_it(llava, tmp_path):
     text, _ = llava_prefixes()
     names = [name.replace("model.layers", "language_model.layers") for name in LAYERS]
     adapter = write_adapter(tmp_path / "a", factors(names), target_modules=names)
+    merge(llava, adapter).save(tmp_path / "bare")
+    assert all("model.language" not in key[16:] for key in load_file(tmp_path / "bare/adapter_model.safetensors"))
     merge(llava, adapter).save(tmp_path / "out", programs=["vllm", "llama.cpp"])
     keys = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / "out/adapter_model.safetensors")}
     assert keys == {f"{n.replace('model.layers', text)}.lora_{side}.weight" for n in LAYERS for side in "AB"}

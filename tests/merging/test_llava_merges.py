@@ -73,7 +73,7 @@ def test_the_command_line_from_prompts_to_proof(llava, llava_adapters, questions
     assert "fine-tuned whole, merged as differences: multi_modal_projector.linear_1" in done.stderr
     assert "proof: adapter: 10 modules reloaded" in done.stdout and "hidden states to" in done.stdout
     card = (tmp_path / "out/README.md").read_text()
-    assert "does not load modules_to_save, here multi_modal_projector.linear_1" in card and "--full" in card
+    assert "does not load such modules_to_save, here multi_modal_projector.linear_1" in card and "--full" in card
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert "multi_modal_projector.linear_1 (plain)" in report["absent"]
     for full in ([], ["--full"]):
