@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from nsc.errors import NSCError
 
@@ -179,9 +180,8 @@ def _lock(folder: Path) -> int:
     """A handle that locks a folder, which is made if need be. Raises OSError or ValueError."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=folder):  # which a kill would not leave behind
+            pass
         if fcntl is None:
             return os.open(os.devnull, os.O_RDONLY)
         handle = os.open(folder, os.O_RDONLY)

@@ -132,14 +132,15 @@ def _renamed(base: Base, adapter: Adapter, shapes: Mapping[str, Any]) -> Adapter
     if all_match(adapter.factors, shapes):
         return adapter
     saved = {name: name.rpartition(".") for name in adapter.saved}
-    new = respelled(base.blank, [*adapter.factors, *(module for module, _, _ in saved.values())])
-    if not all_match([new[name] for name in adapter.factors], shapes):
-        return adapter
-    return replace(
-        adapter,
-        factors={new[name]: factors for name, factors in adapter.factors.items()},
-        saved={f"{new[saved[name][0]]}.{saved[name][2]}": tensor for name, tensor in adapter.saved.items()},
-    )
+    for model in filter(None, (base.generating, base.blank)):
+        new = respelled(model, [*adapter.factors, *(module for module, _, _ in saved.values())])
+        if all_match([new[name] for name in adapter.factors], shapes):
+            return replace(
+                adapter,
+                factors={new[name]: factors for name, factors in adapter.factors.items()},
+                saved={f"{new[saved[name][0]]}.{saved[name][2]}": tensor for name, tensor in adapter.saved.items()},
+            )
+    return adapter
 
 
 def match_adapters(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
@@ -179,7 +180,8 @@ def layers_on_codes(base: Base, adapters: Mapping[str, str | Path]) -> list[str]
     plain = all(tensor.dtype in FLOATS for tensor in stored_tensors(base).values())
     if plain and not quantization_settings(base.config):
         return []
-    matches = match_adapters(on_experts(read_adapters(adapters), base.model), layer_shapes(base.model))
+    shapes = layer_shapes(base.model)
+    matches = match_adapters(in_new_names(base, read_adapters(adapters), shapes), shapes)
     return list(dict.fromkeys(name for mapping in matches.values() for name in mapping.values()))
 
 

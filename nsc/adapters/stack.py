@@ -52,12 +52,12 @@ class ModuleStack:
 
     @property
     def A(self) -> Tensor:
-        """(R, d), segment k holds the r_k rows of adapter k; put together anew each time."""
+        """All rows, (R, d), put together anew each time; segment k holds the r_k rows of adapter k."""
         return _together(self.A_blocks, self.dtype, 0)
 
     @property
     def B(self) -> Tensor:
-        """(m, R), likewise."""
+        """All columns, (m, R), put together likewise."""
         return _together(self.B_blocks, self.dtype, 1)
 
     @property

@@ -33,6 +33,9 @@ OLD_NAMES = {  # as the checkpoints have them, too
     "segformer": [*_SELF, (r"segformer\.stages\.(\d+)\.blocks\.", r"segformer.encoder.block.\1.")],
     "vit": [*_ATTENTION, (r"vit\.layers\.", "vit.encoder.layer.")],
     "dinov2": _ATTENTION,
+    "qwen2.5-vl": [(r"model\.language_model\.layers", "model.layers")],
+    "gemma3": [(r"model\.language_model\.layers", "language_model.model.layers")],
+    "mllama": [(r"model\.language_model\.layers", "language_model.model.layers")],
 }
 
 
@@ -140,7 +143,7 @@ def test_names_of_an_older_transformers_are_renamed_as_it_renames_weights(case, 
         assert all(key.removeprefix("base_model.model.").partition(".lora_")[0] in stored for key in tensors)
         tensors["base_model.model.classifier.weight"] = torch.ones(2, 4)
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        config |= {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+        config |= {"target_modules": r".*", "modules_to_save": ["classifier"]}
         (folder / "adapter_config.json").write_text(json.dumps(config))
     old = replace(case, adapters=copies).merged()
     assert old.modules == new.modules

@@ -148,10 +148,9 @@ def test_a_config_that_transformers_4_would_misread_is_named(tmp_path, base, whe
 
 
 def test_the_demos_base_says_what_both_read(tmp_path):
-    config = transformers.LlamaConfig(rope_theta=1e5) if transformers.__version__ < "5" else None
-    config = config or transformers.LlamaConfig(
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, dtype="float32"
-    )
+    of_5 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "dtype": "float32"}
+    of_4 = {"rope_theta": 1e5, "torch_dtype": "float32"}
+    config = transformers.LlamaConfig(**(of_4 if transformers.__version__ < "5" else of_5))
     config.save_pretrained(tmp_path)
     smollm2._tell_older_versions(tmp_path / "config.json")
     told = json.loads((tmp_path / "config.json").read_text())

@@ -112,7 +112,7 @@ def require_sound(home: Path, command: list[str], whole: Path) -> None:
     if not out.exists():
         resume = ["--resume"] if (partial / CHECKPOINT).exists() else []
         assert finished([*command, *resume], home) == 0, home.with_name(f"{home.name}.log").read_text()
-        assert not partial.exists()
+        assert not partial.exists(), [p.name for p in partial.iterdir()]
     record, expected = Record.read(out), Record.read(whole)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
     assert record.verified and torch.equal(record.coefficients, expected.coefficients)

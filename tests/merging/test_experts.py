@@ -1,5 +1,6 @@
 """LoRA on experts: as PEFT puts it on parameters, and per expert as transformers 4 named them; the oracle is dense."""
 
+import itertools
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from nsc.bases.experts import fused_experts, layer_shapes
 from nsc.errors import AdapterError, NameMismatch, NSCError, UnsupportedAdapter
 from nsc.export.served import serving
 from nsc.methods import METHODS
+from tests.export.test_quantized_bases import fp8
 from tests.tiny import save_tokenizer, write_adapter
 
 pytestmark = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="experts are fused in transformers 5")
@@ -217,6 +219,25 @@ def test_a_base_whose_files_are_fused_is_written_fused(qwen, tmp_path):
     for name, update in old_updates(factors).items():
         expected[name] = expected[name] + 0.5 * update
     assert_merged(tmp_path / "fused", tmp_path / "out", tmp_path / "full", expected)
+
+
+def test_experts_in_fp8_are_merged_as_the_numbers_that_they_stand_for(qwen, tmp_path):
+    folder, factors = old_adapter(tmp_path / "old", 1)
+    base, numbers = fp8(qwen, tmp_path / "fp8", "a scale a block")
+    nsc.merge(base, {"old": folder}, **SUM).save(tmp_path / "full", full=True)
+    tensors = load_file(tmp_path / "full/model.safetensors")
+    assert tensors.keys() == numbers.keys()
+    for key, update in old_updates(factors).items():
+        holder, _, kind = key.rpartition(".")
+        parts = (
+            {"down_proj": slice(0, 16)}
+            if kind == "down_proj"
+            else {"gate_proj": slice(0, 12), "up_proj": slice(12, 24)}
+        )
+        for e, (name, rows) in itertools.product(range(12), parts.items()):
+            numbers[f"{holder}.{e}.{name}.weight"] += 0.5 * update[e][rows]
+    for key, expected in numbers.items():
+        assert (tensors[key].double() - expected).abs().max() <= 1e-6 * expected.abs().max(), key
 
 
 def test_old_mixtral_with_its_router_is_what_stock_peft_makes_of_it(tmp_path):
