@@ -254,8 +254,16 @@ def test_inputs_are_left_as_they_were(name):
 @everyone
 def test_strides_do_not_matter(name):
     stack = stack_of(layers())
-    turned = {n: replace(m, A=m.A.T.contiguous().T, B=m.B.T.contiguous().T) for n, m in stack.modules.items()}
-    assert not any(m.A.is_contiguous() or m.B.is_contiguous() for m in turned.values())
+
+    def turn(blocks):
+        return tuple(block.T.contiguous().T for block in blocks)
+
+    turned = {
+        name: replace(module, A_blocks=turn(module.A_blocks), B_blocks=turn(module.B_blocks))
+        for name, module in stack.modules.items()
+    }
+    blocks = [block for module in turned.values() for block in (*module.A_blocks, *module.B_blocks)]
+    assert blocks and not any(block.is_contiguous() for block in blocks)
     assert same(merge(replace(stack, modules=turned), name), merge(stack, name))
 
 
