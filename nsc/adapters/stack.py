@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter
-from nsc.adapters.tensor_file import read
+from nsc.adapters.tensor_file import read, trim_memory
 from nsc_kernels import GramCache, GramFactor
 
 GRAMS_AT_ONCE = 16
@@ -52,12 +52,12 @@ class ModuleStack:
 
     @property
     def A(self) -> Tensor:
-        """(R, d), segment k holds the r_k rows of adapter k; put together anew each time."""
+        """All down-projections, (R, d): segment k holds the r_k rows of adapter k. They are put together anew each time."""
         return _together(self.A_blocks, self.dtype, 0)
 
     @property
     def B(self) -> Tensor:
-        """(m, R), likewise."""
+        """All up-projections, (m, R): segment k holds the r_k columns of adapter k. They are put together anew each time."""
         return _together(self.B_blocks, self.dtype, 1)
 
     @property
@@ -306,6 +306,7 @@ def _grams(lora_A: Iterable[Tensor]) -> Iterator[GramFactor]:
     remaining = iter(lora_A)
     while batch := list(islice(remaining, GRAMS_AT_ONCE)):
         yield from GramCache().factor([read(A) for A in batch])
+        trim_memory()
 
 
 def whitened(stack: Stack) -> Stack:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nsc.adapters.tensor_file import write_tensors
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes
 from nsc.bases.conv1d import transposed_weights
@@ -92,7 +93,7 @@ def write_adapter(
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = f.A.contiguous()
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = f.B.contiguous()
     tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def write_full_model(folder: Path, base: Base, merged: Merged) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
+from nsc.adapters.tensor_file import Spill
 from nsc.bases.base_model import Base
 from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import refuse_codes, refuse_unstreamable
@@ -93,7 +94,8 @@ class Output:
         """What ``write`` does while it holds ``out.partial``."""
         shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
         staging.mkdir()
-        merge = self._write_weights(staging, rank, full)
+        spill = Spill(staging.parent)
+        merge = self._write_weights(staging, rank, full, spill)
         self._write_heads(staging)
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
@@ -115,13 +117,13 @@ class Output:
         move_into_place(staging, out)
         return proof
 
-    def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
+    def _write_weights(self, folder: Path, rank: int | None, full: bool, spill: Spill) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
         base, prefix = Base(self.record.base), self.record.prefix
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
-        factors = merged_factors(self.merged, rank)
+        factors = merged_factors(self.merged, rank, spill)
         prefix = served_prefix(self.record.programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)
@@ -225,7 +227,7 @@ def _share(folder: Path) -> None:
 
 @contextmanager
 def _naming_changes(sources: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
-    """Where something fails and base or adapters were changed meanwhile, that is the error, whatever followed from it."""
+    """If something fails and base or adapters were changed meanwhile, that is the error, whatever followed from it."""
     try:
         yield
     except NSCError:

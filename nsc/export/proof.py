@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import merged_layers
-from nsc.adapters.tensor_file import read
+from nsc.adapters.tensor_file import TRIM_EVERY, read, trim_memory
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.conv1d import as_stored, transposed_weights
@@ -388,7 +388,7 @@ def _proof(
 def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge) -> float:
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
-    for name, written in updates:
+    for number, (name, written) in enumerate(updates):
         expected = merge.merged.update(name)
         away = distance(written, expected).item() / max(norm(expected).item(), 1e-30)
         excess = max(0.0, away - merge.factors[name].error) if math.isfinite(away) else away
@@ -398,6 +398,8 @@ def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge)
                 f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
             )
         worst = max(worst, excess)
+        if number % TRIM_EVERY == 0:
+            trim_memory()
     return worst
 
 
