@@ -6,8 +6,8 @@
 Six adapters of rank 16 with random float32 factors; neither time nor memory depends on the values. An adapter is made
 of the base's config alone: PEFT gets its model by ``to_empty``, whose pages are never touched. Whole models have four
 blocks of these shapes in bfloat16 and a small vocabulary; mergekit takes no adapters, so it merges six whole models
-that were made beforehand. All programs run by turns, each in its own process. CPU seconds are user and system; the peak is
-that of resident memory, as the system tells it of the process (``ru_maxrss``).
+that were made beforehand. All programs run by turns, each in its own process. CPU seconds are user and system; the peak
+is that of resident memory, as the system tells it of the process (``ru_maxrss``).
 """
 
 from __future__ import annotations

@@ -52,12 +52,12 @@ class ModuleStack:
 
     @property
     def A(self) -> Tensor:
-        """All down-projections, (R, d): segment k holds the r_k rows of adapter k. They are put together anew each time."""
+        """All down-projections, (R, d): segment k holds the r_k rows of adapter k; put together anew each time."""
         return _together(self.A_blocks, self.dtype, 0)
 
     @property
     def B(self) -> Tensor:
-        """All up-projections, (m, R): segment k holds the r_k columns of adapter k. They are put together anew each time."""
+        """All up-projections, (m, R): segment k holds the r_k columns of adapter k; put together anew each time."""
         return _together(self.B_blocks, self.dtype, 1)
 
     @property
