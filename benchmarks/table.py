@@ -61,6 +61,12 @@ METHODS = (
 )
 
 
+LIGHT = (
+    "Six adapters of rank 16 at LLaMA-3-8B's shapes, float32. Medians of whole processes, which ran by turns, each with"
+    " one thread; in brackets the ratio to the other program. nsc writes and proves, PEFT concatenates and saves."
+)
+
+
 def load(folder: Path = ROOT / "benchmarks" / "results") -> Devices:
     """Return the numbers of every device that was measured."""
     return {file.stem: json.loads(file.read_text())["benchmarks"] for file in sorted(folder.glob("*.json"))}
@@ -203,6 +209,18 @@ def methods_table(entries: Entries) -> str:
     )
 
 
+def light_table(entries: Entries) -> str:
+    """Return whole processes, from start to exit, beside another program's."""
+    rows = []
+    for info in (entry["extra_info"] for entry in entries):
+        for program, found in info["programs"].items():
+            ratio = info["ratios"] if program == "nsc" else {}
+            cells = [f"{found[key]:.1f} s" + (f" ({ratio[key]:.2f}x)" if ratio else "") for key in ("cpu", "clock")]
+            memory = f"{found['peak_bytes'] / 2**20:.0f} MiB" + (f" ({ratio['peak_bytes']:.2f}x)" if ratio else "")
+            rows.append([info["merge"], program, *cells, memory])
+    return markdown(["merge", "program", "CPU", "clock", "peak memory"], rows)
+
+
 def spent(seconds: float) -> str:
     """Return a duration that may be minutes."""
     return f"{seconds:.{0 if seconds >= 100 else 2}f} s" if seconds >= 1 else duration(seconds)
@@ -258,6 +276,7 @@ TABLES: dict[str, Callable[[Devices], str]] = {
     "ops": by_device("op", ops_table, OPS),
     "layer": by_device("layer", layer_table),
     "methods": by_device("method", methods_table, METHODS),
+    "light": by_device("light", light_table, LIGHT),
     "overhead": by_device("overhead", overhead_table, OVERHEAD),
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nsc.adapters.lora import Adapter
-from nsc.adapters.tensor_file import read
+from nsc.adapters.tensor_file import read, trim_memory
 from nsc_kernels import GramCache, GramFactor
 
 GRAMS_AT_ONCE = 16
@@ -306,6 +306,7 @@ def _grams(lora_A: Iterable[Tensor]) -> Iterator[GramFactor]:
     remaining = iter(lora_A)
     while batch := list(islice(remaining, GRAMS_AT_ONCE)):
         yield from GramCache().factor([read(A) for A in batch])
+        trim_memory()
 
 
 def whitened(stack: Stack) -> Stack:

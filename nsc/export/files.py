@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsc.adapters.lora import Adapter
 from nsc.adapters.peft_folder import CONFIG, TOKENIZER_FILES
+from nsc.adapters.tensor_file import write_tensors
 from nsc.adapters.unsupported import HEADS_BY_TASK
 from nsc.bases.base_model import Base, rope_misread_by_4
 from nsc.bases.codes import Codes
@@ -111,7 +112,7 @@ def write_adapter(
         tensors[f"base_model.model.{prefix}{p.module}.lora_A.weight"] = p.A.contiguous()
         tensors[f"base_model.model.{prefix}{p.module}.lora_B.weight"] = p.B.contiguous()
     tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def write_full_model(folder: Path, base: Base, merged: Merged) -> None:

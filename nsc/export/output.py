@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nsc.adapters.lora import Adapter
+from nsc.adapters.tensor_file import Spill
 from nsc.bases.base_model import Base
 from nsc.bases.conv1d import transposed_weights
 from nsc.bases.weights import refuse_codes, refuse_unstreamable
@@ -101,7 +102,8 @@ class Output:
         """What ``write`` does while it holds ``out.partial``."""
         shutil.rmtree(staging, ignore_errors=True)  # of a save that failed
         staging.mkdir()
-        merge = self._write_weights(staging, rank, full)
+        spill = Spill(staging.parent)
+        merge = self._write_weights(staging, rank, full, spill)
         self._write_heads(staging)
         warnings = copy_tokenizer(staging, self.adapters) + (misread_config(staging) if full else [])
         written = states_of_files(staging, 2)
@@ -126,13 +128,13 @@ class Output:
         move_into_place(staging, out)
         return proof
 
-    def _write_weights(self, folder: Path, rank: int | None, full: bool) -> Merge:
+    def _write_weights(self, folder: Path, rank: int | None, full: bool, spill: Spill) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
         base, prefix = Base(self.record.base), self.record.prefix
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
-        factors = merged_factors(self.merged, rank)
+        factors = merged_factors(self.merged, rank, spill)
         prefix = served_prefix(self.record.programs, base, list(factors), prefix)
         whole = merged_layers_whole(base, self.merged)
         written = factors if self.record.ragged else padded(factors)

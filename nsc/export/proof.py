@@ -24,7 +24,7 @@ from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
 from nsc.adapters.surgery import copied, merged_layers
 from nsc.adapters.target_parameters import INNER, unpacked
-from nsc.adapters.tensor_file import read
+from nsc.adapters.tensor_file import TRIM_EVERY, read, trim_memory
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.conv1d import as_stored, transposed_weights
@@ -508,7 +508,7 @@ def _proof(
 def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge) -> float:
     """Largest relative Frobenius error of a written update, beyond the truncation that was asked for."""
     worst = 0.0
-    for name, written in updates:
+    for number, (name, written) in enumerate(updates):
         if name not in merge.factors:  # an expert that no adapter touches
             if norm(written) != 0:
                 raise ProofError(f"{name} read back from disk has an update, though no adapter touches it")
@@ -523,6 +523,8 @@ def _worst_update(updates: Iterable[tuple[str, LowRank | Tensor]], merge: Merge)
                 f" (truncation accounts for {merge.factors[name].error:.1e}); the export is wrong, do not use it"
             )
         worst = max(worst, excess)
+        if number % TRIM_EVERY == 0:
+            trim_memory()
     return worst
 
 

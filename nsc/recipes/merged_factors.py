@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsc.adapters.stack import Stack
+from nsc.adapters.tensor_file import TRIM_EVERY, Spill, trim_memory
 from nsc.config import START, MergeConfig
 from nsc.errors import NSCError
 from nsc.methods import LowRank
@@ -35,12 +36,13 @@ class MergedFactors:
     error: float = 0.0
 
 
-def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedFactors]:
+def merged_factors(merged: Merged, rank: int | None = None, spill: Spill | None = None) -> dict[str, MergedFactors]:
     """Make the factors of every layer that carries LoRA.
 
     Args:
         merged: the merge.
         rank: rank of the best approximation; None for the exact factors.
+        spill: where the factors lie instead of in memory.
 
     Returns:
         Layer -> its factors.
@@ -51,7 +53,14 @@ def merged_factors(merged: Merged, rank: int | None = None) -> dict[str, MergedF
     if rank is not None and rank < 1:
         raise NSCError(f"rank must be 1 or more, not {rank}")
     whole = set(merged.whole)
-    return {name: _factors(name, merged.update(name), rank) for name in merged.names if name not in whole}
+    made = {}
+    for number, name in enumerate(merged.names):
+        if name not in whole:
+            factors = _factors(name, merged.update(name), rank)
+            made[name] = replace(factors, A=spill.put(factors.A), B=spill.put(factors.B)) if spill else factors
+        if number % TRIM_EVERY == 0:
+            trim_memory()
+    return made
 
 
 def padded(factors: Mapping[str, MergedFactors]) -> dict[str, MergedFactors]:

@@ -4,18 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nsc.adapters.lora import read_adapter
 from nsc.adapters.stack import stack_adapters
-from nsc.adapters.tensor_file import map_tensors, read
+from nsc.adapters.tensor_file import Spill, map_tensors, read, write_tensors
 from nsc.errors import AdapterError
 from tests.tiny import random_factors, write_adapter
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 
 
-def test_what_is_read_is_what_safetensors_loads(tmp_path):
+WRITERS = {
+    "safetensors": lambda tensors, path: save_file(tensors, path, metadata={"format": "pt"}),
+    "ours": lambda tensors, path: write_tensors(path, tensors, {"format": "pt"}),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_what_is_read_is_what_safetensors_loads(tmp_path, writer):
     tensors = {
         "a": torch.randn(3, 5).bfloat16(),
         "b": torch.arange(7),
@@ -24,11 +32,13 @@ def test_what_is_read_is_what_safetensors_loads(tmp_path):
         "e": torch.empty(0, 4),
         "é f": torch.randn(9).half(),
     }
-    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    writer(tensors, tmp_path / "x.safetensors")
     mapped = map_tensors(tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
     for key, tensor in load_file(tmp_path / "x.safetensors").items():
         assert torch.equal(read(mapped[key]), tensor) and read(mapped[key]).dtype == tensor.dtype
-        assert read(mapped[key]).shape == tensor.shape and torch.equal(mapped[key], tensor)
+        assert read(mapped[key]).shape == tensors[key].shape and torch.equal(mapped[key], tensors[key])
     assert mapped.keys() == tensors.keys()
 
 
@@ -39,6 +49,17 @@ def test_what_is_read_is_a_copy(tmp_path):
     assert read(mapped["a"]).eq(1).all() and mapped["a"].eq(1).all()
     held = torch.randn(3)
     assert read(held) is held
+
+
+def test_what_is_spilled_is_read_back_and_leaves_no_file(tmp_path):
+    spill, tensors = Spill(tmp_path), [torch.randn(9, 7), torch.randn(4, 3000).bfloat16(), torch.randn(5, 6).T]
+    moved = [spill.put(tensor) for tensor in tensors]
+    for tensor, there in zip(tensors, moved, strict=True):
+        assert torch.equal(read(there), tensor) and torch.equal(there, tensor) and there.dtype == tensor.dtype
+    write_tensors(tmp_path / "x.safetensors", {str(k): tensor for k, tensor in enumerate(moved)}, {})
+    stored = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(stored[str(k)], tensor) for k, tensor in enumerate(tensors))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.parametrize("fault", [lambda file: file.write_bytes(file.read_bytes()[:-4]), Path.unlink])
