@@ -69,6 +69,35 @@ class HeldBack:
         return sum(self.distances(model)) / sum(head is not None for head in self.agreement.heads)
 
 
+class Chosen(list[Any]):
+    """Some rows of a task, which know their numbers among all of its rows.
+
+    Args:
+        rows: rows of a task, of which some may have been chosen before.
+        order: the numbers of those that are taken.
+
+    Attributes:
+        numbers: of each, among all rows of the task.
+    """
+
+    def __init__(self, rows: Sequence[Any], order: Sequence[int]) -> None:
+        super().__init__(rows[i] for i in order)
+        self.numbers = [number_of(rows, i) for i in order]
+
+
+def number_of(rows: Sequence[Any], i: int) -> int:
+    """Return which row of a task one of these is.
+
+    Args:
+        rows: rows of the task, all or chosen.
+        i: place among these.
+
+    Returns:
+        Its number among all rows of the task, from 0.
+    """
+    return rows.numbers[i] if isinstance(rows, Chosen) else i
+
+
 def some_of(rows: Sequence[Any], most: int, key: str) -> list[Any]:
     """Choose rows at random.
 
@@ -82,7 +111,7 @@ def some_of(rows: Sequence[Any], most: int, key: str) -> list[Any]:
     """
     order = list(range(len(rows)))
     random.Random(key).shuffle(order)
-    return [rows[i] for i in sorted(order[:most])]
+    return Chosen(rows, sorted(order[:most]))
 
 
 def hold_back(
@@ -97,13 +126,15 @@ def hold_back(
     Returns:
         Task -> rows to learn from, task -> rows held back, and warnings. A single row is in both.
     """
-    learned, held, warnings = {}, {}, []
+    learned: dict[str, list[Any]] = {}
+    held: dict[str, list[Any]] = {}
+    warnings = []
     for task, rows in samples.items():
         order = list(range(len(rows)))
         random.Random(f"{seed}/{task}/held").shuffle(order)
         size = min(max(LEAST, int(len(rows) * SHARE)), MOST, len(rows) // 2)
-        learned[task] = [rows[i] for i in sorted(order[size:])]
-        held[task] = [rows[i] for i in sorted(order[:size])] if size else list(rows)
+        learned[task] = Chosen(rows, sorted(order[size:]))
+        held[task] = Chosen(rows, sorted(order[:size] if size else order))
         if 0 < len(rows) < FEW:
             warnings.append(
                 f"task {task} has {len(rows)} unlabeled rows; matching overfits to fewer than {FEW}: give more rows, or"

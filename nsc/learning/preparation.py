@@ -203,7 +203,7 @@ def _with_experts(
     limit = config.tokens_per_pass or max(TOKENS, sum(batch.tokens for batch in batches(0)))
     drawn = [batches.drawn(step).items() for step in range(max(1, config.steps))]
     picks = sorted({(task, i) for step in drawn for task, row in step for i in row})
-    batches = experts.teach(batches, picks, limit)
+    batches = experts.teach(batches, picks, limit, learned)
     agreement = experts.agreement(batches, _measured(picks, own), limit)
     output: Entropy | Agreement | None = agreement if "match" in config.objective else None
     output = entropy_in(base, matched, config) if config.needs_entropy else output
@@ -221,9 +221,9 @@ def _borrowing(
         return feed_of(base).batches(base, targets, samples, config)
     without = in_words | {task for task, rows in samples.items() if len(rows) > config.borrow_rows}
     together, borrowed = borrow(samples, config.steps * config.batch_size // 2, config.seed, without)
-    evaluated = min([config.evaluation_samples, *(len(rows) for rows in samples.values() if rows)])
-    config = replace(config, evaluation_samples=evaluated)
-    batches, evaluation = feed_of(base).batches(base, targets, together, config)
+    batches, _ = feed_of(base).batches(base, targets, together, replace(config, evaluation_samples=1))
+    own = [(task, i) for task, rows in samples.items() for i in range(min(len(rows), config.evaluation_samples))]
+    evaluation = batches.packed(own)
     return replace(batches, borrowed=borrowed), evaluation  # type: ignore[type-var]  # all feeds' are dataclasses
 
 
@@ -298,7 +298,7 @@ def _told(
     """All of these rows in passes, with what the experts say about them; what batches them; and their picks."""
     batches = feed_of(base).batches(base, targets, samples, replace(config, positions="prompt"))[0]
     picks = [(task, i) for task, rows in samples.items() for i in range(len(rows))]
-    batches = experts.teach(batches, picks, limit)
+    batches = experts.teach(batches, picks, limit, samples)
     return in_passes(batches.packed(picks), limit), batches, picks
 
 

@@ -27,6 +27,7 @@ from nsc.data.text import Pick
 from nsc.errors import DataError, NSCError
 from nsc.learning.agreement import Agreement, likeliest, of_likeliest, outputs_of
 from nsc.learning.generation import continue_prompts, end_tokens
+from nsc.learning.held_back import number_of
 from nsc.learning.passes import in_passes, on_each
 from nsc.runtime.distributed import ALONE, Team
 from nsc.runtime.placement import input_device
@@ -78,13 +79,16 @@ class Experts:
         return {task for task, head in pairs if head is not None and head.pooling == "each"}
 
     @torch.no_grad()
-    def teach(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> AnyBatches:
+    def teach(
+        self, batches: AnyBatches, picks: Sequence[Pick], tokens: int, rows: Mapping[str, Sequence[Any]]
+    ) -> AnyBatches:
         """Run each task's expert on samples of the task.
 
         Args:
             batches: of texts or images.
             picks: task and number of each sample.
             tokens: the most of one forward.
+            rows: task -> its own rows, which come first in the batches.
 
         Returns:
             The same batches, holding what the experts say, and their answers where these are matched.
@@ -99,7 +103,7 @@ class Experts:
                 answers |= dict(zip(mine, self._answers(task, head, batches.prompts_of(mine)), strict=True))
         if answers:
             batches = batches.with_answers(answers, "last" if self.positions == "last" else "full")
-        return batches.with_outputs(self._outputs(batches, picks, tokens))
+        return batches.with_outputs(self._outputs(batches, picks, tokens, rows))
 
     @torch.no_grad()
     def agreement(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> Agreement:
@@ -152,7 +156,9 @@ class Experts:
         batch = batch.to(input_device(model))
         return model(**batch.arguments(next(model.parameters()).dtype))[0], batch
 
-    def _outputs(self, batches: AnyBatches, picks: Sequence[Pick], tokens: int) -> dict[Pick, Output]:
+    def _outputs(
+        self, batches: AnyBatches, picks: Sequence[Pick], tokens: int, rows: Mapping[str, Sequence[Any]]
+    ) -> dict[Pick, Output]:
         """What each task's expert says about samples of the task."""
         of = {k: [pick for pick in picks if pick[0] == task] for k, task in enumerate(self.stack.tasks)}
         spans = {pick: spans_of(self._head(k), batches.counted_of(pick)) for k, mine in of.items() for pick in mine}
@@ -164,9 +170,7 @@ class Experts:
             at, values, ids = (torch.cat(side) for side in zip(*parts, strict=True)) if parts else [torch.empty(0)] * 3
             sizes, order = [len(spans[pick]) for pick in mine], at.argsort()
             for pick, value, chosen in zip(mine, values[order].split(sizes), ids[order].split(sizes), strict=True):
-                own = len(batches.rows[pick[0]]) - (batches.borrowed or {}).get(pick[0], 0)
-                where = f"row {pick[1] + 1} of its data" if pick[1] < own else "a row that it borrows (borrow_rows)"
-                self._require_finite(k, pick[0], where, value)
+                self._require_finite(k, pick[0], _where(rows[pick[0]], pick[1]), value)
                 outputs[pick] = Output(spans[pick], value, chosen if self._head(k).pooling == "each" else None)
         return outputs
 
@@ -201,6 +205,10 @@ def _numbered(
     numbers = torch.arange(sum(sizes), dtype=torch.float64)[:, None].split(sizes)
     blank = {pick: Output(spans[pick], given) for pick, given in zip(picks, numbers, strict=True)}
     return in_passes(batches.with_outputs(blank).packed(picks), tokens)
+
+
+def _where(rows: Sequence[Any], i: int) -> str:
+    return f"row {number_of(rows, i) + 1} of its data" if i < len(rows) else "a row that it borrows (borrow_rows)"
 
 
 def _task_of(part: Batch) -> int:

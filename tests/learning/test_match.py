@@ -31,7 +31,7 @@ from nsc.data.sources import read_data
 from nsc.data.text import read_texts
 from nsc.errors import DataError, NSCError, ResumeError, TargetError
 from nsc.learning.assembly import prepared
-from nsc.learning.held_back import hold_back
+from nsc.learning.held_back import hold_back, number_of, some_of
 from nsc.learning.loop import Learned, take_step
 from nsc.learning.passes import share_out
 from nsc.learning.preparation import Problem, prepare, stack_on
@@ -440,6 +440,29 @@ def test_a_tenth_is_held_back_at_least_four_at_most_half(rows, size):
         assert learned == held
     assert len(warnings) == (0 < rows < 16)
     assert all(f"task a has {rows} unlabeled rows; matching overfits to fewer than 16" in w for w in warnings)
+
+
+def test_chosen_rows_know_their_numbers_among_all():
+    rows = [f"row {i}" for i in range(300)]
+    learned, held, _ = hold_back({"a": rows}, 0)
+    for some in (learned["a"], held["a"], some_of(held["a"], 5, "key"), hold_back(learned, 1)[0]["a"]):
+        assert [rows[number_of(some, i)] for i in range(len(some))] == list(some) and len(some) < 300
+    assert number_of(rows, 7) == 7
+
+
+@pytest.mark.parametrize("most", [1, 5, 64])
+def test_every_task_is_evaluated_on_its_own_rows_however_few_another_has(setting, most):
+    texts = setting.texts | {TASKS[0]: setting.texts[TASKS[0]][:4]}
+    few = replace(setting, texts=texts)
+    problem = problem_of(few, evaluation_samples=most)
+    learned = hold_back(texts, problem.config.seed)[0]
+    counts = dict.fromkeys(range(len(TASKS)), 0)
+    for batch in problem.evaluation:
+        places = torch.stack([batch.task.flatten(), batch.samples()])[:, batch.weight.flatten() > 0]
+        for k in places.unique(dim=1)[0].tolist():
+            counts[k] += 1
+    assert problem.batches.borrowed and len({len(rows) for rows in learned.values()}) > 1
+    assert list(counts.values()) == [min(most, len(learned[task])) for task in TASKS]
 
 
 def test_what_is_held_back_depends_on_the_seed_and_the_task_alone():
