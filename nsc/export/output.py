@@ -105,7 +105,7 @@ class Output:
         spill = Spill(staging.parent)
         merge = self._write_weights(staging, rank, full, spill)
         self._write_heads(staging)
-        warnings = copy_tokenizer(staging, self.adapters) + (misread_config(staging) if full else [])
+        warnings = copy_tokenizer(staging, self.adapters)
         written = states_of_files(staging, 2)
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
@@ -113,6 +113,7 @@ class Output:
         proof = _prove(staging, merge, Base(self.record.base), full, in_memory)
         proof = replace(proof, lost=lost, unfed=unfed or proof.unfed)
         prove_heads(staging, self.adapters)
+        warnings += misread_config(staging) if full else []  # proven to be readable
         report = self._reported(merge, proof, rank, full)
         self._describe(staging, replace(report, warnings=report.warnings + warnings))
         replace(self.record, rank=rank).write(staging)
