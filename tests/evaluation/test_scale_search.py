@@ -36,7 +36,10 @@ def bench(base, adapters, texts):
     config = MergeConfig(target_modules=("v_proj", "q_proj"), target_blocks=(2, 3))
     home = Base(str(base), model)
     matched = match_to_base(home, read)
-    modules = {n: replace(m, A=m.A.double(), B=m.B.double()) for n, m in matched.stack.modules.items()}
+    modules = {
+        n: replace(m, A_blocks=[A.double() for A in m.A_blocks], B_blocks=[B.double() for B in m.B_blocks])
+        for n, m in matched.stack.modules.items()
+    }
     matched = matched._replace(stack=replace(matched.stack, modules=modules))
     targets = targets_of(home, matched.stack, config.target_modules, config.target_blocks)
     rows = [row.to(torch.device("cpu")) for row in feed_of(home).batches(home, targets, texts, config)[1]]
