@@ -24,7 +24,7 @@ HEAVY = {
     "nsc/export/served.py",
     "nsc/export/files.py",
     "nsc/export/parameters.py",
-    "nsc/export/proof.py",
+    "nsc/export/peft_model.py",
     "nsc/performance/plan.py",
     "nsc/runtime/quantization.py",
     "nsc/tracking.py",

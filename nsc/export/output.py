@@ -22,6 +22,7 @@ from nsc.bases.weights import refuse_codes, refuse_unstreamable
 from nsc.batch import Batch
 from nsc.errors import NSCError, ProofError, one_line
 from nsc.export.card import CARD, card_data, licence_warnings, model_card
+from nsc.export.expected_merge import Merge
 from nsc.export.files import (
     agreed_fields,
     copy_tokenizer,
@@ -32,7 +33,7 @@ from nsc.export.files import (
 )
 from nsc.export.parameters import split_by_parameter
 from nsc.export.programs import vllm_rank
-from nsc.export.proof import HEADS, Merge, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
+from nsc.export.proof import HEADS, Proof, prove_adapter, prove_files, prove_full_model, prove_heads
 from nsc.export.push import seal
 from nsc.export.record import Record
 from nsc.export.report import Report, draw_heat_map, padding_cost, vllm_limits

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,23 +18,20 @@ from torch import Tensor, nn
 from nsc.adapters.fused_layers import on_experts
 from nsc.adapters.lora import Adapter, read_adapter
 from nsc.adapters.stack import Stack
-from nsc.adapters.surgery import copied, merged_layers
-from nsc.adapters.target_parameters import INNER, unpacked
 from nsc.adapters.tensor_file import TRIM_EVERY, read, trim_memory
 from nsc.bases.base_model import Base
 from nsc.bases.codes import Codes, quantization_settings
 from nsc.bases.conv1d import as_stored, transposed_weights
-from nsc.bases.experts import FusedExperts, expert_of, fused_experts, layer_of
+from nsc.bases.experts import expert_of, fused_experts
 from nsc.bases.loading import load_body
-from nsc.bases.structure import replace_module
 from nsc.bases.weights import codes_to_spell_out, expert_parts, merged_places, read_stored
-from nsc.bases.wrappers import wrapper_of
 from nsc.batch import Batch
 from nsc.errors import AdapterError, NSCError, ProofError
+from nsc.export.expected_merge import Merge, hidden_states
 from nsc.export.parameters import part_updates
+from nsc.export.peft_model import factors_by_peft, layers_of, loaded_by_peft, updates_of
 from nsc.methods import LowRank
-from nsc.recipes.merged_factors import MergedFactors
-from nsc.recipes.updates import Merged, as_stack, dense, distance, norm, parameter_update, whole_updates
+from nsc.recipes.updates import distance, norm
 
 HEADS = "heads"  # the folder of what each task keeps for itself
 WEIGHT_TOLERANCE = 1e-5  # float32 files against float64 products, relative to the largest entry
@@ -77,94 +70,6 @@ class Proof:
 
 
 @torch.no_grad()
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the last hidden states of the tokens that count.
-
-    Args:
-        model: body of the base, carrying a merge or not.
-        batch: rows on the model's device.
-
-    Returns:
-        (n, d) float64 on the CPU, without padding.
-    """
-    states = model(**batch.arguments(next(model.parameters()).dtype))[0]
-    counts = batch.weight > 0
-    return (states.flatten(0, -2) if counts.all() else states[counts]).double().cpu()
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What should have been written.
-
-    Attributes:
-        merged: the merge.
-        factors: module -> the factors made of it; none where the whole model is written.
-        prefix: what module names carry before the body's own.
-        whole: parameter -> what it is merged to, of layers that adapters fine-tuned whole.
-    """
-
-    merged: Merged
-    factors: Mapping[str, MergedFactors]
-    prefix: str
-    whole: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """Of all layers."""
-        return self.merged.names
-
-    def update(self, parameter: str) -> Tensor | None:
-        """Return the update of a parameter, straight from the adapters' own factors.
-
-        Args:
-            parameter: name of the parameter in the body.
-
-        Returns:
-            (m, d) or (m,) float64 on the CPU; None where there is none.
-        """
-        return parameter_update(self.merged, parameter)
-
-    def hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the hidden states of the merged model in memory, or of the truncated one where the merge is truncated.
-
-        Args:
-            model: body of the base.
-            batch: rows on the model's device.
-
-        Returns:
-            (n, d) float64 on the CPU, as ``hidden_states`` gives them.
-        """
-        truncated = any(f.error for f in self.factors.values())
-        stack, lam = self._truncated() if truncated else self.merged.in_model()
-        with merged_layers(model, stack, lam.to(batch.weight.device)):
-            return hidden_states(model, batch)
-
-    def rounded_states(self, model: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
-        """Return the hidden states of the merge with weights rounded as a file has them.
-
-        A router takes a sum that is rounded otherwise for another choice of experts.
-
-        Args:
-            model: body of the base.
-            batch: rows on the model's device.
-            dtype: of the file.
-
-        Returns:
-            (n, d) float64 on the CPU, as ``hidden_states`` gives them.
-        """
-        with copied(model, self.names) as held:
-            for name, (stored, base) in held.items():
-                stored.copy_((base.double() + dense(self.merged.update(name)).to(base.device)).to(dtype))
-            return hidden_states(model, batch)
-
-    def _truncated(self) -> tuple[Stack, Tensor]:
-        whole = whole_updates(self.merged)
-        updates: dict[str, LowRank | Tensor] = {name: LowRank(f.B, f.A) for name, f in self.factors.items()}
-        updates |= {name: whole[f"{name}.weight"] for name in self.merged.whole}
-        stack = as_stack(updates, {name: whole[f"{name}.bias"] for name in updates if f"{name}.bias" in whole})
-        return stack, torch.ones(len(updates), 1)
-
-
 def prove_complete(adapters: Mapping[str, Adapter], stack: Stack) -> None:
     """Count the tensors of adapters: each must be merged, or kept for its own task.
 
@@ -245,29 +150,14 @@ def prove_files(folder: Path, merge: Merge, base: Base) -> Proof:
     worst = max(_worst_update(updates, merge), _worst_whole(whole, merge))
     if not _has_config(base):
         return Proof("adapter", len(merge.names), worst, unfed="no base at hand, onto which PEFT could load it")
-    with _loaded_by_peft(folder, merge, base) as (layers, loaded):
-        there = _factors_by_peft(layers)
+    with loaded_by_peft(folder, merge, base) as (layers, loaded):
+        there = factors_by_peft(layers)
         _same_names(set(there), set(in_file), "PEFT's model")
         for name, f in in_file.items():
             A, B, scale = there[name]
             if not (torch.equal(A, read(f.A)) and torch.equal(B, read(f.B)) and math.isclose(scale, f.scale)):
                 raise ProofError(f"PEFT loads other factors of {name} than there are in {folder}; do not use it")
         return Proof("adapter", len(merge.names), max(worst, _worst_whole(loaded, merge)))
-
-
-def _factors_by_peft(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A, B and scale of every layer as PEFT loaded them, by name as ``read_adapter`` has it."""
-    found = {}
-    for name, layer in layers.items():
-        A, B = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
-        holder, scale = name.replace(INNER, ""), layer.scaling["default"]
-        parameter = getattr(layer, "parameter_name", "weight")
-        if parameter == "weight" and getattr(layer, "num_experts", 1) == 1:
-            found[holder] = A, B, scale
-            continue
-        for expert, (a, b) in enumerate(unpacked(A, B, layer.r["default"])):
-            found[layer_of(f"{holder}.{parameter}", expert)] = a, b, scale
-    return found
 
 
 def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof:
@@ -289,10 +179,10 @@ def prove_adapter(folder: Path, merge: Merge, base: Base, batch: Batch) -> Proof
     in_memory = merge.hidden_states(model, batch)
     bare = hidden_states(model, batch)
     fused = fused_experts(model)
-    with as_stored(model), _loaded_by_peft(folder, merge, base) as (layers, whole):
-        held = {name: _layers_of(name, layer, fused) for name, layer in layers.items()}
+    with as_stored(model), loaded_by_peft(folder, merge, base) as (layers, whole):
+        held = {name: layers_of(name, layer, fused) for name, layer in layers.items()}
         _same_names(_without_idle(chain(*held.values()), merge), set(merge.factors), "PEFT's model")
-        updates = _updates_of(layers, held, fused)
+        updates = updates_of(layers, held, fused)
         weights = max(_worst_update(updates, merge), _worst_whole(whole, merge, _dtype(model)))
         outputs = hidden_states(model, batch)
     return _proof("adapter", len(merge.names), weights, in_memory, outputs, bare, _dtype(model))
@@ -399,90 +289,6 @@ def _tensor_error(key: str, written: Tensor, stored: Tensor, update: Tensor | No
     if not relative <= WEIGHT_TOLERANCE:
         raise ProofError(f"{key} read back from disk differs from the merge by {relative:.1e} of its largest entry")
     return relative
-
-
-def _layers_of(name: str, layer: LoraLayer, fused: Mapping[str, FusedExperts]) -> list[str]:
-    """The layers that one of PEFT's carries: itself, or all experts of the parameter that it wraps."""
-    parameter = f"{name.replace(INNER, '')}.{getattr(layer, 'parameter_name', '')}"
-    experts = fused.get(parameter)
-    return [layer_of(parameter, e) for e in range(experts.count)] if experts else [name.replace(INNER, "")]
-
-
-def _updates_of(
-    layers: Mapping[str, LoraLayer], held: Mapping[str, list[str]], fused: Mapping[str, FusedExperts]
-) -> Iterator[tuple[str, Tensor]]:
-    """The update of every layer as PEFT computes it, (out, in)."""
-    for name, layer in layers.items():
-        update = _delta(layer)
-        experts = fused.get(held[name][0].rpartition("[")[0])
-        parts = [update] if experts is None else (update.mT if experts.transposed else update).unbind(0)
-        yield from zip(held[name], parts, strict=True)
-
-
-def _delta(layer: LoraLayer) -> Tensor:
-    """(m, d), also of a layer that stores its weight transposed."""
-    delta = layer.get_delta_weight("default")
-    return delta.T if layer.fan_in_fan_out else delta
-
-
-@contextmanager
-def _loaded_by_peft(folder: Path, merge: Merge, base: Base) -> Iterator[tuple[dict[str, LoraLayer], dict[str, Tensor]]]:
-    """PEFT's own LoRA layers, and the parameters it put in whole, by name in the body, while they are on the base.
-
-    They are on a class of transformers whose layers have the prefix, around the body itself where that is loaded.
-    """
-    prefix, body = merge.prefix, base.loaded
-    known = dict(base.model.named_modules())
-    originals = {name: known[name] for name in merge.merged.whole if name in known}
-    behind = set(merge.merged.whole) - originals.keys()  # such as lm_head
-    shell = _shell(merge, base, behind)
-    config = PeftConfig.from_pretrained(folder)
-    config.task_type = None  # PEFT's class for a task asks more of a model than that it has these layers
-    peft_model = PeftModel.from_pretrained(shell, folder, config=config, torch_device="cpu")
-    layers = {name: module for name, module in shell.named_modules() if isinstance(module, LoraLayer)}
-    saved = {name: m for name, m in shell.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    active = {name: m.modules_to_save[m.active_adapter] for name, m in saved.items()}
-    whole = {f"{name}.{key}": x for name, m in active.items() for key, x in m.named_parameters()}
-    try:
-        yield (
-            {name.removeprefix(prefix): m for name, m in layers.items()},
-            {name.removeprefix(prefix): x for name, x in whole.items()},
-        )
-    finally:
-        peft_model.unload()
-        for name, original in originals.items():  # PEFT leaves its own there
-            replace_module(base.model, name, original)
-        for name in behind if shell is body else ():
-            delattr(shell, name)
-
-
-def _shell(merge: Merge, base: Base, behind: Collection[str]) -> Any:
-    """The body itself where nothing stands before its names, else a class of transformers around it.
-
-    Without weights, it has parameters of one zero each, since PEFT puts adapters where their layers are. Layers that
-    are loaded whole are copied into, so they get memory of their own.
-    """
-    prefix, body = merge.prefix, base.loaded
-    if body is not None and not prefix:
-        for name in behind:
-            m, d = merge.whole[f"{name}.weight"].shape
-            body.add_module(name, nn.Linear(d, m, bias=f"{name}.bias" in merge.whole))
-        return body
-    inside = [name for name in merge.names if name not in behind]
-    shell = wrapper_of(base, prefix, inside, behind)
-    if shell is None:
-        raise ProofError(
-            f"the merged adapter names its layers '{prefix}{inside[0]}', as no class of transformers for"
-            f" {base.config.model_type} does: it fits no model"
-        )
-    whole = {name if name in behind else prefix + name for name in merge.merged.whole}
-    for name, parameter in list(shell.named_parameters()):
-        home, _, last = name.rpartition(".")
-        zeros = torch.zeros(parameter.shape) if home in whole else torch.zeros(()).expand(parameter.shape)
-        setattr(shell.get_submodule(home), last, nn.Parameter(zeros, requires_grad=False))
-    if body is not None:
-        replace_module(shell, prefix.rstrip("."), body)
-    return shell
 
 
 def _has_config(base: Base) -> bool:
