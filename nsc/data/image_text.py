@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nsc.bases.llava import places
 from nsc.batch import Batch
+from nsc.data.chat import Chat
 from nsc.data.expected import Output
 from nsc.data.images import IMAGE_FIELDS, Image, as_image, image_in
 from nsc.data.packing import pack
@@ -44,7 +45,7 @@ class Prompt:
         return hashlib.sha256(f"{self.image.digest} {self.text}".encode()).hexdigest()
 
 
-def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt] | list[str]:
+def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt] | list[str | Chat]:
     """Read the prompts of one task, each with one image, without labels; or its texts, where no row has an image.
 
     Args:
@@ -60,7 +61,7 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt] | list[str]
         DataError: for a missing or empty source, a row that cannot be read (by number) or unknown fields.
     """
     samples = read_samples(source, PROMPTS)
-    if len({type(sample) for sample in samples}) > 1:
+    if len({isinstance(sample, Prompt) for sample in samples}) > 1:
         raise DataError(f"{place_of(source)} holds rows with and without an image; give rows of one kind")
     return samples
 
@@ -289,7 +290,7 @@ class PromptBatches:
         return draw_each(counts, self.borrowed or {}, self.batch_size, step, self.seed)
 
 
-def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt | str | None:
+def _prompt(row: Any, fields: Fields, where: str, folder: Path) -> Prompt | str | Chat | None:
     if isinstance(row, str) or (isinstance(row, Mapping) and not fields and not image_in(row)):
         return text_of_row(row, fields, where, folder)
     if not isinstance(row, Mapping):

@@ -15,8 +15,9 @@ from nsc.bases.base_model import IMAGES_AND_TEXT, Base
 from nsc.bases.llava import ImageTextBody, without_images
 from nsc.batch import Batch
 from nsc.config import MergeConfig
+from nsc.data.chat import Chat
 from nsc.data.feature_store import FeatureStore
-from nsc.data.image_text import PromptBatches, Prompts, read_prompts
+from nsc.data.image_text import Prompt, PromptBatches, Prompts, read_prompts
 from nsc.data.images import Image, ImageBatches, collate_images, pixels_by, read_images, tokens_seen
 from nsc.data.packing import can_share_rows, collate
 from nsc.data.prompt_writer import image_features, require_same_forward, writer_of
@@ -129,13 +130,13 @@ def example_of(base: Base) -> Batch | None:
 def _text_batches(
     base: Base,
     targets: Sequence[str],
-    texts: Mapping[str, list[str]],
+    texts: Mapping[str, list[str | Chat]],
     config: MergeConfig,
     generate: Generate | None = None,
 ) -> tuple[TextBatches, list[Batch]]:
     _require_modality(config.modality, "text")
     tokenizer = loading.load_tokenizer(base)
-    tokens = tokenize(tokenizer, texts, config.max_length)
+    tokens = tokenize(tokenizer, texts, config.max_length, answered=config.positions != "prompt")
     pad_id = pad_id_of(tokenizer)
     causal = structure.is_causal(base.model)
     shares_rows = without_images(base.body_config) is None and can_share_rows(structure.language_model(base.model))
@@ -192,7 +193,7 @@ def _prompt_batches(
 ) -> tuple[PromptBatches | TextBatches, list[Batch]]:
     model = base.model
     assert isinstance(model, ImageTextBody)
-    texts = {task: rows for task, rows in prompts.items() if rows and isinstance(rows[0], str)}
+    texts = {task: rows for task, rows in prompts.items() if rows and not isinstance(rows[0], Prompt)}
     if texts:
         if with_image := next((task for task, rows in prompts.items() if rows and task not in texts), None):
             raise DataError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nsc.batch import Batch
+from nsc.data.chat import Chat, chat_of
 from nsc.data.expected import Output
 from nsc.data.images import image_in
 from nsc.data.packing import pack
@@ -17,52 +19,57 @@ from nsc.data.sources import Fields, Kind, read_samples, require_unicode, text_o
 from nsc.errors import DataError
 
 
-def read_texts(source: str | Path | Sequence[str]) -> list[str]:
+def read_texts(source: str | Path | Sequence[Any]) -> list[str | Chat]:
     """Read the texts of one task, without labels.
 
     Args:
-        source: a JSONL file (objects or strings), a plain text file (one sample per line),
-            ``hub:NAME[:CONFIG[:SPLIT]]`` (a Hub dataset; needs the ``datasets`` extra), or the texts themselves. Append
-            ``#field+field`` to name the fields, which are joined by a newline; otherwise the usual names are tried
-            (text, prompt, text_a + text_b, premise + hypothesis...).
+        source: a JSONL file (objects or strings), a parquet file, a plain text file (one sample per line),
+            ``hub:NAME[:CONFIG[:SPLIT]]`` (a Hub dataset; needs the ``datasets`` extra), or the rows themselves. Append
+            ``#field+field`` to name the fields, which are joined by a newline; otherwise the usual names are tried: a
+            conversation in messages or conversations, else text, prompt, text_a + text_b, premise + hypothesis...
 
     Returns:
-        The texts; blank ones are left out.
+        The texts and conversations; blank texts are left out.
 
     Raises:
-        DataError: for a missing or empty source, a line that cannot be read (by number) or unknown fields.
+        DataError: for a missing or empty source, a line that cannot be read (by number), unknown fields, or a
+            conversation that is empty or of unknown shape.
     """
     return read_samples(source, TEXTS)
 
 
-def text_of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | None:
-    """Return the text of a row.
+def text_of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | Chat | None:
+    """Return the text or the conversation of a row.
 
     Args:
-        row: a string, or an object.
+        row: a string, an object, or a list of messages.
         fields: names of its fields, which are joined; None for the usual ones.
         where: place of the row, for errors.
         folder: of its file.
 
     Returns:
-        The text; None for a blank one.
+        The text or the conversation; None for a blank text.
 
     Raises:
         DataError: if it has no such fields.
     """
+    if chat := chat_of(row, fields, where):
+        return chat
     text = require_unicode(row if isinstance(row, str) else text_of(row, fields, where), where)
     return text if text.strip() else None
 
 
-def _given(value: Any, where: str) -> str | None:
+def _given(value: Any, where: str) -> str | Chat | None:
+    if isinstance(value, (Mapping, list)):
+        return text_of_row(value, None, where, Path())
     text = require_unicode(str(value), where)
     return text if text.strip() else None
 
 
-TEXTS = Kind("text", (".jsonl", ".txt", ".text"), text_of_row, _given)
+TEXTS = Kind("text", (".jsonl", ".txt", ".text", ".parquet"), text_of_row, _given)
 
 
-def texts_alone(source: str | Path | Sequence[str], why: str) -> list[str]:
+def texts_alone(source: str | Path | Sequence[Any], why: str) -> list[str | Chat]:
     """Read the texts of one task for a base that is fed with no image: a row that holds one is refused.
 
     Args:
@@ -70,18 +77,20 @@ def texts_alone(source: str | Path | Sequence[str], why: str) -> list[str]:
         why: why images are not fed to this base.
 
     Returns:
-        The texts.
+        The texts and conversations.
 
     Raises:
         DataError: as ``read_texts`` does, and for a row with an image.
     """
 
-    def of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | None:
+    def of_row(row: Any, fields: Fields, where: str, folder: Path) -> str | Chat | None:
         if field := image_in(row):
             raise DataError(f"{where} holds an image in {field}, but {why}; give this base rows of text alone")
         return text_of_row(row, fields, where, folder)
 
-    def given(value: Any, where: str) -> str | None:
+    def given(value: Any, where: str) -> str | Chat | None:
+        if isinstance(value, (Mapping, list)):
+            return of_row(value, None, where, Path())
         if not isinstance(value, str):
             raise DataError(f"{where} is a {type(value).__name__}, not a text, but {why}; give this base texts alone")
         return TEXTS.given(value, where)
@@ -265,29 +274,34 @@ def _all_of(samples: Sequence[list[int]], i: int) -> slice:
 
 
 def tokenize(
-    tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int
+    tokenizer: Any, texts: Mapping[str, Sequence[str | Chat]], max_length: int, answered: bool = False
 ) -> dict[str, list[list[int]] | Samples[list[int]]]:
     """Tokenise every sample, cut at ``max_length``; of a task with more than ``AT_ONCE``, each when it is asked for.
 
     Args:
         tokenizer: tokenizer of the base.
-        texts: task -> its texts.
+        texts: task -> its texts and conversations; of these the chat template writes the special tokens.
         max_length: tokens of a sample, at most.
+        answered: whether the samples are to be answered, so that a conversation ends where the assistant's turn begins.
 
     Returns:
         Task -> token ids of each sample.
 
     Raises:
-        DataError: naming a sample that has no token, at once or when it is asked for.
+        DataError: naming a sample that has no token, or a conversation that the chat template cannot write, at once or
+            when it is asked for.
     """
 
-    def encode(task: str, rows: Sequence[str], first: int = 0) -> list[list[int]]:
-        ids = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"] if rows else []
+    def encode(task: str, rows: Sequence[str | Chat], first: int = 0) -> list[list[int]]:
+        ids: list[list[int]] = []
+        for plain, group in groupby(rows, key=lambda row: isinstance(row, str)):
+            own = [row if isinstance(row, str) else row.written(tokenizer, answered) for row in group]
+            ids += tokenizer(own, truncation=True, max_length=max_length, add_special_tokens=plain)["input_ids"]
         if empty := [i for i, own in enumerate(ids, start=first) if not own]:
             raise DataError(f"sample {empty[0] + 1} of task {task} has no token; remove empty texts from its data")
         return ids
 
-    def lazily(task: str, rows: Sequence[str]) -> Samples[list[int]]:
+    def lazily(task: str, rows: Sequence[str | Chat]) -> Samples[list[int]]:
         return Samples(lambda i: encode(task, rows[i : i + 1], i)[0], len(rows))
 
     return {task: (encode if len(rows) <= AT_ONCE else lazily)(task, rows) for task, rows in texts.items()}

@@ -51,7 +51,7 @@ def merge(
     Args:
         base: folder or Hub id.
         adapters: task -> PEFT folder or Hub id.
-        data: task -> unlabeled rows: what ``read_texts`` takes (JSONL or text file, ``hub:`` dataset, texts), or
+        data: task -> unlabeled rows: what ``read_texts`` takes (JSONL, parquet, text file, ``hub:`` dataset, texts), or
             ``read_images`` (folder, parquet file, ``hub:`` dataset, images) where the base takes images. Methods
             that learn nothing do not read them, but those that fit the experts' updates on rows, and the setting aim.
         config: settings of learning; fields given in ``settings`` override it.

@@ -175,6 +175,8 @@ def test_adapter_tensors(adapter, edits, in_header):
 ROW = st.one_of(
     VALUES.map(lambda value: json.dumps({"text": value}).encode()),
     VALUES.map(lambda value: json.dumps(value).encode()),
+    VALUES.map(lambda value: json.dumps({"messages": value}).encode()),
+    VALUES.map(lambda value: json.dumps({"conversations": [{"from": "human", "value": value}]}).encode()),
     st.binary(max_size=12),
     st.sampled_from([b"[" * 5000, b'{"text": "\\ud800"}', b"9" * 5000, b'{"text": "a", "more": NaN}', b"\xef\xbb\xbf"]),
 )
@@ -186,7 +188,8 @@ def test_rows(tmp_path_factory, rows, suffix):
     file = tmp_path_factory.getbasetemp() / f"rows{suffix}"
     file.write_bytes(b"\n".join(rows))
     texts = outcome(lambda: read_texts(file))
-    assert texts is None or (texts and all(text.strip() and text.encode() is not None for text in texts))
+    said = [text if isinstance(text, str) else "".join(said for _, said in text.turns) for text in texts or ()]
+    assert texts is None or (texts and all(text.strip() and text.encode() is not None for text in said))
 
 
 SETTINGS = st.dictionaries(

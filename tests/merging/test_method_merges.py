@@ -234,7 +234,7 @@ def test_the_report_says_what_was_done(base, two, tmp_path):
     card, report = (tmp_path / "out/README.md").read_text(), json.loads((tmp_path / "out/report.json").read_text())
     assert f"Merged by core-ties: {METHODS['ties'].line} ({METHODS['ties'].source})" in card
     assert "- space: core" in card and "density 0.5" in card and "scale 0.4" in card and "truncation" in card
-    assert "coefficients.png" not in card and "| module | rank | truncation |" in card and "ratio" not in card
+    assert "coefficients.png" not in card and "| module | rank | truncation |" in card and "null-space" not in card
     assert (
         set(report["ranks_by_module"].values()) == {2}
         and report["ranks_by_module"].keys() == report["truncation"].keys()
