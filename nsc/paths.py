@@ -18,6 +18,7 @@ except ImportError:  # Windows, which cannot lock a folder
     fcntl = None  # type: ignore[assignment]
 
 CHECKPOINT, STAGING = "checkpoint.pt", "unproven"
+LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 _HELD: dict[Path, tuple[int, int]] = {}  # folder -> the process and thread that hold it
 
 
@@ -47,6 +48,23 @@ def digest_of_file(file: Path) -> str:
         while part := stream.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def lfs_remedy(file: Path) -> str | None:
+    """Return what to do about a file that Git LFS left in place of what it stands for.
+
+    Args:
+        file: any file.
+
+    Returns:
+        That it is such a pointer, with the remedy; None for any other file, or none.
+    """
+    try:
+        with file.open("rb") as opened:
+            pointer = opened.read(len(LFS)) == LFS
+    except OSError:
+        return None
+    return "it is a Git LFS pointer instead of the weights: run `git lfs pull` in its repository" if pointer else None
 
 
 def partial_folder(out: Path) -> Path:

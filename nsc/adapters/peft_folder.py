@@ -16,7 +16,7 @@ from nsc.adapters.config_types import wrong_field
 from nsc.adapters.tensor_file import map_tensors
 from nsc.adapters.unsupported import PREFIX, unsupported
 from nsc.errors import AdapterError, UnsupportedAdapter, clipped, one_line, reading
-from nsc.paths import digest_of_file
+from nsc.paths import digest_of_file, lfs_remedy
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TOKENIZER_FILES = (  # patterns of names, in the adapter's folder
@@ -34,6 +34,7 @@ TOKENIZER_FILES = (  # patterns of names, in the adapter's folder
 # What torch.compile, FSDP, checkpointing, DeepSpeed, DDP and PEFT put into names.
 _OWN = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
 TRAINING_WRAPPERS = re.compile(rf"(?:{_OWN})\\?\.|(?<![^.])(?:module|base_model\\?\.model)\\?\.(?![*+?])")
+CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")  # of transformers' Trainer
 NAMING_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
 BUNDLE = re.compile(r".*\.(?=base_model\.(?:model\.|vera_))")  # whatever a PeftModel was a part of
 
@@ -81,7 +82,7 @@ def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Chec
     Raises:
         AdapterError: if a file is missing or cannot be read.
     """
-    path = _local_folder(path_or_hub_id)
+    path = _named_folder(_local_folder(path_or_hub_id))
     name = name or Path(path_or_hub_id).expanduser().resolve().name
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
@@ -90,8 +91,8 @@ def load_checkpoint(path_or_hub_id: str | Path, name: str | None = None) -> Chec
     try:
         stored, digest = map_tensors(weights), digest_of_file(weights)
     except Exception as error:  # of safetensors, of torch, or of the operating system
-        cause = one_line(error)
-        raise AdapterError(f"adapter '{name}': {weights} is truncated or corrupt ({cause}); copy it again") from error
+        why = lfs_remedy(weights) or f"it is truncated or corrupt ({one_line(error)}); copy it again"
+        raise AdapterError(f"adapter '{name}': {weights} cannot be read: {why}") from error
     return Checkpoint(name, path, _unwrapped_config(config), _unwrapped(stored, name, path), digest)
 
 
@@ -171,7 +172,28 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
         raise AdapterError(f"{tried}; check the spelling, the network or `hf auth login`") from error
 
 
+def _named_folder(path: Path) -> Path:
+    """The only sub-folder with an adapter, which PEFT makes for every name but "default"; else the folder itself."""
+    inner = _inner_folders(path)
+    alone = len(inner) == 1 and not CHECKPOINT_FOLDER.fullmatch(inner[0].name)
+    return inner[0] if alone and not any((path / file).is_file() for file in (CONFIG, WEIGHTS, PICKLE)) else path
+
+
+def _inner_folders(path: Path) -> list[Path]:
+    """Its sub-folders that hold an adapter, those of a Trainer by their steps."""
+    return sorted((file.parent for file in path.glob(f"*/{CONFIG}")), key=lambda p: (_steps(p), p.name))
+
+
+def _steps(folder: Path) -> int:
+    found = CHECKPOINT_FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found else -1
+
+
 def _missing_file_remedy(path: Path) -> str:
+    if inner := _inner_folders(path):
+        if _steps(inner[-1]) >= 0:
+            return f"it holds checkpoints of a Trainer: give one of them, such as the last, {inner[-1]}"
+        return f"it holds several adapters: give the folder of one, of {', '.join(folder.name for folder in inner)}"
     if (path / PICKLE).is_file():
         return f"{PICKLE} is a pickle, which is never loaded: load it with PEFT and save it with save_pretrained"
     return f"nsc needs the folder that PEFT's save_pretrained wrote ({PICKLE} will not do)"

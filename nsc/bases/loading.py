@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nsc.bases.conv1d import run_as_linears
 from nsc.bases.llava import ImageTextBody, is_llava
 from nsc.bases.weights import has_safetensors, require_own_files, spelled_out, stored_tensors
 from nsc.errors import NSCError, one_line
+from nsc.paths import lfs_remedy
 from nsc.runtime.placement import one_device, reload_in_backward
 from nsc.runtime.quantization import dequantise_where_used, quantization_config
 
@@ -124,9 +126,9 @@ def _with_weights(base: Base, dtype: str, weights: str, options: dict[str, Any])
     except Exception as error:  # whatever config and weights lead transformers to
         refuse_code(base.id, error)
         remedy = f"; its weights are codes ({settings.get('quant_method')}): {FULL_PRECISION}" if settings else ""
-        raise NSCError(
-            f"base {base.id!r} cannot be loaded by transformers' AutoModel: {one_line(error)}{remedy}"
-        ) from error
+        pointers = (f"{shard}: {why}" for shard in Path(base.id).glob("*.safetensors") if (why := lfs_remedy(shard)))
+        cause = next(pointers, f"{one_line(error)}{remedy}")
+        raise NSCError(f"base {base.id!r} cannot be loaded by transformers' AutoModel: {cause}") from error
     lost = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # behind all that is measured
     if lost:
         raise NSCError(

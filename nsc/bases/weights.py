@@ -17,6 +17,7 @@ from nsc.bases.codes import FLOATS, Codes, Stored
 from nsc.bases.conv1d import transposed_weights
 from nsc.bases.experts import Part, expert_of, parts_of
 from nsc.errors import NameMismatch, NSCError
+from nsc.paths import lfs_remedy
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,7 +119,8 @@ def stored_tensors(base: Base) -> dict[str, Stored]:
                     header = file.get_slice(key)
                     found[key] = Stored(shard, header.get_dtype(), tuple(header.get_shape()))
         except (SafetensorError, OSError) as error:
-            raise NSCError(f"base shard {shard} cannot be read: {error}; fetch it again") from error
+            why = lfs_remedy(shard) or f"{error}; fetch it again"
+            raise NSCError(f"base shard {shard} cannot be read: {why}") from error
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -203,6 +204,31 @@ def test_truncated_safetensors(plain, keep):
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(AdapterError, match="truncated or corrupt"):
         read_adapter(plain)
+
+
+def test_a_pointer_of_git_lfs_is_told_from_weights(plain):
+    (plain / "adapter_model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    with pytest.raises(AdapterError, match=r"'mnli'.*Git LFS pointer.*git lfs pull"):
+        read_adapter(plain)
+
+
+def test_an_adapter_that_peft_saved_by_a_name_lies_in_a_sub_folder(plain, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain, out / "legal")
+    assert read_adapter(out, "a").path == out / "legal" and read_adapter(out).factors.keys() == {Q, V}
+    shutil.copytree(plain, out / "medical")
+    with pytest.raises(AdapterError, match=r"'a'.*several adapters: give the folder of one, of legal, medical"):
+        read_adapter(out, "a")
+
+
+def test_checkpoints_of_a_trainer_are_named_with_the_last(plain, tmp_path):
+    for steps in (500, 1000):
+        shutil.copytree(plain, tmp_path / f"run/checkpoint-{steps}")
+    with pytest.raises(AdapterError, match=r"checkpoints of a Trainer: give one of them, .*run/checkpoint-1000"):
+        read_adapter(tmp_path / "run")
+    assert read_adapter(tmp_path / "run/checkpoint-500").name == "checkpoint-500"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff\xfe"])

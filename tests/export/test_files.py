@@ -274,6 +274,16 @@ def test_full_model_from_a_truncated_shard(tmp_path, base, adapters, texts):
         result.save(tmp_path / "out", full=True)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_base_of_pointers_of_git_lfs_is_told_so(tmp_path, base, adapters, texts, full):
+    source = shutil.copytree(base, tmp_path / "base")
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(NSCError, match=r"model\.safetensors.*Git LFS pointer.*git lfs pull"):
+        if full:
+            nsc.merge(source, adapters, method="task-arithmetic").save(tmp_path / "out", full=True)
+        nsc.merge(source, adapters, texts, progress=False)
+
+
 def test_full_model_refuses_a_base_without_the_merged_layer(tmp_path, base, adapters, texts):
     source = shutil.copytree(base, tmp_path / "base")
     result = nsc.merge(source, adapters, texts, steps=0, progress=False)
