@@ -16,6 +16,7 @@ from nsc.recipes.merged_factors import MergedFactors
 from nsc.recipes.updates import Merged, as_stack, dense, parameter_update, whole_updates
 
 
+@torch.no_grad()
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Return the last hidden states of the tokens that count.
 

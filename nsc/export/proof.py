@@ -69,7 +69,6 @@ class Proof:
         return f"{line}, hidden states to {self.outputs:.1e} (the merge itself moves them by {self.effect:.1e})"
 
 
-@torch.no_grad()
 def prove_complete(adapters: Mapping[str, Adapter], stack: Stack) -> None:
     """Count the tensors of adapters: each must be merged, or kept for its own task.
 

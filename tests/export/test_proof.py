@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import nsc
+from nsc.data.packing import collate
 from nsc.errors import NSCError, ProofError
 from nsc.export import output
+from nsc.export.expected_merge import hidden_states
 from nsc.recipes.updates import WeightedSum
-from tests.tiny import rewrite, save_base
+from tests.tiny import rewrite, save_base, tiny_llama
 
 KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
 WEIGHT = "model.layers.1.self_attn.v_proj.weight"
@@ -207,3 +209,9 @@ def test_existing_out_and_contradicting_forms(merged, tmp_path):
     with pytest.raises(NSCError, match="rank truncates an adapter"):
         merged.save(tmp_path / "new", rank=4, full=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_states_that_are_compared_keep_no_graph():
+    """Also of a body whose parameters want gradients: a graph would hold the activations of every layer."""
+    model = tiny_llama().requires_grad_()
+    assert not hidden_states(model, collate([[3, 4, 5]], [0], 0, causal=True)).requires_grad
