@@ -62,11 +62,23 @@ def respelled(model: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: rename(f"{name}.weight")[0].removesuffix(".weight") for name in names}
 
 
+def conversion_rules(model: Any) -> tuple[list[Any], list[Any]]:
+    """Return the rules by which transformers loads weights into a class.
+
+    Args:
+        model: a model of transformers; the meta device is enough.
+
+    Returns:
+        Those that rename, and those that convert values as well; none in transformers 4.
+    """
+    rules = get_model_conversion_mapping(model) if get_model_conversion_mapping else []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+
 def _renaming(model: Any, own: dict[str, Any] | None = None) -> Renamed:
     """The rules of the class of ``model``; with its own names, a prefix comes and goes as they need it."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = conversion_rules(model)
 
     def rename(key: str) -> tuple[str, bool]:
         name, source = rename_source_key(key, renamings, converters, own and model.base_model_prefix, own)

@@ -11,24 +11,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from nsc.bases.checkpoint_keys import conversion_rules
 from nsc.bases.structure import linear_shapes
 
-try:  # transformers 5
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-except ImportError:  # transformers 4, in which every expert is modules of its own
-    get_model_conversion_mapping = None
+with suppress(ImportError):  # transformers 4 has no rules, and every expert is modules of its own
+    from transformers.core_model_loading import Concatenate, MergeModulelist, rename_source_key
 
 _LAYER = re.compile(r"(?P<parameter>.+)\[(?P<expert>\d+)\]")
 
@@ -210,9 +203,7 @@ class ExpertNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        rules = get_model_conversion_mapping(model) if get_model_conversion_mapping else []
-        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._renamings, self._converters = conversion_rules(model)
         self._stacked = {source: place for rule in self._converters for source, place in _stacked(rule).items()}
 
     def renamed(self, key: str) -> str:
