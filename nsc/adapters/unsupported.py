@@ -21,8 +21,7 @@ UNDERSTOOD = frozenset({
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "target_parameters",
-    "task_type", "use_rslora",
+    "target_parameters", "task_type", "use_rslora",
 })
 VERA_UNDERSTOOD = frozenset({
     "auto_mapping", "base_model_name_or_path", "bias", "d_initial", "fan_in_fan_out", "inference_mode", "init_weights",

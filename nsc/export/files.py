@@ -105,12 +105,10 @@ def write_adapter(
     config.target_modules = modules  # LoraConfig made a set of it, whose order is another in every process
     config.save_pretrained(folder)
     tensors = {}
-    for name, f in factors.items():
+    pairs: dict[str, MergedFactors | ParameterFactors] = {**factors, **{p.module: p for p in parameters.values()}}
+    for name, f in pairs.items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = f.A.contiguous()
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = f.B.contiguous()
-    for p in parameters.values():
-        tensors[f"base_model.model.{prefix}{p.module}.lora_A.weight"] = p.A.contiguous()
-        tensors[f"base_model.model.{prefix}{p.module}.lora_B.weight"] = p.B.contiguous()
     tensors |= {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nsc.adapters.factors import DTYPES, LoraFactors, read_factors, read_saved
 from nsc.adapters.peft_folder import Checkpoint, refuse_unsupported
@@ -17,7 +16,7 @@ from nsc.config import AUTO, LEARNED
 from nsc.errors import AdapterError, NSCError
 from nsc.methods import Updates
 from nsc.recipes.combination import Combination, stack_of
-from nsc.recipes.merged_factors import MergedFactors, merged_factors
+from nsc.recipes.merged_factors import MergedFactors, merged_factors, padded
 from nsc.recipes.spec import Recipe, read_recipe, settings_of
 
 Pairs = Mapping[str, tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]]  # layer -> A (r, d), B (m, r), scale
@@ -145,12 +144,10 @@ def _updates(name: str, tasks: tuple[str, ...], row: list[LoraFactors | None], s
 
 def _as_state(factors: Mapping[str, MergedFactors]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A state dict as PEFT saves it, of one rank, and what its LoraConfig must say."""
-    rank = max(len(f.A) for f in factors.values())
-    state = {}
-    for name, f in factors.items():
-        more = rank - len(f.A)
-        state[f"{PREFIX}{name}.lora_A.weight"] = pad(f.A, (0, 0, 0, more))
-        state[f"{PREFIX}{name}.lora_B.weight"] = pad(f.B, (0, more))
+    even, state = padded(factors), {}
+    for name, f in even.items():
+        state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = f.A, f.B
+    rank = len(next(iter(even.values())).A)
     return state, {"r": rank, "lora_alpha": rank, "target_modules": list(factors)}
 
 
