@@ -34,7 +34,7 @@ from nsc.evaluation.scoring import Exam, exams_of
 from nsc.evaluation.table import ALONE, BARE, JSON, Comparison, Row
 from nsc.evaluation.trial import Planned, ScaleSearch, Stage, row_of
 from nsc.learning.preparation import stack_on, targets_of
-from nsc.paths import absolute, held, partial_folder
+from nsc.paths import absolute, held, move_into_place, partial_folder
 from nsc.recipes.spec import read_recipe, split_learned
 from nsc.runtime.placement import input_device
 
@@ -244,7 +244,7 @@ def _finish(comparison: Comparison, out: Path, record: Mapping[str, Any]) -> Com
     (folder / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True), encoding="utf-8")
     if os.path.lexists(out):
         raise NSCError(f"{out} was made meanwhile; move it away, and add --resume")
-    os.replace(folder, out)
+    move_into_place(folder, out)
     return comparison
 
 

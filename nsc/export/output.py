@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ class Output:
             (partial / CHECKPOINT).unlink(missing_ok=True)
             return proof
 
+    @cached_property
+    def _base(self) -> Base:
+        """The base without weights, whose blank models are built once."""
+        return Base(self.record.base)
+
     def _refuse_interrupted(self, partial: Path) -> None:
         """Raise NSCError where the checkpoint of another merge would be removed."""
         left = partial / CHECKPOINT
@@ -111,7 +117,7 @@ class Output:
         lost = max((f.error for f in merge.factors.values()), default=0.0)
         found = proof_base()
         in_memory, unfed = (None, found) if isinstance(found, str) else (found, "")
-        proof = _prove(staging, merge, Base(self.record.base), full, in_memory)
+        proof = _prove(staging, merge, self._base, full, in_memory)
         proof = replace(proof, lost=lost, unfed=unfed or proof.unfed)
         prove_heads(staging, self.adapters)
         warnings += misread_config(staging) if full else []  # proven to be readable
@@ -132,7 +138,7 @@ class Output:
 
     def _write_weights(self, folder: Path, rank: int | None, full: bool, spill: Spill) -> Merge:
         """The adapter or the whole model, and what it should be when it is read back."""
-        base, prefix = Base(self.record.base), self.record.prefix
+        base, prefix = self._base, self.record.prefix
         if full:
             write_full_model(folder, base, self.merged)
             return Merge(self.merged, {}, prefix)
@@ -167,7 +173,7 @@ class Output:
 
     def _describe(self, folder: Path, report: Report) -> None:
         """Everything beside the weights that is for people or programs."""
-        base = Base(self.record.base)
+        base = self._base
         report = replace(report, warnings=report.warnings + licence_warnings(base, self.adapters))
         report = self.record.public_names.apply(report)
         data = card_data(base, self.record.base_id, self.adapters, report.full)
