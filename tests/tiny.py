@@ -210,7 +210,13 @@ def dense_updates(adapter: Path, kind: str = "AutoModelForCausalLM", **config: A
     """Body module -> scale * B @ A in float64, with factors and scale as PEFT itself loads them."""
     import peft
 
-    model = peft.PeftModel.from_pretrained(tiny_llama(kind, **config), adapter)
+    return updates_of(peft.PeftModel.from_pretrained(tiny_llama(kind, **config), adapter))
+
+
+def updates_of(model: Any) -> dict[str, Tensor]:
+    """Body module -> scale * B @ A in float64, of a model that PEFT loaded an adapter onto."""
+    import peft
+
     updates = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
@@ -39,6 +41,20 @@ class Architecture:
     targets: str
     inputs: str = "text"
     output: str = "logits"
+
+    def save(self, folder: Path, tasks: Iterable[str], **lora: Any) -> dict[str, Path]:
+        """Write a base, and for each task an adapter that PEFT made on it; return task -> its folder."""
+        self.build().save_pretrained(folder / "base")
+        adapters = {}
+        for seed, task in enumerate(tasks):
+            model = get_peft_model(self.build(), LoraConfig(**{"r": 2, "target_modules": self.targets, **lora}))
+            generator = torch.Generator().manual_seed(seed)
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            adapters[task] = folder / task
+            model.save_pretrained(adapters[task])
+        return adapters
 
     def build(self) -> Any:
         """Return the model with random weights, in eval mode; skip what the installed transformers does not have."""

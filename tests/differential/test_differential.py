@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -90,17 +90,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
 def case(request, tmp_path_factory) -> Iterator[Case]:
     architecture, folder = ARCHITECTURES[request.param], tmp_path_factory.mktemp(request.param)
-    architecture.build().save_pretrained(folder / "base")
-    adapters = {}
-    for seed, task in enumerate("ab"):
-        model = get_peft_model(architecture.build(), LoraConfig(r=2, lora_alpha=3, target_modules=architecture.targets))
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-        adapters[task] = folder / task
-        model.save_pretrained(adapters[task])
-    yield Case(architecture, folder / "base", adapters)
+    yield Case(architecture, folder / "base", architecture.save(folder, "ab", lora_alpha=3))
 
 
 def test_the_adapter_is_what_stock_peft_makes_of_the_dense_sum(case, tmp_path):

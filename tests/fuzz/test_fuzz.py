@@ -30,7 +30,7 @@ from nsc.export.record import Record
 from nsc.learning.checkpoint import read, save
 from nsc.learning.state import begin
 from tests.fuzz.mutations import EDITS, VALUES, edited, places, with_value
-from tests.tiny import random_factors, save_base, write_adapter
+from tests.tiny import random_factors, save_base, updates_of, write_adapter
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 NAMES = [f"model.layers.{i}.self_attn.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]
@@ -78,12 +78,7 @@ def stock_updates(path: Path):
             model = peft.PeftModel.from_pretrained(Tiny(), path)
     except Exception:
         return None
-    updates = {}
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            A, B = (side["default"].weight.detach().double() for side in (layer.lora_A, layer.lora_B))
-            updates[name.removeprefix("model.")] = layer.scaling["default"] * B @ A
-    return updates
+    return updates_of(model)
 
 
 def our_updates(path: Path):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 import nsc
@@ -27,18 +26,8 @@ ROWS = {"a": ["word1 word2 word3 word4", "word9 word8"], "b": ["word5 word6 word
 
 def save_family(folder: Path, architecture: Architecture, **lora: object) -> dict[str, Path]:
     """A base with a tokenizer, and two adapters that PEFT made on it."""
-    architecture.build().save_pretrained(folder / "base")
+    adapters = architecture.save(folder, ROWS, **{"lora_alpha": 4, **lora})
     save_tokenizer(folder / "base")
-    adapters = {}
-    for seed, task in enumerate(ROWS):
-        config = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": architecture.targets, **lora})
-        model = get_peft_model(architecture.build(), config)
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-        adapters[task] = folder / task
-        model.save_pretrained(adapters[task])
     return adapters
 
 
